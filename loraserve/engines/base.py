@@ -1,0 +1,92 @@
+"""The protocol between a replica and the engine that runs the model."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from loraserve.request import GenerationRequest, GenerationStep
+from placement.types import VersionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFiles:
+    """A validated adapter on this machine's disk, in the PEFT layout."""
+
+    version_id: VersionId
+    directory: Path
+    rank: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What a started engine says of itself; `pids` are the processes it runs beside its caller."""
+
+    kind: str
+    base_model: str
+    max_lora_rank: int
+    adapter_slots: int
+    max_model_len_tokens: int
+    vocab_size: int
+    pids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """Requests running (in the batch) and waiting (queued), and the KV cache in use, 0 to 1."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float
+
+
+class Engine(Protocol):
+    """Runs the base model with adapters.
+
+    Guarantees: a version is usable once `load_adapter` has returned and until `unload_adapter` is
+    called; outputs of one request come in order and the last one carries a finish reason; closing
+    or cancelling the iterator of `generate` aborts the request and releases all it held.
+    Does not guarantee fairness, nor that `load` is newer than the last engine step. The caller must
+    not unload what a running request names, and must not exceed `EngineInfo.adapter_slots`.
+    """
+
+    async def start(self) -> EngineInfo:
+        """Bring the engine up; called once, on the loop that will use it."""
+        ...
+
+    async def load_adapter(self, adapter: AdapterFiles) -> None:
+        """Make the version usable; AdapterRejectedError if the engine refuses it, with no trace left."""
+        ...
+
+    async def unload_adapter(self, version_id: VersionId) -> None:
+        """Free what the version held; a version that is not loaded is no error."""
+        ...
+
+    async def resident(self) -> frozenset[VersionId]:
+        """The versions that the engine itself says it holds."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationStep]:
+        """Stream the request's steps.
+
+        BadInputError for a prompt the model cannot take, NotFoundError for a version that is not
+        loaded, EngineDeadError when the engine is gone.
+        """
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """End the request, whose stream then finishes with ABORTED; an unknown id is no error."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """The engine's load now, without waiting."""
+        ...
+
+    async def check(self) -> None:
+        """EngineDeadError if the engine cannot serve any more."""
+        ...
+
+    async def close(self) -> None:
+        """Stop the engine and every process it started; safe to call twice."""
+        ...

@@ -1,0 +1,72 @@
+"""Every error that LoRAServe raises on purpose.
+
+LoraServeError
+├── BadInputError            the caller's input is wrong: exit code 2, INVALID_ARGUMENT
+│   ├── ConfigError          a configuration key or value
+│   ├── AdapterRejectedError an adapter's files or its place in this cluster
+│   ├── NotFoundError        a name that is not registered: NOT_FOUND
+│   └── AlreadyExistsError   a name that is taken: ALREADY_EXISTS
+├── OverloadedError          a bounded queue or pool is full: RESOURCE_EXHAUSTED
+├── UnavailableError         nobody can serve this now: UNAVAILABLE
+├── StaleError               the caller decided on a state that no longer holds: FAILED_PRECONDITION
+└── WorkFailedError          the work was right but failed: exit code 1, INTERNAL
+    ├── ReplicaStartError    a replica did not come up; carries the tail of its log
+    └── EngineDeadError      the engine behind a replica is gone: UNAVAILABLE
+"""
+
+
+class LoraServeError(Exception):
+    """Base of all; `str(error)` is one clear line for a person."""
+
+
+class BadInputError(LoraServeError):
+    """The caller's input is wrong; the message says what, where, and what would be right."""
+
+
+class ConfigError(BadInputError):
+    """A configuration key or value is wrong."""
+
+
+class AdapterRejectedError(BadInputError):
+    """An adapter cannot be served as it is."""
+
+
+class NotFoundError(BadInputError):
+    """A name is not known."""
+
+
+class AlreadyExistsError(BadInputError):
+    """A name is taken."""
+
+
+class OverloadedError(LoraServeError):
+    """A bounded queue or pool is full."""
+
+
+class UnavailableError(LoraServeError):
+    """Nobody can serve this at the moment."""
+
+
+class StaleError(LoraServeError):
+    """The caller's decision rests on a state that no longer holds; decide again."""
+
+
+class WorkFailedError(LoraServeError):
+    """The input was right and the work failed."""
+
+
+class ReplicaStartError(WorkFailedError):
+    """A replica did not become ready; `log_tail` holds the last lines of its log."""
+
+    def __init__(self, replica_id: str, reason: str, log_tail: str = "") -> None:
+        super().__init__(f"replica {replica_id} did not start: {reason}")
+        self.replica_id = replica_id
+        self.reason = reason
+        self.log_tail = log_tail
+
+    def __reduce__(self) -> tuple[type["ReplicaStartError"], tuple[str, str, str]]:
+        return ReplicaStartError, (self.replica_id, self.reason, self.log_tail)
+
+
+class EngineDeadError(WorkFailedError):
+    """The engine behind a replica is gone and takes no more requests."""

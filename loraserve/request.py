@@ -1,0 +1,85 @@
+"""One generation request and its output as plain values, shared by router, replica and engines."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from placement.types import VersionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTurn:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn; the defaults are those of the OpenAI and vLLM interfaces.
+
+    `top_k` 0 means all tokens; `logprobs` None means none are returned.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: int = 16
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What an engine is asked to generate.
+
+    `prompt` is text, token ids, or a conversation for the base tokenizer's chat template;
+    `version_id` None names the base model.
+    """
+
+    request_id: str
+    prompt: str | tuple[int, ...] | tuple[ChatTurn, ...]
+    version_id: VersionId | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+class FinishReason(Enum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprob:
+    """One alternative for a position; `rank` 1 is the likeliest token."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationStep:
+    """What one engine step added to one request; the last step carries `finish_reason`.
+
+    `token_ids`, `text` and `logprobs` are deltas; `output_tokens` counts all so far.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    prompt_tokens: int
+    output_tokens: int
+    finish_reason: FinishReason | None = None
+    stop_reason: str | None = None
+    logprobs: tuple[tuple[Logprob, ...], ...] = ()
