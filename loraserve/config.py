@@ -60,13 +60,15 @@ class EngineSection(Section):
 
 class EmulatedSection(Section):
     """The emulated engine's latency model: step = base + per_token·prefill tokens + per_seq·running
-    + per_rank·running·(largest rank in the batch); `speed` divides every step."""
+    + per_rank·running·(largest rank in the batch); `speed` divides every step.
+    `kv_bytes_per_token` sizes the KV cache in tokens."""
 
     base_step_ms: Annotated[float, Meta(ge=0)] = 4.0
     prefill_token_ms: Annotated[float, Meta(ge=0)] = 0.02
     decode_seq_ms: Annotated[float, Meta(ge=0)] = 0.1
     rank_seq_ms: Annotated[float, Meta(ge=0)] = 0.002
     load_bytes_per_s: Annotated[float, Meta(gt=0)] = 1e9
+    kv_bytes_per_token: Positive = 4096
     speed: Annotated[float, Meta(gt=0)] = 1.0
 
 
