@@ -1,0 +1,155 @@
+"""What the cluster's state machine hears (events, past tense) and asks for (commands, imperative)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from placement.table import RoutingTable
+from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, ReplicaSpec, VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReady:
+    """A replica is up (or was found again) and says what it holds."""
+
+    spec: ReplicaSpec
+    address: str
+    resident: frozenset[VersionId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLost:
+    """A replica died or stopped answering; its copies are gone with it."""
+
+    replica_id: ReplicaId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaGivenUp:
+    """A replica could not be started and will not be tried again."""
+
+    replica_id: ReplicaId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRegistered:
+    """A validated adapter, or a new version of a registered name."""
+
+    adapter: AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRemoved:
+    """An operator took the name out of service; an unknown name is no error."""
+
+    name: AdapterName
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWithdrawn:
+    """A registration that no replica could take is undone; the version before it serves on."""
+
+    version_id: VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    """A replica acknowledged a load."""
+
+    replica_id: ReplicaId
+    version_id: VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoadFailed:
+    """A replica refused a load; it is not tried there again before the next epoch."""
+
+    replica_id: ReplicaId
+    version_id: VersionId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUnloaded:
+    """A replica acknowledged that a copy is gone."""
+
+    replica_id: ReplicaId
+    version_id: VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class EpochElapsed:
+    """It is time to plan again, for this forecast."""
+
+    demand_tokens_per_s: Mapping[VersionId, float] = field(default_factory=lambda: MappingProxyType({}))
+
+
+Event = (
+    ReplicaReady
+    | ReplicaLost
+    | ReplicaGivenUp
+    | AdapterRegistered
+    | AdapterRemoved
+    | AdapterWithdrawn
+    | AdapterLoaded
+    | AdapterLoadFailed
+    | AdapterUnloaded
+    | EpochElapsed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StartReplica:
+    """Start this replica; `attempt` counts its restarts, for the shell's backoff."""
+
+    replica_id: ReplicaId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Have this replica load the adapter, and answer with AdapterLoaded or AdapterLoadFailed."""
+
+    replica_id: ReplicaId
+    adapter: AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """Have this replica drain and drop the copy, and answer with AdapterUnloaded."""
+
+    replica_id: ReplicaId
+    version_id: VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class PublishTable:
+    """Remember the table's version durably, then give the table to every router."""
+
+    table: RoutingTable
+
+
+@dataclass(frozen=True, slots=True)
+class SaveAdapter:
+    """Make the registration durable before anything after it happens."""
+
+    adapter: AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteAdapter:
+    """Forget the registration."""
+
+    version_id: VersionId
+
+
+@dataclass(frozen=True, slots=True)
+class SavePlan:
+    """Remember the plan durably."""
+
+    plan: Placement
+
+
+Command = StartReplica | LoadAdapter | UnloadAdapter | PublishTable | SaveAdapter | DeleteAdapter | SavePlan

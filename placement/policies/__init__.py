@@ -1,0 +1,23 @@
+"""Placement policies by name. A policy is one file and one line here."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from placement.policies.base import PlacementPolicy
+from placement.policies.least_loaded import LeastLoaded
+from placement.policies.slora_random import SloraRandom
+
+POLICIES: Mapping[str, PlacementPolicy] = MappingProxyType(
+    {policy.name: policy for policy in (LeastLoaded(), SloraRandom())}
+)
+
+
+def policy(name: str) -> PlacementPolicy:
+    """The policy of this name; KeyError lists the known ones."""
+    try:
+        return POLICIES[name]
+    except KeyError:
+        raise KeyError(f"unknown placement policy {name!r}; known: {', '.join(sorted(POLICIES))}") from None
+
+
+__all__ = ["POLICIES", "PlacementPolicy", "policy"]
