@@ -8,6 +8,7 @@ LoraServeError
 │   └── AlreadyExistsError   a name that is taken: ALREADY_EXISTS
 ├── OverloadedError          a bounded queue or pool is full: RESOURCE_EXHAUSTED
 ├── UnavailableError         nobody can serve this now: UNAVAILABLE
+├── DeadlineError            the request's time ran out: DEADLINE_EXCEEDED
 ├── StaleError               the caller decided on a state that no longer holds: FAILED_PRECONDITION
 └── WorkFailedError          the work was right but failed: exit code 1, INTERNAL
     ├── ReplicaStartError    a replica did not come up; carries the tail of its log
@@ -45,6 +46,10 @@ class OverloadedError(LoraServeError):
 
 class UnavailableError(LoraServeError):
     """Nobody can serve this at the moment."""
+
+
+class DeadlineError(LoraServeError):
+    """The request's time ran out before its work was done."""
 
 
 class StaleError(LoraServeError):

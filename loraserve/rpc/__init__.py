@@ -1,0 +1,1 @@
+"""What crosses the wire: generated messages, their translation to values, statuses, servers."""

@@ -1,0 +1,110 @@
+"""Routing tables and load reports on the wire and as values."""
+
+from dataclasses import dataclass
+
+from loraserve.errors import BadInputError
+from loraserve.rpc.codec import PROTOCOL_VERSION, check_protocol
+from loraserve.rpc.internal.v1 import internal_pb2
+from placement.table import RoutingTable, TableEntry, TableReplica
+from placement.types import AdapterName, Holder, ReplicaId, VersionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a replica says of its load; `sequence` grows by one per report of one `incarnation`."""
+
+    replica_id: ReplicaId
+    incarnation: str
+    sequence: int
+    running: int
+    waiting: int
+    outstanding_tokens: int
+    kv_cache_usage: float
+
+
+def encode_table(table: RoutingTable) -> internal_pb2.RoutingTable:
+    """The table as the controller publishes it."""
+    return internal_pb2.RoutingTable(
+        protocol_version=PROTOCOL_VERSION,
+        version=table.version,
+        base_model=table.base_model,
+        replicas=[
+            internal_pb2.TableReplica(
+                replica_id=replica.replica_id, address=replica.address, max_lora_rank=replica.max_lora_rank
+            )
+            for replica in table.replicas.values()
+        ],
+        entries=[
+            internal_pb2.TableEntry(
+                name=entry.name,
+                version_id=entry.version_id,
+                rank=entry.rank,
+                holders=[
+                    internal_pb2.TableHolder(replica_id=holder.replica_id, share=holder.share)
+                    for holder in entry.holders
+                ],
+            )
+            for entry in table.entries.values()
+        ],
+    )
+
+
+def decode_table(message: internal_pb2.RoutingTable) -> RoutingTable:
+    """The table in a message; BadInputError for another protocol version or a holder that it lacks."""
+    check_protocol(message.protocol_version, "the controller")
+    replicas = {
+        ReplicaId(replica.replica_id): TableReplica(
+            replica_id=ReplicaId(replica.replica_id),
+            address=replica.address,
+            max_lora_rank=replica.max_lora_rank,
+        )
+        for replica in message.replicas
+    }
+    entries = {}
+    for entry in message.entries:
+        holders = tuple(
+            Holder(replica_id=ReplicaId(holder.replica_id), share=holder.share) for holder in entry.holders
+        )
+        for holder in holders:
+            if holder.replica_id not in replicas:
+                raise BadInputError(
+                    f"routing table {message.version}: entries[{entry.name}]: holder {holder.replica_id}"
+                    " is not among the table's replicas"
+                )
+        entries[AdapterName(entry.name)] = TableEntry(
+            name=AdapterName(entry.name),
+            version_id=VersionId(entry.version_id),
+            rank=entry.rank,
+            holders=holders,
+        )
+    return RoutingTable(
+        version=message.version, base_model=message.base_model, replicas=replicas, entries=entries
+    )
+
+
+def encode_load(report: LoadReport) -> internal_pb2.LoadReport:
+    """The report as a replica sends it."""
+    return internal_pb2.LoadReport(
+        protocol_version=PROTOCOL_VERSION,
+        replica_id=report.replica_id,
+        incarnation=report.incarnation,
+        sequence=report.sequence,
+        running=report.running,
+        waiting=report.waiting,
+        outstanding_tokens=report.outstanding_tokens,
+        kv_cache_usage=report.kv_cache_usage,
+    )
+
+
+def decode_load(message: internal_pb2.LoadReport) -> LoadReport:
+    """The report in a message; BadInputError for another protocol version."""
+    check_protocol(message.protocol_version, f"replica {message.replica_id}")
+    return LoadReport(
+        replica_id=ReplicaId(message.replica_id),
+        incarnation=message.incarnation,
+        sequence=message.sequence,
+        running=message.running,
+        waiting=message.waiting,
+        outstanding_tokens=message.outstanding_tokens,
+        kv_cache_usage=message.kv_cache_usage,
+    )
