@@ -30,8 +30,8 @@ class SampleSet:
 def build_samples(directory: Path, *, ranks: Sequence[int] = DEFAULT_RANKS, seed: int = 0) -> SampleSet:
     """Build the checkpoint and one adapter per rank in `directory`, or reuse what is there.
 
-    A folder that this function built from another recipe is replaced; one that it did not build and that is not
-    empty is refused with BadInputError.
+    A folder that this function built from another recipe is replaced; one with other files in it is refused
+    with BadInputError.
     """
     if len(set(ranks)) != len(ranks):
         raise BadInputError(f"ranks {list(ranks)}: expected each rank once")

@@ -23,7 +23,7 @@ An old clock maker explained his work to me. Each wheel turns another wheel; eac
 If one part is too large, the whole clock runs late. If one part is too small, it does not run at all.
 He measured a tiny spring, wrote down the result, and smiled as though he had found a coin.
 The library holds forty thousand books on history, science, music, gardens, ships and stars.
-Students read at long tables under green lamps. Someone whispers, someone sleeps, and a page falls to the floor.
+Students read at long tables under green lamps. Someone whispers, someone sleeps, and a page falls down.
 The librarian knows where everything belongs. She can find a map of the northern islands in under a minute.
 To make soup for six people, chop two onions, three carrots and a handful of parsley. Add beans, pepper and
 broth, then simmer gently for half an hour. Taste it before you serve it, because salt is easy to add and hard
@@ -43,7 +43,7 @@ how you know it works. Good software is much the same: it answers, it remembers,
 The carpenter chose oak for the table, ash for the handles and pine for the shelves. He planed the boards,
 cut the joints, glued them and left everything under weights for a day and a night.
 Please write a short story about a ship that finds an island made of glass. The captain was afraid to land,
-so the cook rowed ashore alone with a lantern, a rope and a jar of honey. What happened next is hard to believe.
+so the cook rowed ashore alone with a lantern, a rope and a jar of honey. What happened is hard to believe.
 What is the capital of the kingdom? Where does the river end? Who built the tower, and when will it fall?
 Tell me about the sea. Tell me how the engine works. Explain why leaves change colour before they drop.
 Hello, my name is Clara and I repair bicycles. Good morning, can you help me find the road to the lake?
