@@ -1,0 +1,138 @@
+"""What a client learns of adapters and of the cluster, as plain values."""
+
+from dataclasses import dataclass
+
+from loraserve.rpc.v1 import management_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedBy:
+    """Where a request was answered and why there; what the router did not say is None."""
+
+    replica: str | None = None
+    table_version: int | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HolderStatus:
+    """A replica with a copy, and its share of the adapter's requests."""
+
+    replica_id: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterStatus:
+    """One registered adapter; `version` is `name@digest16`."""
+
+    name: str
+    version: str
+    rank: int
+    size_bytes: int
+    sha256: str
+    source: str
+    target_modules: tuple[str, ...]
+    holders: tuple[HolderStatus, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """One replica; `resident` are version ids."""
+
+    replica_id: str
+    state: str
+    address: str
+    max_lora_rank: int
+    adapter_slots: int
+    resident: tuple[str, ...]
+    resident_bytes: int
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    engine: str
+    pid: int
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStatus:
+    """The counters of the router that answered."""
+
+    router_id: str
+    requests: int
+    completed: int
+    failed: int
+    refused: int
+    cancelled: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """The cluster; `controller_reachable` False means that the router answers from its last table."""
+
+    cluster: str
+    base_model: str
+    policy: str
+    table_version: int
+    controller_reachable: bool
+    replicas: tuple[ReplicaStatus, ...]
+    adapters: tuple[AdapterStatus, ...]
+    router: RouterStatus
+
+
+def adapter_status(message: management_pb2.Adapter) -> AdapterStatus:
+    """The adapter in a message."""
+    return AdapterStatus(
+        name=message.name,
+        version=message.version,
+        rank=message.rank,
+        size_bytes=message.size_bytes,
+        sha256=message.sha256,
+        source=message.source,
+        target_modules=tuple(message.target_modules),
+        holders=tuple(HolderStatus(replica_id=one.replica_id, share=one.share) for one in message.holders),
+    )
+
+
+def replica_status(message: management_pb2.Replica) -> ReplicaStatus:
+    """The replica in a message."""
+    return ReplicaStatus(
+        replica_id=message.replica_id,
+        state=message.state,
+        address=message.address,
+        max_lora_rank=message.max_lora_rank,
+        adapter_slots=message.adapter_slots,
+        resident=tuple(message.resident),
+        resident_bytes=message.resident_bytes,
+        running=message.running,
+        waiting=message.waiting,
+        kv_cache_usage=message.kv_cache_usage,
+        engine=message.engine,
+        pid=message.pid,
+        restarts=message.restarts,
+    )
+
+
+def cluster_status(message: management_pb2.GetStatusResponse) -> ClusterStatus:
+    """The cluster in a message."""
+    router = message.router
+    return ClusterStatus(
+        cluster=message.cluster,
+        base_model=message.base_model,
+        policy=message.policy,
+        table_version=message.table_version,
+        controller_reachable=message.controller_reachable,
+        replicas=tuple(replica_status(one) for one in message.replicas),
+        adapters=tuple(adapter_status(one) for one in message.adapters),
+        router=RouterStatus(
+            router_id=router.router_id,
+            requests=router.requests,
+            completed=router.completed,
+            failed=router.failed,
+            refused=router.refused,
+            cancelled=router.cancelled,
+            in_flight=router.in_flight,
+        ),
+    )
