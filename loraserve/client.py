@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2
 
 from loraserve import client_types
 from loraserve.client_types import AdapterStatus, ClusterStatus, ServedBy
-from loraserve.errors import LoraServeError, UnavailableError
+from loraserve.errors import BadInputError, LoraServeError, UnavailableError
 from loraserve.request import ChatTurn, GenerationRequest, GenerationStep, SamplingParams
 from loraserve.rpc import codec
 from loraserve.rpc.server import make_channel
@@ -221,7 +221,11 @@ def _message(
     prompt: Prompt, adapter: str, sampling: SamplingParams, request_id: str
 ) -> inference_pb2.GenerateRequest:
     request = GenerationRequest(request_id=request_id, prompt=prompt, sampling=sampling)
-    return codec.encode_generate(request, adapter=adapter)
+    try:
+        return codec.encode_generate(request, adapter=adapter)
+    except (ValueError, TypeError) as error:
+        # A number that its field cannot hold, or text that is no UTF-8.
+        raise BadInputError(f"the request cannot be sent: {error}") from error
 
 
 def _served_by(metadata: object) -> ServedBy:

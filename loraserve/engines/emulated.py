@@ -6,7 +6,7 @@ the step takes, and hands out what it drew. Adapters are names with a rank and a
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from loraserve.clock import Clock
@@ -145,7 +145,7 @@ class EmulatedEngine:
         self._check_alive()
         return frozenset(self._adapters)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationStep]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Stream the request's steps; what the consumer did not fetch in time comes merged."""
         stream = self._submit(request)
         try:

@@ -1,0 +1,92 @@
+"""What every command shares: errors as one line and an exit code, JSON output, an event loop.
+
+Exit codes: 0 done, 1 the work failed, 2 bad input, 130 interrupted.
+"""
+
+import dataclasses
+import enum
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from loraserve.errors import BadInputError, LoraServeError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors into one line on stderr and the exit code that stands for them."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+            sys.stdout.flush()
+        except BadInputError as error:
+            fail(str(error), EXIT_BAD_INPUT)
+        except LoraServeError as error:
+            fail(str(error), EXIT_FAILED)
+        except KeyboardInterrupt:
+            fail("interrupted", EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            # The reader has gone; Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(EXIT_FAILED) from None
+
+    return wrapped
+
+
+def fail(message: str, exit_code: int) -> None:
+    """One line on stderr, then SystemExit."""
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(exit_code)
+
+
+def echo_json(value: object) -> None:
+    """One JSON object on one line of stdout; what JSON has no number for is null."""
+    print(json.dumps(plain(value), allow_nan=False, ensure_ascii=False), flush=True)
+
+
+def plain(value: object) -> Any:
+    """The value as JSON types: dataclasses as objects, enums as their values, non-finite floats as None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str | int | None):
+        return value
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(one) for one in value]
+    return str(value)
+
+
+def run_async(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine function on uvloop."""
+    import uvloop
+
+    result: T = uvloop.run(main())
+    return result
+
+
+def resolve_address(address: str | None, cluster: str) -> str:
+    """The given address, or that of the running cluster's router."""
+    if address is None:
+        from loraserve.cluster.state import router_address
+
+        return router_address(cluster)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise BadInputError(f"--address: {address} is not HOST:PORT, such as 127.0.0.1:50051")
+    return address
