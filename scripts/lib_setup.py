@@ -2,7 +2,7 @@
 
 usage: lib_setup.py cuda REPORT          names of the CUDA packages that pip would install, one per line
        lib_setup.py alone PROJECT        those of its requirements that are to be installed without their own
-       lib_setup.py needs PROJECT...     the requirements of installed projects on this machine, less what is left out
+       lib_setup.py needs PROJECT...     the requirements of installed projects, less what is left out
        lib_setup.py resolved REPORT      the report as exact requirements, but for loraserve
 """
 
