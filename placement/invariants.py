@@ -1,0 +1,74 @@
+"""What must hold of a cluster's state after every event; checkers for tests and for the paranoid."""
+
+from placement.cluster import ClusterState
+from placement.cluster_records import ReplicaPhase
+from placement.types import SHARE_TOLERANCE, Placement, Snapshot
+
+
+def check_cluster(state: ClusterState) -> None:
+    """AssertionError unless slots, bytes, ranks, the published table and the registry agree."""
+    for record in state.replicas.values():
+        if record.phase is not ReplicaPhase.READY:
+            _require(not record.copies, f"{record.replica_id} is {record.phase.value} and has copies")
+            continue
+        spec = record.spec
+        _require(spec is not None, f"{record.replica_id} is ready without a spec")
+        if spec is None:
+            continue
+        used_bytes = sum(copy.size_bytes for copy in record.copies.values())
+        _require(len(record.copies) <= spec.adapter_slots, f"{record.replica_id} is over its slots")
+        _require(used_bytes <= spec.pool_bytes, f"{record.replica_id} is over its bytes")
+        for version in record.copies:
+            adapter = state.adapters.get(version)
+            _require(
+                adapter is None or adapter.rank <= spec.max_lora_rank,
+                f"{version} is above the max rank of {record.replica_id}",
+            )
+    _check_table(state)
+    for name, version in state.active.items():
+        _require(state.adapters[version].name == name, f"{version} is active under {name}")
+    registered = set(state.active.values()).union(*state.superseded.values())
+    _require(registered == set(state.adapters), "the registry and the names disagree")
+
+
+def _check_table(state: ClusterState) -> None:
+    if not state.published:
+        return
+    for replica in state.table.replicas:
+        _require(state.replicas[replica].phase is ReplicaPhase.READY, f"the table names lost {replica}")
+    for entry in state.table.entries.values():
+        _require(bool(entry.holders), f"{entry.name} is in the table without holders")
+        total = sum(holder.share for holder in entry.holders)
+        _require(abs(total - 1) < SHARE_TOLERANCE, f"the shares of {entry.name} sum to {total}")
+        for holder in entry.holders:
+            _require(
+                state.replicas[holder.replica_id].holds(entry.version_id),
+                f"the table sends {entry.version_id} to {holder.replica_id}, which has not acknowledged it",
+            )
+
+
+def check_placement(snapshot: Snapshot, placement: Placement) -> None:
+    """AssertionError unless the placement respects slots, bytes and ranks and its shares sum to one."""
+    adapters = {adapter.version_id: adapter for adapter in snapshot.adapters}
+    specs = {spec.replica_id: spec for spec in snapshot.replicas}
+    slots = dict.fromkeys(specs, 0)
+    used_bytes = dict.fromkeys(specs, 0)
+    for version, holders in placement.holders.items():
+        adapter = adapters[version]
+        _require(bool(holders), f"{version} is placed nowhere and listed")
+        _require(len({holder.replica_id for holder in holders}) == len(holders), f"{version} is placed twice")
+        total = sum(holder.share for holder in holders)
+        _require(abs(total - 1) < SHARE_TOLERANCE, f"the shares of {version} sum to {total}")
+        for holder in holders:
+            spec = specs[holder.replica_id]
+            _require(adapter.rank <= spec.max_lora_rank, f"{version} is above {spec.replica_id}'s rank")
+            slots[holder.replica_id] += 1
+            used_bytes[holder.replica_id] += adapter.size_bytes
+    for replica, spec in specs.items():
+        _require(slots[replica] <= spec.adapter_slots, f"{replica} is over its slots")
+        _require(used_bytes[replica] <= spec.pool_bytes, f"{replica} is over its bytes")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
