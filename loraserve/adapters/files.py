@@ -44,10 +44,11 @@ def open_member(directory: Path, name: str, *, max_bytes: int, where: str) -> It
         raise _missing(directory, name, where) from None
     except (OSError, RuntimeError, ValueError) as error:
         raise AdapterRejectedError(f"{where}: cannot read {name}: {_reason(error)}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise AdapterRejectedError(f"{where}: {name} is not a regular file")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterRejectedError(f"{where}: {name} is not a regular file")
         if status.st_size > max_bytes:
             raise AdapterRejectedError(
                 f"{where}: {name} has {status.st_size} bytes; at most {max_bytes} are allowed"

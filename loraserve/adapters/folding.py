@@ -1,8 +1,8 @@
 """Rewrites an adapter whose modules differ in scaling, so that one r and one alpha serve all of them.
 
 Engines read one `r` and one `lora_alpha` for all modules. Each lora_B is multiplied by its module's own
-scaling in float32 and stored as F32 (one rounding, of 2^-24 at most); the new config says r = the largest rank
-and scaling 1 for every module, to PEFT as to an engine that ignores the patterns.
+scaling in float32 and stored as F32 (one rounding, of 2^-24 at most); the new config says r = the largest
+rank and scaling 1 for every module, to PEFT as to an engine that ignores the patterns.
 """
 
 import json

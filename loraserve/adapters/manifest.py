@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from loraserve.adapters.base import BaseModel
 from loraserve.adapters.files import (
@@ -15,7 +16,7 @@ from loraserve.adapters.files import (
     scan_weights,
 )
 from loraserve.adapters.peft_config import PeftConfig, parse_peft_config
-from loraserve.adapters.safetensors_file import MAX_HEADER_BYTES, SafetensorsError, read_header
+from loraserve.adapters.safetensors_file import MAX_HEADER_BYTES, Header, SafetensorsError, read_header
 from loraserve.adapters.tensors import check_tensors
 from loraserve.errors import AdapterRejectedError
 
@@ -26,8 +27,8 @@ DEFAULT_MAX_BYTES = 8 * 1024**3
 class AdapterManifest:
     """What an adapter's files say of it.
 
-    `rank` is the largest tensor rank; `size_bytes` is the sum of the tensors' sizes; `sha256` is, in hex, over
-    the digest of adapter_config.json followed by that of adapter_model.safetensors, each of all its bytes.
+    `rank` is the largest tensor rank; `size_bytes` is the sum of the tensors' sizes; `sha256` is, in hex,
+    that of adapter_config.json's sha256 followed by adapter_model.safetensors' (32 bytes each).
     `needs_folding` means that no single r and alpha scale all modules rightly: see `folding`.
     """
 
@@ -63,29 +64,20 @@ def inspect_adapter(
     config = parse_peft_config(raw, where)
     with open_member(directory, WEIGHTS_FILE, max_bytes=max_bytes + MAX_HEADER_BYTES, where=where) as opened:
         file, file_bytes = opened
-        try:
-            header = read_header(file, file_bytes)
-        except SafetensorsError as error:
-            raise AdapterRejectedError(f"{where}: {WEIGHTS_FILE}: {error}") from error
-        size_bytes = sum(tensor.end - tensor.begin for tensor in header.tensors)
-        if size_bytes > max_bytes:
-            raise AdapterRejectedError(
-                f"{where}: its tensors have {size_bytes} bytes; at most {max_bytes} are allowed"
-            )
+        header = _header(file, file_bytes, max_bytes, where)
         ranks = check_tensors(header.tensors, config=config, base=base, where=where)
-        rank = max(ranks.values())
-        if rank > max_lora_rank:
+        if max(ranks.values()) > max_lora_rank:
             raise AdapterRejectedError(
-                f"{where}: its rank is {rank}; no replica allows more than {max_lora_rank}"
+                f"{where}: its rank is {max(ranks.values())}; no replica allows more than {max_lora_rank}"
             )
-        weights_digest = hashlib.sha256()
+        digest = hashlib.sha256()
         file.seek(0)
-        weights_digest.update(file.read(header.data_start))
-        scan_weights(file, header, weights_digest, where)
+        digest.update(file.read(header.data_start))
+        scan_weights(file, header, digest, where)
     return AdapterManifest(
-        rank=rank,
-        size_bytes=size_bytes,
-        sha256=hashlib.sha256(hashlib.sha256(raw).digest() + weights_digest.digest()).hexdigest(),
+        rank=max(ranks.values()),
+        size_bytes=_size_bytes(header),
+        sha256=hashlib.sha256(hashlib.sha256(raw).digest() + digest.digest()).hexdigest(),
         target_modules=tuple(sorted({module.rpartition(".")[2] for module in ranks})),
         alpha=config.alpha,
         use_rslora=config.use_rslora,
@@ -102,6 +94,22 @@ def read_config(directory: Path, where: str) -> bytes:
     """The bytes of adapter_config.json."""
     with open_member(directory, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES, where=where) as (file, _):
         return file.read(MAX_CONFIG_BYTES + 1)
+
+
+def _header(file: BinaryIO, file_bytes: int, max_bytes: int, where: str) -> Header:
+    try:
+        header = read_header(file, file_bytes)
+    except SafetensorsError as error:
+        raise AdapterRejectedError(f"{where}: {WEIGHTS_FILE}: {error}") from error
+    if _size_bytes(header) > max_bytes:
+        raise AdapterRejectedError(
+            f"{where}: its tensors have {_size_bytes(header)} bytes; at most {max_bytes} are allowed"
+        )
+    return header
+
+
+def _size_bytes(header: Header) -> int:
+    return sum(tensor.end - tensor.begin for tensor in header.tensors)
 
 
 def _needs_folding(config: PeftConfig, ranks: Mapping[str, int]) -> bool:

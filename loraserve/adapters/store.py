@@ -1,8 +1,9 @@
 """The adapter store: validated adapters on this machine's disk, addressed by their content.
 
 Layout: `<store>/<first 16 hex of sha256>/` holds adapter_config.json, adapter_model.safetensors and
-manifest.json, all read-only. An entry is complete or absent: it is made in `.tmp-<pid>-...` beside it, brought to
-the disk and renamed. Plain adapters are stored byte for byte, those that need it folded (see `folding`).
+manifest.json, all read-only. An entry is complete or absent: it is made in `.tmp-<pid>-...` beside it, then
+brought to the disk and renamed. Plain adapters are stored byte for byte, those that need it folded (see
+`folding`).
 """
 
 import asyncio
