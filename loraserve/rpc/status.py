@@ -2,7 +2,7 @@
 
 import logging
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 
@@ -60,7 +60,7 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
 
 
 async def abort_with(
-    context: "grpc.aio.ServicerContext[object, object]",
+    context: "grpc.aio.ServicerContext[Any, Any]",
     error: BaseException,
     trailing_metadata: tuple[tuple[str, str], ...] = (),
 ) -> NoReturn:

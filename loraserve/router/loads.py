@@ -1,0 +1,98 @@
+"""The replicas' latest load reports, and when they are too old to believe."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from loraserve.clock import Clock
+from loraserve.rpc.table_codec import LoadReport
+from placement.routing import LoadView, ReplicaLoad
+from placement.types import ReplicaId
+
+STALE_AFTER_S = 1.0
+"""Ten report intervals: a replica that is silent for so long tells nothing about its load."""
+
+VIEW_PERIOD_S = 0.01
+"""A view is at most so old, which spares building one per request."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    incarnation: str
+    previous_incarnation: str | None
+    sequence: int
+    received_s: float
+    load: ReplicaLoad
+
+
+class LoadBook:
+    """Keeps one report per replica; a report that is not newer than the kept one is dropped.
+
+    Age is measured from receipt, on this side's clock.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        in_flight: Mapping[ReplicaId, int],
+        max_waiting: int | None = None,
+        stale_after_s: float = STALE_AFTER_S,
+    ) -> None:
+        self._clock = clock
+        self._in_flight = in_flight
+        self._max_waiting = max_waiting
+        self._stale_after_s = stale_after_s
+        self._entries: dict[ReplicaId, _Entry] = {}
+        self._view = LoadView(loads={}, in_flight=in_flight, max_waiting=max_waiting)
+        self._view_s = float("-inf")
+
+    def record(self, report: LoadReport) -> bool:
+        """Keep the report; False if it is not newer than the last one of its replica."""
+        kept = self._entries.get(report.replica_id)
+        previous: str | None = None
+        if kept is not None:
+            if report.incarnation == kept.incarnation:
+                if report.sequence <= kept.sequence:
+                    return False
+                previous = kept.previous_incarnation
+            elif report.incarnation == kept.previous_incarnation:
+                return False
+            else:
+                previous = kept.incarnation
+        self._entries[report.replica_id] = _Entry(
+            incarnation=report.incarnation,
+            previous_incarnation=previous,
+            sequence=report.sequence,
+            received_s=self._clock.now_s(),
+            load=ReplicaLoad(
+                replica_id=report.replica_id,
+                running=report.running,
+                waiting=report.waiting,
+                outstanding_tokens=report.outstanding_tokens,
+                kv_cache_usage=report.kv_cache_usage,
+                own_requests=self._in_flight.get(report.replica_id, 0),
+            ),
+        )
+        self._view_s = float("-inf")
+        return True
+
+    def forget(self, replica_id: ReplicaId) -> None:
+        """The replica has left the table."""
+        self._entries.pop(replica_id, None)
+        self._view_s = float("-inf")
+
+    def view(self) -> LoadView:
+        """The loads as of now or `VIEW_PERIOD_S` ago, None for a replica whose report is stale."""
+        now_s = self._clock.now_s()
+        if now_s - self._view_s >= VIEW_PERIOD_S:
+            self._view = LoadView(
+                loads={name: self._fresh(entry, now_s) for name, entry in self._entries.items()},
+                in_flight=self._in_flight,
+                max_waiting=self._max_waiting,
+            )
+            self._view_s = now_s
+        return self._view
+
+    def _fresh(self, entry: _Entry, now_s: float) -> ReplicaLoad | None:
+        age_s = now_s - entry.received_s
+        return replace(entry.load, age_s=age_s) if age_s <= self._stale_after_s else None

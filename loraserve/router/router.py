@@ -1,0 +1,225 @@
+"""The router: a gRPC server, a routing table kept current, connections to the replicas.
+
+Stateless but for what is in flight, so that any number of them can stand side by side. Knows
+nothing of Ray; runs on whatever loop starts it.
+"""
+
+import asyncio
+import logging
+import secrets
+from random import Random
+
+import grpc
+
+from loraserve.clock import Clock, WallClock
+from loraserve.config import RouterSection
+from loraserve.errors import ConfigError
+from loraserve.router.ledger import Ledger, RequestOutcome, RouterCounters
+from loraserve.router.loads import LoadBook
+from loraserve.router.peers import Peers
+from loraserve.router.service_inference import SERVICE as INFERENCE
+from loraserve.router.service_inference import InferenceParts, InferenceService
+from loraserve.router.service_management import SERVICE as MANAGEMENT
+from loraserve.router.service_management import LocalStatus, ManagementService
+from loraserve.router.tables import TableFollower
+from loraserve.rpc.server import Health, add_reflection, bind, make_channel, make_server
+from loraserve.rpc.v1 import management_pb2_grpc
+from placement.routing import Chooser
+from placement.table import RoutingTable
+
+logger = logging.getLogger(__name__)
+
+SPARE_RPCS = 256
+"""Calls beyond `max_in_flight` that get a proper refusal instead of gRPC's own: health, status, ..."""
+
+FLUSH_S = 0.2
+"""What answers already given have to reach their clients when the server stops."""
+
+
+class Router:
+    """One router: `start`, serve, `stop`.
+
+    Guarantees: every admitted request is counted once and holds nothing after its end; at most
+    `config.max_in_flight` are admitted. Without a controller it serves on the last table it saw.
+    """
+
+    def __init__(
+        self,
+        config: RouterSection,
+        *,
+        router_id: str,
+        controller_address: str,
+        cluster_name: str,
+        clock: Clock | None = None,
+        insecure_listen: bool = False,
+        run_id: str | None = None,
+    ) -> None:
+        """`run_id` sets this run's request ids apart from those of any other; random by default."""
+        self._config = config
+        self._router_id = router_id
+        self._controller_address = controller_address
+        self._cluster_name = cluster_name
+        self._clock = clock or WallClock()
+        self._insecure_listen = insecure_listen
+        self._run_id = run_id or secrets.token_hex(4)
+        self._rng = Random(f"{router_id}/{self._run_id}")
+        self._ledger = Ledger(max_in_flight=config.max_in_flight)
+        self._loads = LoadBook(
+            clock=self._clock,
+            in_flight=self._ledger.in_flight,
+            max_waiting=config.max_waiting_per_replica,
+        )
+        try:
+            self._chooser = Chooser(config.routing, self._rng.getrandbits(64))
+        except ValueError as error:
+            raise ConfigError(f"router.{error}") from error
+        self._running: _Running | None = None
+
+    @property
+    def table(self) -> RoutingTable:
+        """The routing table in use; version 0 before the first one."""
+        return self._running.tables.table if self._running else RoutingTable()
+
+    @property
+    def serving(self) -> bool:
+        """What `grpc.health.v1` answers."""
+        return self._running is not None and self._running.health.serving
+
+    @property
+    def counters(self) -> RouterCounters:
+        """Requests by how they ended."""
+        return self._ledger.counters()
+
+    @property
+    def outcomes(self) -> tuple[RequestOutcome, ...]:
+        """The last requests that ended, oldest first."""
+        return self._ledger.outcomes
+
+    @property
+    def loads(self) -> LoadBook:
+        """The replicas' load as this router sees it."""
+        return self._loads
+
+    def check_invariants(self, *, idle: bool = False) -> None:
+        """AssertionError unless requests are conserved; with `idle`, unless nothing is in flight."""
+        self._ledger.check_invariants(idle=idle)
+
+    async def start(self) -> int:
+        """Listen, begin to follow the controller, and return the port.
+
+        BadInputError for a host or port that cannot be listened at. Serving begins, as health shows,
+        with the first table that lists a replica.
+        """
+        server = make_server(
+            max_message_bytes=self._config.max_message_bytes,
+            max_concurrent_rpcs=self._config.max_in_flight + SPARE_RPCS,
+        )
+        port = bind(server, self._config.host, self._config.port, insecure_listen=self._insecure_listen)
+        running = self._assemble(server)
+        self._running = running
+        await running.health.set_serving(False)
+        await server.start()
+        running.follower = asyncio.create_task(running.tables.run(), name="routing table")
+        logger.info("router %s listens at %s:%d", self._router_id, self._config.host, port)
+        return port
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse what is new, give what runs `grace_s` seconds to end, cancel the rest. Safe twice."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        running.inference.stopping = True
+        await running.health.enter_shutdown()
+        await self._ledger.idle(grace_s)
+        await running.server.stop(FLUSH_S)
+        if running.follower is not None:
+            running.follower.cancel()
+            await asyncio.wait([running.follower])
+        await running.peers.close()
+        await running.controller.close()
+
+    async def wait_stopped(self) -> None:
+        """Return when the server has stopped."""
+        if self._running is not None:
+            await self._running.server.wait_for_termination()
+
+    def _assemble(self, server: grpc.aio.Server) -> "_Running":
+        config = self._config
+        health = Health(server, (INFERENCE, MANAGEMENT))
+        controller = make_channel(self._controller_address, max_message_bytes=config.max_message_bytes)
+        peers = Peers(
+            router_id=self._router_id,
+            loads=self._loads,
+            max_message_bytes=config.max_message_bytes,
+            rng=self._rng,
+        )
+        tables = TableFollower(
+            router_id=self._router_id, channel=controller, rng=self._rng, on_change=self._adopt_table
+        )
+        inference = InferenceService(
+            InferenceParts(
+                router_id=self._router_id,
+                run_id=self._run_id,
+                clock=self._clock,
+                ledger=self._ledger,
+                loads=self._loads,
+                peers=peers,
+                tables=tables,
+                chooser=self._chooser,
+                default_deadline_s=config.default_deadline_s,
+            )
+        )
+        server.add_generic_rpc_handlers((inference.handler(),))
+        management = ManagementService(
+            controller_address=self._controller_address,
+            channel=controller,
+            tables=tables,
+            default_deadline_s=config.default_deadline_s,
+            local_status=LocalStatus(
+                router_id=self._router_id,
+                cluster_name=self._cluster_name,
+                loads=self._loads,
+                ledger=self._ledger,
+            ),
+        )
+        management_pb2_grpc.add_ManagementServicer_to_server(management, server)
+        add_reflection(server, (INFERENCE, MANAGEMENT))
+        return _Running(
+            server=server,
+            health=health,
+            controller=controller,
+            peers=peers,
+            tables=tables,
+            inference=inference,
+        )
+
+    async def _adopt_table(self) -> None:
+        running = self._running
+        if running is None:
+            return
+        running.peers.update(running.tables.table.replicas)
+        serving = running.tables.compatible and bool(running.tables.table.replicas)
+        if serving != running.health.serving:
+            await running.health.set_serving(serving)
+
+
+class _Running:
+    """What exists between `start` and `stop`."""
+
+    def __init__(
+        self,
+        *,
+        server: grpc.aio.Server,
+        health: Health,
+        controller: grpc.aio.Channel,
+        peers: Peers,
+        tables: TableFollower,
+        inference: InferenceService,
+    ) -> None:
+        self.server = server
+        self.health = health
+        self.controller = controller
+        self.peers = peers
+        self.tables = tables
+        self.inference = inference
+        self.follower: asyncio.Task[None] | None = None

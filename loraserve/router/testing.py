@@ -1,0 +1,247 @@
+"""Stand-ins for a replica and a controller on real gRPC servers, for tests of routers and clients."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from loraserve.rpc.codec import PROTOCOL_VERSION
+from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
+from loraserve.rpc.server import bind, make_server
+from loraserve.rpc.table_codec import LoadReport, encode_load, encode_table
+from loraserve.rpc.v1 import inference_pb2, management_pb2, management_pb2_grpc
+from placement.table import RoutingTable, TableEntry, TableReplica
+from placement.types import AdapterName, Holder, ReplicaId, VersionId
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Script = Callable[[internal_pb2.ExecuteRequest], AsyncIterator[inference_pb2.GenerateResponse]]
+
+
+def table_of(
+    version: int, replicas: dict[str, str], adapters: dict[str, tuple[str, ...]] | None = None
+) -> RoutingTable:
+    """A table from `{replica: address}` and `{adapter: holders}`, shares equal, versions `name@0`."""
+    return RoutingTable(
+        version=version,
+        base_model="base",
+        replicas={
+            ReplicaId(name): TableReplica(replica_id=ReplicaId(name), address=address, max_lora_rank=64)
+            for name, address in replicas.items()
+        },
+        entries={
+            AdapterName(name): TableEntry(
+                name=AdapterName(name),
+                version_id=VersionId(f"{name}@0"),
+                rank=8,
+                holders=tuple(
+                    Holder(replica_id=ReplicaId(holder), share=1 / len(holders)) for holder in holders
+                ),
+            )
+            for name, holders in (adapters or {}).items()
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A call as the replica got it; `remaining_s` is the deadline that came with it."""
+
+    request: internal_pb2.ExecuteRequest
+    generate: inference_pb2.GenerateRequest
+    remaining_s: float | None
+
+
+async def three_tokens(
+    request: internal_pb2.ExecuteRequest,
+) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    """What a fake replica answers when a test says nothing else."""
+    yield inference_pb2.GenerateResponse(
+        token_ids=[1], text="a", request_id=request.request_id, adapter_version=request.version_id
+    )
+    yield inference_pb2.GenerateResponse(token_ids=[2], text="b")
+    yield inference_pb2.GenerateResponse(
+        token_ids=[3], text="c", finish_reason=inference_pb2.FINISH_REASON_STOP, output_tokens=3
+    )
+
+
+class FakeReplica(internal_pb2_grpc.ReplicaServicer):
+    """Runs `script` for every call, or refuses with `refusal`; remembers what it got."""
+
+    def __init__(self, replica_id: str) -> None:
+        self.replica_id = replica_id
+        self.address = ""
+        self.script: Script = three_tokens
+        self.refusal: grpc.StatusCode | None = None
+        self.received: list[Received] = []
+        self.arrived = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.watched = asyncio.Event()
+        self._reports: asyncio.Queue[internal_pb2.LoadReport] = asyncio.Queue(maxsize=1000)
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, port: int = 0) -> None:
+        """Listen at a port of 127.0.0.1."""
+        server = make_server()
+        internal_pb2_grpc.add_ReplicaServicer_to_server(self, server)
+        self.address = f"127.0.0.1:{bind(server, '127.0.0.1', port)}"
+        await server.start()
+        self._server = server
+
+    async def stop(self) -> None:
+        """End at once, as a crash would."""
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    def report(
+        self, *, sequence: int, running: int = 0, waiting: int = 0, incarnation: str = "first"
+    ) -> None:
+        """Send a load report to whoever watches."""
+        self._reports.put_nowait(
+            encode_load(
+                LoadReport(
+                    replica_id=ReplicaId(self.replica_id),
+                    incarnation=incarnation,
+                    sequence=sequence,
+                    running=running,
+                    waiting=waiting,
+                    outstanding_tokens=0,
+                    kv_cache_usage=0.0,
+                )
+            )
+        )
+
+    async def Execute(  # noqa: N802
+        self, request: internal_pb2.ExecuteRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Stream the script's messages."""
+        await self._arrive(request, context)
+        try:
+            async for message in self.script(request):
+                yield message
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    async def ExecuteUnary(  # noqa: N802
+        self, request: internal_pb2.ExecuteRequest, context: Context
+    ) -> inference_pb2.GenerateResponse:
+        """The script's messages as one."""
+        await self._arrive(request, context)
+        answer = inference_pb2.GenerateResponse()
+        text = ""
+        try:
+            async for message in self.script(request):
+                text += message.text
+                answer.MergeFrom(message)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        answer.text = text
+        return answer
+
+    async def WatchLoad(  # noqa: N802
+        self, request: internal_pb2.WatchLoadRequest, context: Context
+    ) -> AsyncIterator[internal_pb2.LoadReport]:
+        """What `report` was given, in order."""
+        self.watched.set()
+        while True:
+            yield await self._reports.get()
+
+    async def _arrive(self, request: internal_pb2.ExecuteRequest, context: Context) -> None:
+        self.received.append(
+            Received(
+                request=request,
+                generate=inference_pb2.GenerateRequest.FromString(request.generate),
+                remaining_s=context.time_remaining(),
+            )
+        )
+        self.arrived.set()
+        if self.refusal is not None:
+            await context.abort(self.refusal, f"{self.replica_id} refuses")
+
+
+class FakeController(internal_pb2_grpc.ControlServicer, management_pb2_grpc.ManagementServicer):
+    """Publishes the tables it is given and answers Management with a fixed adapter."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.watched = asyncio.Event()
+        self.table: internal_pb2.RoutingTable | None = None
+        self.refusal: grpc.StatusCode | None = None
+        self.watch_requests: list[internal_pb2.WatchTableRequest] = []
+        self.registered: list[management_pb2.RegisterAdapterRequest] = []
+        self.on_register: Callable[[], int] = lambda: 0
+        self._changed = asyncio.Condition()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen, at the same port as before if there was one."""
+        server = make_server()
+        internal_pb2_grpc.add_ControlServicer_to_server(self, server)
+        management_pb2_grpc.add_ManagementServicer_to_server(self, server)
+        port = int(self.address.rpartition(":")[2]) if self.address else 0
+        self.address = f"127.0.0.1:{bind(server, '127.0.0.1', port)}"
+        await server.start()
+        self._server = server
+
+    async def stop(self) -> None:
+        """End at once, as a crash would."""
+        self.watched.clear()
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    async def publish(self, table: RoutingTable, *, protocol_version: int = PROTOCOL_VERSION) -> None:
+        """Send the table to every router, now and when it connects."""
+        async with self._changed:
+            self.table = encode_table(table)
+            self.table.protocol_version = protocol_version
+            self._changed.notify_all()
+
+    async def WatchTable(  # noqa: N802
+        self, request: internal_pb2.WatchTableRequest, context: Context
+    ) -> AsyncIterator[internal_pb2.RoutingTable]:
+        """The present table, then every later one."""
+        self.watch_requests.append(request)
+        self.watched.set()
+        if self.refusal is not None:
+            await context.abort(self.refusal, "protocol_version: refused")
+        sent: internal_pb2.RoutingTable | None = None
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self.table is not sent)
+                sent = self.table
+            if sent is not None:
+                yield sent
+
+    async def RegisterAdapter(  # noqa: N802
+        self, request: management_pb2.RegisterAdapterRequest, context: Context
+    ) -> management_pb2.RegisterAdapterResponse:
+        """Remember the request; a source that ends in "bad" is refused."""
+        self.registered.append(request)
+        if request.source.endswith("bad"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "adapter_config.json: missing")
+        return management_pb2.RegisterAdapterResponse(
+            adapter=management_pb2.Adapter(name=request.name), table_version=self.on_register()
+        )
+
+    async def RemoveAdapter(  # noqa: N802
+        self, request: management_pb2.RemoveAdapterRequest, context: Context
+    ) -> management_pb2.RemoveAdapterResponse:
+        """Always done."""
+        return management_pb2.RemoveAdapterResponse()
+
+    async def ListAdapters(  # noqa: N802
+        self, request: management_pb2.ListAdaptersRequest, context: Context
+    ) -> management_pb2.ListAdaptersResponse:
+        """One adapter."""
+        return management_pb2.ListAdaptersResponse(adapters=[management_pb2.Adapter(name="listed")])
+
+    async def GetStatus(  # noqa: N802
+        self, request: management_pb2.GetStatusRequest, context: Context
+    ) -> management_pb2.GetStatusResponse:
+        """A status that tells the controller's answer from the router's own."""
+        return management_pb2.GetStatusResponse(cluster="from-the-controller", policy="least-loaded")
