@@ -25,7 +25,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of all sections."""
 
 
-class ClusterSection(Section):
+class ClusterSection(Section, frozen=True):
     """`name` tells clusters of one machine apart; `state_dir` '' is the cache folder's."""
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")] = "default"
@@ -34,14 +34,14 @@ class ClusterSection(Section):
     start_timeout_s: Seconds = 300.0
 
 
-class ModelSection(Section):
+class ModelSection(Section, frozen=True):
     """The base model: a local folder or a Hugging Face id; '' is allowed for the emulated engine."""
 
     path: str = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-class EngineSection(Section):
+class EngineSection(Section, frozen=True):
     """One engine instance. `adapter_slots` is how many adapters it holds at once; `extra` is passed
     to vLLM's engine arguments as it is, except for what LoRAServe owns or cannot run."""
 
@@ -58,7 +58,7 @@ class EngineSection(Section):
     extra: dict[str, Any] = {}
 
 
-class EmulatedSection(Section):
+class EmulatedSection(Section, frozen=True):
     """The emulated engine's latency model: step = base + per_token·prefill tokens + per_seq·running
     + per_rank·running·(largest rank in the batch); `speed` divides every step.
     `kv_bytes_per_token` sizes the KV cache in tokens."""
@@ -72,7 +72,7 @@ class EmulatedSection(Section):
     speed: Annotated[float, Meta(gt=0)] = 1.0
 
 
-class PlacementSection(Section):
+class PlacementSection(Section, frozen=True):
     """The placement policy by name, its seed, and how often it plans anew."""
 
     policy: str = "least-loaded"
@@ -80,7 +80,7 @@ class PlacementSection(Section):
     epoch_s: Seconds = 60.0
 
 
-class RouterSection(Section):
+class RouterSection(Section, frozen=True):
     """`max_in_flight` and `max_waiting_per_replica` bound what a router admits."""
 
     host: str = "127.0.0.1"
@@ -93,7 +93,7 @@ class RouterSection(Section):
     routing: str = "least-outstanding"
 
 
-class AdaptersSection(Section):
+class AdaptersSection(Section, frozen=True):
     """`allow_urls` lists the URL prefixes that adapters may be fetched from besides local paths."""
 
     allow_urls: list[str] = []
@@ -101,7 +101,7 @@ class AdaptersSection(Section):
     fetch_timeout_s: Seconds = 600.0
 
 
-class ReplicaSection(Section):
+class ReplicaSection(Section, frozen=True):
     """How a replica behaves while draining and reporting."""
 
     drain_timeout_s: Seconds = 30.0
@@ -111,14 +111,14 @@ class ReplicaSection(Section):
     max_in_flight: Positive = 1024
 
 
-class SloSection(Section):
+class SloSection(Section, frozen=True):
     """The targets that attainment and goodput are counted against."""
 
     ttft_ms: Seconds = 2000.0
     tbt_ms: Seconds = 150.0
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """The whole configuration."""
 
     cluster: ClusterSection = ClusterSection()

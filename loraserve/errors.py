@@ -11,6 +11,7 @@ LoraServeError
 ├── DeadlineError            the request's time ran out: DEADLINE_EXCEEDED
 ├── StaleError               the caller decided on a state that no longer holds: FAILED_PRECONDITION
 └── WorkFailedError          the work was right but failed: exit code 1, INTERNAL
+    ├── ClusterStartError    `up` failed; carries the tail of the log that says why
     ├── ReplicaStartError    a replica did not come up; carries the tail of its log
     └── EngineDeadError      the engine behind a replica is gone: UNAVAILABLE
 """
@@ -58,6 +59,14 @@ class StaleError(LoraServeError):
 
 class WorkFailedError(LoraServeError):
     """The input was right and the work failed."""
+
+
+class ClusterStartError(WorkFailedError):
+    """A cluster did not start and nothing of it is left running; `log_tail` says more."""
+
+    def __init__(self, message: str, log_tail: str = "") -> None:
+        super().__init__(message)
+        self.log_tail = log_tail
 
 
 class ReplicaStartError(WorkFailedError):

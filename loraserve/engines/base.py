@@ -1,6 +1,6 @@
 """The protocol between a replica and the engine that runs the model."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -67,7 +67,7 @@ class Engine(Protocol):
         """The versions that the engine itself says it holds."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationStep]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Stream the request's steps.
 
         BadInputError for a prompt the model cannot take, NotFoundError for a version that is not

@@ -1,0 +1,53 @@
+"""The command line: registers the commands, which import what they need when they run."""
+
+import sys
+
+import typer
+
+from loraserve.cli.adapter import adapter_app
+from loraserve.cli.down import down
+from loraserve.cli.status import status
+from loraserve.cli.up import up
+
+
+def make_app() -> typer.Typer:
+    """The whole command tree."""
+    app = typer.Typer(
+        name="loraserve",
+        help="Serve many LoRA adapters of different ranks over a cluster of vLLM replicas.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    from loraserve.cli.doctor import doctor
+    from loraserve.cli.generate import generate
+    from loraserve.cli.replay import replay
+
+    for command in (up, down, status, generate, replay, doctor):
+        app.command()(command)
+    app.add_typer(adapter_app, name="adapter")
+    app.callback()(top)
+    return app
+
+
+def top(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    """Serve many LoRA adapters of different ranks over a cluster of vLLM replicas."""
+    if version:
+        from loraserve import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def run() -> None:
+    """The console script."""
+    from loraserve.cli.packages_check import check_own_packages
+
+    problem = check_own_packages()
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2)
+    make_app()()

@@ -1,0 +1,152 @@
+"""Replicas as detached named Ray actors, which outlive the controller that started them."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from loraserve.cluster.actors import ReplicaActor
+from loraserve.cluster.processes import tail
+from loraserve.config import Config, config_tree
+from loraserve.controller.fleet import ReplicaLink
+from loraserve.engines.base import AdapterFiles
+from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError, WorkFailedError
+from loraserve.replica.server import ReplicaDescription, ReplicaReport
+from placement.types import ReplicaId, VersionId
+
+NAMESPACE = "loraserve"
+FIND_TIMEOUT_S = 10.0
+MAX_PENDING_CALLS = 1000
+
+T = TypeVar("T")
+
+
+def actor_name(cluster: str, name: str) -> str:
+    """The Ray name of one of a cluster's actors."""
+    return f"{cluster}/{name}"
+
+
+async def answer(call: Awaitable[T]) -> T:
+    """A Ray call's result, its failures as our errors: UnavailableError if the process is gone."""
+    import ray.exceptions
+
+    try:
+        return await call
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, LoraServeError):
+            raise cause from None
+        raise WorkFailedError(f"{type(cause).__name__}: {cause}") from None
+    except ray.exceptions.RayActorError as error:
+        raise UnavailableError(f"its process is gone: {str(error).splitlines()[0]}") from None
+    except ray.exceptions.RayError as error:
+        raise UnavailableError(f"Ray: {str(error).splitlines()[0]}") from None
+
+
+class RayLink:
+    """The controller's way to one replica actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def describe(self) -> ReplicaDescription:
+        """What the replica is and holds."""
+        description: ReplicaDescription = await answer(self._actor.describe.remote())
+        return description
+
+    async def report(self) -> ReplicaReport:
+        """Its state for operators."""
+        report: ReplicaReport = await answer(self._actor.report.remote())
+        return report
+
+    async def load_adapter(self, files: AdapterFiles) -> None:
+        """Load and acknowledge."""
+        await answer(self._actor.load_adapter.remote(files))
+
+    async def unload_adapter(self, version: VersionId) -> None:
+        """Drain and drop."""
+        await answer(self._actor.unload_adapter.remote(version))
+
+    async def wait_lost(self) -> str:
+        """Ray fails the pending call as soon as the process dies."""
+        try:
+            await answer(self._actor.wait_stopped.remote())
+        except LoraServeError as error:
+            return str(error)
+        return "it was stopped"
+
+
+class RayFleet:
+    """Starts, finds and kills replica actors."""
+
+    def __init__(self, config: Config, folder: str, *, insecure_listen: bool = False) -> None:
+        self._config = config
+        self._folder = folder
+        self._insecure_listen = insecure_listen
+
+    async def start(self, replica_id: ReplicaId) -> ReplicaLink:
+        """Create the actor and wait until its engine is up."""
+        import ray
+
+        engine = self._config.engine
+        options: dict[str, Any] = {
+            "name": actor_name(self._config.cluster.name, replica_id),
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": 0,
+            "max_concurrency": MAX_PENDING_CALLS,
+            "num_cpus": 0,
+            "num_gpus": engine.gpus_per_replica,
+        }
+        await self.kill(replica_id)
+        actor = (
+            ray.remote(ReplicaActor)
+            .options(**options)
+            .remote(replica_id, config_tree(self._config), self._folder, self._insecure_listen)
+        )
+        timeout_s = self._config.cluster.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await answer(actor.start.remote())
+        except (LoraServeError, TimeoutError) as error:
+            ray.kill(actor, no_restart=True)
+            if isinstance(error, ReplicaStartError):
+                raise
+            reason = str(error) or f"not ready within {timeout_s:.0f} s"
+            log = Path(self._folder) / "logs" / f"{replica_id}.log"
+            raise ReplicaStartError(replica_id, reason, tail(log)) from None
+        return RayLink(actor)
+
+    async def find(self, replica_id: ReplicaId) -> ReplicaLink | None:
+        """The actor of this name, if it answers."""
+        actor = self._actor(replica_id)
+        if actor is None:
+            return None
+        link = RayLink(actor)
+        try:
+            async with asyncio.timeout(FIND_TIMEOUT_S):
+                await link.describe()
+        except (LoraServeError, TimeoutError):
+            return None
+        return link
+
+    async def kill(self, replica_id: ReplicaId) -> None:
+        """SIGKILL the actor's process and wait until its name is free again."""
+        import ray
+
+        for _ in range(100):
+            actor = self._actor(replica_id)
+            if actor is None:
+                return
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(actor, no_restart=True)
+            await asyncio.sleep(0.05)
+
+    def _actor(self, replica_id: ReplicaId) -> Any:
+        import ray
+
+        try:
+            return ray.get_actor(actor_name(self._config.cluster.name, replica_id), namespace=NAMESPACE)
+        except ValueError:
+            return None

@@ -1,0 +1,40 @@
+"""The adapter store as one cluster's configuration wants it."""
+
+from pathlib import Path
+
+from loraserve.adapters import AdapterStore, StoreLimits, read_base
+from loraserve.config import Config
+from loraserve.errors import BadInputError
+
+
+def open_library(directory: Path, config: Config) -> AdapterStore:
+    """The store in `directory`, checking adapters against the configured base model.
+
+    BadInputError for a base model that cannot be read; without one (the emulated engine allows that)
+    adapters are checked for themselves alone.
+    """
+    base = read_base(Path(config.model.path)) if config.model.path else None
+    limits = StoreLimits(
+        max_lora_rank=config.engine.max_lora_rank,
+        max_bytes=config.adapters.max_size_bytes,
+        allow_urls=tuple(config.adapters.allow_urls),
+    )
+    return AdapterStore(directory, base=base, limits=limits)
+
+
+def resolve_model(path: str) -> str:
+    """A local folder as it is; a Hugging Face id as the folder of its snapshot, downloaded if need be."""
+    if not path or Path(path).is_dir():
+        return path
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise BadInputError(
+            f"model.path: {path} is no folder and no Hugging Face id (organisation/name);"
+            " give a folder with config.json, tokenizer and safetensors"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except Exception as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInputError(f"model.path: cannot download {path}: {first_line}") from error

@@ -1,0 +1,163 @@
+"""The controller's gRPC services: adapters and status for operators, routing tables for routers."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from loraserve.controller.controller import Controller
+from loraserve.errors import LoraServeError
+from loraserve.rpc import server as rpc_server
+from loraserve.rpc.codec import check_protocol
+from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
+from loraserve.rpc.status import abort_with
+from loraserve.rpc.table_codec import encode_table
+from loraserve.rpc.v1 import management_pb2, management_pb2_grpc
+from placement.cluster_records import ReplicaRecord
+from placement.types import VersionId
+
+logger = logging.getLogger(__name__)
+
+TABLE_POLL_S = 3600.0
+
+
+class ControlService(internal_pb2_grpc.ControlServicer):
+    """Gives every router the present table and each one after it."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    async def WatchTable(
+        self, request: internal_pb2.WatchTableRequest, context: Any
+    ) -> AsyncIterator[internal_pb2.RoutingTable]:
+        """Stream tables until the router goes away; none before table 1."""
+        try:
+            check_protocol(request.protocol_version, f"router {request.router_id}")
+        except LoraServeError as error:
+            await abort_with(context, error)
+        state, sent = self._controller.state, 0
+
+        def is_newer() -> bool:
+            # A recovered state has a version, but nothing to show before it has found its replicas.
+            return state.published and state.table.version > sent
+
+        while True:
+            if is_newer():
+                sent = state.table.version
+                yield encode_table(state.table)
+            with contextlib.suppress(TimeoutError):
+                await self._controller.wait_until(is_newer, TABLE_POLL_S)
+
+
+class ManagementService(management_pb2_grpc.ManagementServicer):
+    """Registration, removal, listing and status."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    async def RegisterAdapter(
+        self, request: management_pb2.RegisterAdapterRequest, context: Any
+    ) -> management_pb2.RegisterAdapterResponse:
+        """Register; a client that hangs up does not interrupt a registration that has begun."""
+        work = asyncio.ensure_future(
+            self._controller.register(request.name, request.source, replace=request.replace)
+        )
+        try:
+            version = await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(_log_outcome)
+            raise
+        except Exception as error:
+            await abort_with(context, error)
+        return management_pb2.RegisterAdapterResponse(
+            adapter=self._adapter(version), table_version=self._controller.state.table.version
+        )
+
+    async def RemoveAdapter(
+        self, request: management_pb2.RemoveAdapterRequest, context: Any
+    ) -> management_pb2.RemoveAdapterResponse:
+        """Remove the name."""
+        try:
+            self._controller.remove(request.name)
+        except LoraServeError as error:
+            await abort_with(context, error)
+        return management_pb2.RemoveAdapterResponse(table_version=self._controller.state.table.version)
+
+    async def ListAdapters(
+        self, request: management_pb2.ListAdaptersRequest, context: Any
+    ) -> management_pb2.ListAdaptersResponse:
+        """Every registered name with its newest version."""
+        return management_pb2.ListAdaptersResponse(adapters=self._adapters())
+
+    async def GetStatus(
+        self, request: management_pb2.GetStatusRequest, context: Any
+    ) -> management_pb2.GetStatusResponse:
+        """The cluster as the controller sees it."""
+        controller = self._controller
+        return management_pb2.GetStatusResponse(
+            cluster=controller.config.cluster.name,
+            base_model=controller.config.model.path,
+            policy=controller.config.placement.policy,
+            table_version=controller.state.table.version,
+            replicas=[self._replica(record) for record in controller.state.replicas.values()],
+            adapters=self._adapters(),
+            controller_reachable=True,
+        )
+
+    def _adapters(self) -> list[management_pb2.Adapter]:
+        return [self._adapter(version) for _, version in sorted(self._controller.state.active.items())]
+
+    def _adapter(self, version: VersionId) -> management_pb2.Adapter:
+        registration = self._controller.registrations[version]
+        adapter = registration.adapter
+        entry = self._controller.state.table.entries.get(adapter.name)
+        holders = entry.holders if entry is not None and entry.version_id == version else ()
+        return management_pb2.Adapter(
+            name=adapter.name,
+            version=version,
+            rank=adapter.rank,
+            size_bytes=adapter.size_bytes,
+            sha256=adapter.sha256,
+            source=registration.source,
+            target_modules=registration.target_modules,
+            holders=[
+                management_pb2.Holder(replica_id=holder.replica_id, share=holder.share) for holder in holders
+            ],
+        )
+
+    def _replica(self, record: ReplicaRecord) -> management_pb2.Replica:
+        controller, replica = self._controller, record.replica_id
+        message = management_pb2.Replica(
+            replica_id=replica,
+            state=record.phase.value,
+            address=record.address,
+            resident=controller.copies(replica),
+            restarts=record.restarts,
+            pid=controller.pids.get(replica, 0),
+        )
+        if record.spec is not None:
+            message.max_lora_rank = record.spec.max_lora_rank
+            message.adapter_slots = record.spec.adapter_slots
+        if (engine := controller.engines.get(replica)) is not None:
+            message.engine = engine.kind
+        if (report := controller.reports.get(replica)) is not None:
+            message.running = report.running
+            message.waiting = report.waiting
+            message.kv_cache_usage = report.kv_cache_usage
+            message.resident_bytes = report.resident_bytes
+        return message
+
+
+def _log_outcome(work: "asyncio.Future[VersionId]") -> None:
+    if not work.cancelled() and (error := work.exception()) is not None:
+        logger.warning("a registration whose client hung up failed: %s", error)
+
+
+def add_controller_services(controller: Controller, server: grpc.aio.Server) -> rpc_server.Health:
+    """Register the controller's services; the caller binds and starts the server."""
+    management_pb2_grpc.add_ManagementServicer_to_server(ManagementService(controller), server)
+    internal_pb2_grpc.add_ControlServicer_to_server(ControlService(controller), server)
+    return rpc_server.Health(server, ("loraserve.v1.Management", "loraserve.internal.v1.Control"))

@@ -1,0 +1,1 @@
+"""One engine instance as a service: adapter pool, request accounting, gRPC server. No Ray in it."""

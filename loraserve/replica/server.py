@@ -1,0 +1,220 @@
+"""The replica: one engine, its adapter pool and its gRPC server.
+
+Control (load, unload, describe, report) comes as method calls from the shell around it; requests come
+over gRPC. A request pins its adapter from before the engine sees it until its last token.
+"""
+
+import asyncio
+import logging
+import os
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+
+import grpc
+
+from loraserve.config import Config
+from loraserve.engines.base import AdapterFiles, Engine, EngineInfo
+from loraserve.errors import AlreadyExistsError, OverloadedError, UnavailableError
+from loraserve.replica.pool import AdapterPool
+from loraserve.request import FinishReason, GenerationRequest, GenerationStep
+from loraserve.rpc import server as rpc_server
+from loraserve.rpc.table_codec import LoadReport
+from placement.types import NodeId, ReplicaId, ReplicaSpec, VersionId
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaDescription:
+    """What a ready replica says of itself to the controller; `pid` is its own process."""
+
+    spec: ReplicaSpec
+    address: str
+    resident: tuple[VersionId, ...]
+    engine: EngineInfo
+    pid: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaReport:
+    """A replica's state for operators."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    resident: tuple[VersionId, ...]
+    resident_bytes: int
+
+
+@dataclass(slots=True)
+class InFlight:
+    """One admitted request: what it may still produce."""
+
+    request: GenerationRequest
+    remaining_tokens: int
+
+
+class ReplicaServer:
+    """Owns the engine's life and every request's accounting; `start` once, `stop` once."""
+
+    def __init__(
+        self,
+        replica_id: ReplicaId,
+        config: Config,
+        engine: Engine,
+        *,
+        host: str = "127.0.0.1",
+        node_id: str = "local",
+        insecure_listen: bool = False,
+    ) -> None:
+        self.replica_id = replica_id
+        self.incarnation = uuid.uuid4().hex
+        self.config = config
+        self.engine = engine
+        self.pool = AdapterPool(slots=config.engine.adapter_slots, capacity_bytes=config.engine.pool_bytes)
+        self._host = host
+        self._node_id = NodeId(node_id)
+        self._insecure_listen = insecure_listen
+        self._in_flight: dict[str, InFlight] = {}
+        self._info: EngineInfo | None = None
+        self._address = ""
+        self._sequence = 0
+        self._server: grpc.aio.Server | None = None
+        self._changing = asyncio.Lock()
+
+    async def start(self) -> ReplicaDescription:
+        """Bring the engine up, then listen on a port that the system picks."""
+        from loraserve.replica.service import add_replica_service
+
+        self._info = await self.engine.start()
+        server = rpc_server.make_server(max_message_bytes=self.config.router.max_message_bytes)
+        health = add_replica_service(self, server)
+        port = rpc_server.bind(server, self._host, 0, insecure_listen=self._insecure_listen)
+        await server.start()
+        self._server = server
+        await health.set_serving(True)
+        self._address = f"{self._host}:{port}"
+        return self.describe()
+
+    def describe(self) -> ReplicaDescription:
+        """What this replica is and holds now."""
+        if self._info is None:
+            raise UnavailableError(f"replica {self.replica_id} has not started")
+        spec = ReplicaSpec(
+            replica_id=self.replica_id,
+            max_lora_rank=self._info.max_lora_rank,
+            adapter_slots=min(self._info.adapter_slots, self.pool.slots),
+            pool_bytes=self.pool.capacity_bytes,
+            node_id=self._node_id,
+        )
+        return ReplicaDescription(
+            spec=spec,
+            address=self._address,
+            resident=self.pool.resident(),
+            engine=self._info,
+            pid=os.getpid(),
+            incarnation=self.incarnation,
+        )
+
+    async def load_adapter(self, files: AdapterFiles) -> None:
+        """Make the version usable; a resident one is no error, a refusal leaves nothing behind."""
+        async with self._changing:
+            if not self.pool.begin_load(files):
+                return
+            try:
+                await self.engine.load_adapter(files)
+            except BaseException:
+                self.pool.abandon_load(files.version_id)
+                raise
+            self.pool.finish_load(files.version_id)
+        logger.info("loaded %s (rank %d, %d bytes)", files.version_id, files.rank, files.size_bytes)
+
+    async def unload_adapter(self, version: VersionId) -> None:
+        """Take no new requests for the version, let running ones end (aborting those that outlast the
+        drain timeout), then free it; a version that is not here is no error."""
+        entry = self.pool.begin_drop(version)
+        if entry is None:
+            return
+        timeout_s = self.config.replica.drain_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await entry.unpinned.wait()
+        except TimeoutError:
+            logger.warning("%s: %d requests outlast the drain", version, len(entry.pinned_by))
+            for request_id in sorted(entry.pinned_by):
+                await self.engine.abort(request_id)
+            async with asyncio.timeout(timeout_s):
+                await entry.unpinned.wait()
+        async with self._changing:
+            await self.engine.unload_adapter(version)
+            self.pool.finish_drop(version)
+        logger.info("dropped %s", version)
+
+    async def report(self) -> ReplicaReport:
+        """The state for operators; EngineDeadError if the engine is gone."""
+        await self.engine.check()
+        load = self.engine.load()
+        return ReplicaReport(
+            running=load.running,
+            waiting=load.waiting,
+            kv_cache_usage=load.kv_cache_usage,
+            resident=self.pool.resident(),
+            resident_bytes=self.pool.used_bytes,
+        )
+
+    def load_report(self) -> LoadReport:
+        """The next load report for routers."""
+        self._sequence += 1
+        load = self.engine.load()
+        return LoadReport(
+            replica_id=self.replica_id,
+            incarnation=self.incarnation,
+            sequence=self._sequence,
+            running=load.running,
+            waiting=load.waiting,
+            outstanding_tokens=sum(entry.remaining_tokens for entry in self._in_flight.values()),
+            kv_cache_usage=load.kv_cache_usage,
+        )
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
+        """Run one request from admission to its last token; closing the iterator releases all it held."""
+        with self._admitted(request) as accounted:
+            async with aclosing(self._engine_steps(request)) as steps:
+                async for step in steps:
+                    accounted.remaining_tokens = max(0, request.sampling.max_tokens - step.output_tokens)
+                    yield step
+
+    async def _engine_steps(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
+        async for step in self.engine.generate(request):
+            if step.finish_reason is FinishReason.ABORTED:
+                raise UnavailableError(
+                    f"request {request.request_id} was ended by replica {self.replica_id} while draining"
+                )
+            yield step
+
+    @contextmanager
+    def _admitted(self, request: GenerationRequest) -> Iterator[InFlight]:
+        if request.request_id in self._in_flight:
+            raise AlreadyExistsError(f"request_id: {request.request_id} is in flight; choose another")
+        if len(self._in_flight) >= self.config.replica.max_in_flight:
+            raise OverloadedError(f"replica {self.replica_id} has {len(self._in_flight)} requests, its limit")
+        with self.pool.pinned(request.version_id, request.request_id):
+            accounted = InFlight(request=request, remaining_tokens=request.sampling.max_tokens)
+            self._in_flight[request.request_id] = accounted
+            try:
+                yield accounted
+            finally:
+                del self._in_flight[request.request_id]
+
+    def check_invariants(self) -> None:
+        """AssertionError unless pins, slots and bytes add up."""
+        self.pool.check_invariants(frozenset(self._in_flight))
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Stop listening, give running requests `grace_s`, end the engine."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        await self.engine.close()

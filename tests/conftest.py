@@ -1,0 +1,22 @@
+"""Fixtures that several areas share."""
+
+from pathlib import Path
+
+import pytest
+
+from loraserve.samples import SampleSet, build_samples
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
+    """The sample checkpoint and its five adapters."""
+    return build_samples(tmp_path_factory.mktemp("samples") / "set")
+
+
+@pytest.fixture(scope="session")
+def shared_traces() -> Path:
+    """The real traces beside the checkout, or a skip that says so."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "traces"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/traces beside the checkout")
+    return folder

@@ -1,0 +1,266 @@
+"""The controller's shell over real stores, real PEFT files and in-process replicas."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from loraserve.clock import WallClock
+from loraserve.config import Config, parse_config
+from loraserve.controller.controller import Controller
+from loraserve.controller.library import open_library
+from loraserve.controller.local_fleet import LocalFleet
+from loraserve.controller.store import Store
+from loraserve.engines.base import AdapterFiles, Engine, EngineInfo
+from loraserve.engines.emulated import EmulatedEngine
+from loraserve.errors import (
+    AdapterRejectedError,
+    AlreadyExistsError,
+    BadInputError,
+    NotFoundError,
+    OverloadedError,
+)
+from loraserve.samples import SampleSet, build_adapter
+from placement.cluster_records import ReplicaPhase
+from placement.invariants import check_cluster
+from placement.types import AdapterName, ReplicaId
+
+TIMEOUT_S = 20.0
+R0 = ReplicaId("replica-0")
+
+
+def small_config(model: Path, *, slots: int = 8, **sections: dict[str, object]) -> Config:
+    tree: dict[str, dict[str, object]] = {
+        "model": {"path": str(model)},
+        "engine": {"kind": "emulated", "adapter_slots": slots},
+        "emulated": {"speed": 50.0, "load_bytes_per_s": 1e12},
+        "replica": {"check_interval_s": 0.02, "drain_timeout_s": 2.0},
+    }
+    for name, section in sections.items():
+        tree.setdefault(name, {}).update(section)
+    return parse_config(tree)
+
+
+class RefusingEngine(EmulatedEngine):
+    """An emulated engine that refuses adapters of one rank, as a real one may."""
+
+    refused_rank: int = 0
+
+    async def load_adapter(self, adapter: AdapterFiles) -> None:
+        """Refuse, or load."""
+        if adapter.rank == self.refused_rank:
+            raise AdapterRejectedError(f"rank {adapter.rank} is not to my taste")
+        await super().load_adapter(adapter)
+
+
+class Setup:
+    """A controller, what it stands on, and a way to restart it."""
+
+    def __init__(self, folder: Path, config: Config, make_engine: Callable[[ReplicaId], Engine]) -> None:
+        self.folder = folder
+        self.config = config
+        self.fleet = LocalFleet(config, make_engine)
+        self.controller = self._make()
+
+    def _make(self) -> Controller:
+        store = Store(self.folder / "controller.sqlite")
+        recovering = store.begin_life("run", self.config.model.path)
+        library = open_library(self.folder / "adapters", self.config)
+        return Controller(self.config, store=store, fleet=self.fleet, library=library, recovering=recovering)
+
+    async def start(self) -> Controller:
+        self.controller.start()
+        await self.controller.wait_until(self.controller.is_ready, TIMEOUT_S)
+        return self.controller
+
+    async def restart(self) -> Controller:
+        """What a SIGKILL and a restart amount to: no goodbye, the same files, the same replicas."""
+        await self.controller.stop()
+        self.controller = self._make()
+        return await self.start()
+
+
+@pytest.fixture
+async def setup(tmp_path: Path, samples: SampleSet) -> AsyncIterator[Callable[..., Setup]]:
+    made: list[Setup] = []
+
+    def make(*, refused_rank: int = 0, **options: object) -> Setup:
+        config = small_config(samples.model, **options)  # type: ignore[arg-type]
+
+        def engine(replica: ReplicaId) -> Engine:
+            one = RefusingEngine(config.engine, config.emulated, config.model, clock=WallClock())
+            one.refused_rank = refused_rank
+            return one
+
+        made.append(Setup(tmp_path / str(len(made)), config, engine))
+        return made[-1]
+
+    yield make
+    for one in made:
+        check_cluster(one.controller.state)
+        await one.controller.stop()
+        await one.fleet.close()
+
+
+async def test_a_registered_adapter_is_on_every_replica_and_in_the_table(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    controller = await setup().start()
+    version = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    await controller.wait_until(lambda: len(controller.state.holders(version)) == 2, TIMEOUT_S)
+    entry = controller.state.table.entries[AdapterName("a")]
+    assert entry.version_id == version
+    assert entry.rank == 8
+
+
+async def test_a_taken_name_is_refused_unless_it_is_to_be_replaced(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    controller = await setup().start()
+    first = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    with pytest.raises(AlreadyExistsError, match="adapter a is registered"):
+        await controller.register("a", str(samples.adapters["rank-16"]), replace=False)
+    second = await controller.register("a", str(samples.adapters["rank-16"]), replace=True)
+    assert first != second
+    await controller.wait_until(
+        lambda: all(list(record.copies) == [second] for record in controller.state.replicas.values()),
+        TIMEOUT_S,
+    )
+    assert controller.state.is_served(second)
+    assert list(controller.registrations) == [second], "the old version's files are forgotten"
+
+
+async def test_what_no_engine_loads_leaves_no_trace(setup: Callable[..., Setup], samples: SampleSet) -> None:
+    one = setup(refused_rank=16)
+    controller = await one.start()
+    good = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    with pytest.raises(AdapterRejectedError, match="not to my taste"):
+        await controller.register("a", str(samples.adapters["rank-16"]), replace=True)
+    with pytest.raises(AdapterRejectedError, match="not to my taste"):
+        await controller.register("b", str(samples.adapters["rank-16"]), replace=False)
+    assert controller.state.is_served(good)
+    assert list(controller.state.active) == ["a"]
+    assert len(controller.library.contents()) == 1
+
+
+async def test_a_full_cluster_refuses_with_the_reason(
+    setup: Callable[..., Setup], samples: SampleSet, tmp_path: Path
+) -> None:
+    controller = await setup(slots=1).start()
+    for index, rank in enumerate(("rank-8", "rank-16")):
+        await controller.register(f"a{index}", str(samples.adapters[rank]), replace=False)
+    with pytest.raises(OverloadedError, match="no replica has a free slot"):
+        await controller.register("a2", str(samples.adapters["rank-32"]), replace=False)
+    assert sorted(controller.state.table.entries) == ["a0", "a1"]
+
+
+async def test_a_rank_that_no_replica_allows_is_refused(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    controller = await setup(engine={"max_lora_rank": 32}).start()
+    with pytest.raises(AdapterRejectedError, match="rank is 64"):
+        await controller.register("a", str(samples.adapters["rank-64"]), replace=False)
+
+
+async def test_removal_takes_the_name_out_and_the_files_away(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    controller = await setup().start()
+    await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    controller.remove("a")
+    assert AdapterName("a") not in controller.state.table.entries
+    with pytest.raises(NotFoundError, match="registered: none"):
+        controller.remove("a")
+    await controller.wait_until(lambda: not controller.registrations, TIMEOUT_S)
+    assert controller.library.contents() == ()
+
+
+async def test_a_lost_replica_is_replaced_and_loaded_again(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup()
+    controller = await one.start()
+    version = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    await controller.wait_until(lambda: len(controller.state.holders(version)) == 2, TIMEOUT_S)
+    await one.fleet.lose(R0)
+    await controller.wait_until(
+        lambda: controller.state.replicas[R0].phase is not ReplicaPhase.READY, TIMEOUT_S
+    )
+    assert R0 not in controller.state.table.replicas
+    assert controller.state.is_served(version), "the other holder serves on"
+    await controller.wait_until(lambda: len(controller.state.holders(version)) == 2, TIMEOUT_S)
+    assert one.fleet.starts.count(R0) == 2
+
+
+async def test_an_engine_that_dies_takes_its_replica_out_of_the_table(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup()
+    controller = await one.start()
+    engine = one.fleet.links[R0].server.engine
+    assert isinstance(engine, EmulatedEngine)
+    engine.crash("out of memory")
+    await controller.wait_until(lambda: controller.state.replicas[R0].restarts == 1, TIMEOUT_S)
+    assert "out of memory" in controller.state.replicas[R0].reason
+
+
+async def test_a_restarted_controller_finds_registry_replicas_and_a_newer_table(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup(placement={"policy": "slora-random"})
+    controller = await one.start()
+    versions = [
+        await controller.register(name, str(path), replace=False) for name, path in samples.adapters.items()
+    ]
+    before = controller.state.table
+    after = (await one.restart()).state
+    assert after.table.version > before.version
+    assert after.table.entries == before.entries
+    assert all(after.is_served(version) for version in versions)
+    assert one.fleet.starts.count(R0) == 1, "the replica was adopted, not started again"
+
+
+async def test_a_replica_that_died_with_the_controller_is_started_again(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup()
+    controller = await one.start()
+    version = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    await controller.stop()
+    await one.fleet.lose(R0)
+    controller = await one.restart()
+    await controller.wait_until(lambda: len(controller.state.holders(version)) == 2, TIMEOUT_S)
+    assert one.fleet.starts.count(R0) == 2
+
+
+async def test_a_replica_that_never_starts_is_named_and_given_up(tmp_path: Path, samples: SampleSet) -> None:
+    config = small_config(samples.model)
+
+    class Broken(EmulatedEngine):
+        async def start(self) -> EngineInfo:
+            raise BadInputError("no such device")
+
+    one = Setup(
+        tmp_path,
+        config,
+        lambda replica: Broken(config.engine, config.emulated, config.model, clock=WallClock()),
+    )
+    controller = await one.start()
+    assert str(controller.start_errors[R0]) == "replica replica-0 did not start: no such device"
+    assert controller.state.replicas[R0].phase is ReplicaPhase.FAILED
+    await controller.stop()
+
+
+async def test_concurrent_registrations_all_succeed(
+    setup: Callable[..., Setup], samples: SampleSet, tmp_path: Path
+) -> None:
+    controller = await setup().start()
+    sources = [
+        build_adapter(tmp_path / f"x{index}", samples.model, rank=8, seed=100 + index) for index in range(6)
+    ]
+    versions = await asyncio.gather(
+        *(controller.register(f"x{i}", str(path), replace=False) for i, path in enumerate(sources))
+    )
+    assert len(set(versions)) == 6
+    assert all(controller.state.is_served(version) for version in versions)
