@@ -56,8 +56,10 @@ def open_member(directory: Path, name: str, *, max_bytes: int, where: str) -> It
         yield file, status.st_size
 
 
-def scan_weights(file: BinaryIO, header: Header, digest: "hashlib._Hash", where: str) -> None:
-    """Read all data behind the header in slices, feed the digest, and refuse NaN and infinity."""
+def scan_weights(file: BinaryIO, header: Header, where: str) -> bytes:
+    """Read the whole file once, in slices: refuse NaN and infinity, and return its sha256."""
+    file.seek(0)
+    digest = hashlib.sha256(file.read(header.data_start))
     for tensor in header.tensors:
         left = tensor.end - tensor.begin
         while left:
@@ -68,6 +70,7 @@ def scan_weights(file: BinaryIO, header: Header, digest: "hashlib._Hash", where:
             digest.update(piece)
             left -= len(piece)
             _refuse_non_finite(piece, tensor, where)
+    return digest.digest()
 
 
 def write_file(path: Path, pieces: Iterator[bytes]) -> None:

@@ -66,18 +66,16 @@ def inspect_adapter(
         file, file_bytes = opened
         header = _header(file, file_bytes, max_bytes, where)
         ranks = check_tensors(header.tensors, config=config, base=base, where=where)
-        if max(ranks.values()) > max_lora_rank:
+        rank = max(ranks.values())
+        if rank > max_lora_rank:
             raise AdapterRejectedError(
-                f"{where}: its rank is {max(ranks.values())}; no replica allows more than {max_lora_rank}"
+                f"{where}: its rank is {rank}; no replica allows more than {max_lora_rank}"
             )
-        digest = hashlib.sha256()
-        file.seek(0)
-        digest.update(file.read(header.data_start))
-        scan_weights(file, header, digest, where)
+        weights_digest = scan_weights(file, header, where)
     return AdapterManifest(
-        rank=max(ranks.values()),
+        rank=rank,
         size_bytes=_size_bytes(header),
-        sha256=hashlib.sha256(hashlib.sha256(raw).digest() + digest.digest()).hexdigest(),
+        sha256=hashlib.sha256(hashlib.sha256(raw).digest() + weights_digest).hexdigest(),
         target_modules=tuple(sorted({module.rpartition(".")[2] for module in ranks})),
         alpha=config.alpha,
         use_rslora=config.use_rslora,

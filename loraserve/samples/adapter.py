@@ -32,11 +32,7 @@ def build_adapter(
 
     `alpha` None means twice the rank. The change is so large that greedy output differs from the base's.
     """
-    unknown = sorted(set(target_modules) - set(LLAMA_MODULES))
-    if unknown or not target_modules:
-        raise BadInputError(f"target_modules {unknown}: expected some of {', '.join(LLAMA_MODULES)}")
-    if rank < 1:
-        raise BadInputError(f"rank is {rank}; expected at least 1")
+    _check_recipe(rank, target_modules)
     from safetensors.numpy import save_file
 
     alpha = 2.0 * rank if alpha is None else alpha
@@ -59,6 +55,14 @@ def build_adapter(
     settings = _peft_config(config, rank, alpha, sorted(target_modules), use_rslora)
     write_json(directory / "adapter_config.json", settings)
     return directory
+
+
+def _check_recipe(rank: int, target_modules: Sequence[str]) -> None:
+    unknown = sorted(set(target_modules) - set(LLAMA_MODULES))
+    if unknown or not target_modules:
+        raise BadInputError(f"target_modules {unknown}: expected some of {', '.join(LLAMA_MODULES)}")
+    if rank < 1:
+        raise BadInputError(f"rank is {rank}; expected at least 1")
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, int], size: float) -> Matrix:
