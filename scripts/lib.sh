@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED=1
 # No usage reports to anyone, no version checks, and nothing written into the home folder for them.
 export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
-say() { printf '%s\n' "$*"; }
+say() { printf '%s\n' "$@"; }
 complain() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
 die() { complain "$@"; exit 1; }
 bad_usage() { complain "$@"; exit 2; }

@@ -6,6 +6,9 @@ import pytest
 
 from loraserve.samples import SampleSet, build_samples
 
+# Later names weigh more; the sort is stable, so that tests that share a fixture stay together.
+SLOW_LAST = ("gpu", "vllm", "ray", "slow")
+
 
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
@@ -20,3 +23,8 @@ def shared_traces() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/traces beside the checkout")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fast tests first: a plain mistake shows in seconds, before engines and clusters start."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in SLOW_LAST])
