@@ -13,8 +13,8 @@ from typing import Any
 from loraserve.cluster.processes import redirect_output, tail
 from loraserve.config import Config, parse_config
 from loraserve.engines.base import AdapterFiles
+from loraserve.engines.description import ReplicaDescription, ReplicaReport
 from loraserve.errors import LoraServeError, ReplicaStartError
-from loraserve.replica.server import ReplicaDescription, ReplicaReport
 from placement.types import ReplicaId, VersionId
 
 

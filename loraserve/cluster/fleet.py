@@ -11,8 +11,8 @@ from loraserve.cluster.processes import tail
 from loraserve.config import Config, config_tree
 from loraserve.controller.fleet import ReplicaLink
 from loraserve.engines.base import AdapterFiles
+from loraserve.engines.description import ReplicaDescription, ReplicaReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError, WorkFailedError
-from loraserve.replica.server import ReplicaDescription, ReplicaReport
 from placement.types import ReplicaId, VersionId
 
 NAMESPACE = "loraserve"

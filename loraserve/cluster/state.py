@@ -15,7 +15,7 @@ from loraserve.errors import NotFoundError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningCluster:
     """A running cluster. `run_id` is in the environment of each of its processes; `ready` is False
-    while it is still starting; `temp_dir` holds Ray's session and all temporary files, and goes at its end."""
+    while it is still starting; `temp_dir` holds Ray's session and all temporary files, and goes with it."""
 
     name: str
     run_id: str

@@ -16,6 +16,7 @@ from loraserve.config import Config
 from loraserve.controller.fleet import Fleet, ReplicaLink
 from loraserve.controller.store import Store, StoredRegistration
 from loraserve.engines.base import AdapterFiles, EngineInfo
+from loraserve.engines.description import ReplicaReport
 from loraserve.errors import (
     AdapterRejectedError,
     AlreadyExistsError,
@@ -25,7 +26,6 @@ from loraserve.errors import (
     ReplicaStartError,
     WorkFailedError,
 )
-from loraserve.replica.server import ReplicaReport
 from placement import cluster_messages as messages
 from placement.cluster import ClusterState
 from placement.cluster_records import CopyPhase, ReplicaPhase

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from loraserve.engines.base import AdapterFiles
-from loraserve.replica.server import ReplicaDescription, ReplicaReport
+from loraserve.engines.description import ReplicaDescription, ReplicaReport
 from placement.types import ReplicaId, VersionId
 
 

@@ -16,6 +16,7 @@ import grpc
 
 from loraserve.config import Config
 from loraserve.engines.base import AdapterFiles, Engine, EngineInfo
+from loraserve.engines.description import ReplicaDescription, ReplicaReport
 from loraserve.errors import AlreadyExistsError, OverloadedError, UnavailableError
 from loraserve.replica.pool import AdapterPool
 from loraserve.request import FinishReason, GenerationRequest, GenerationStep
@@ -24,29 +25,6 @@ from loraserve.rpc.table_codec import LoadReport
 from placement.types import NodeId, ReplicaId, ReplicaSpec, VersionId
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaDescription:
-    """What a ready replica says of itself to the controller; `pid` is its own process."""
-
-    spec: ReplicaSpec
-    address: str
-    resident: tuple[VersionId, ...]
-    engine: EngineInfo
-    pid: int
-    incarnation: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaReport:
-    """A replica's state for operators."""
-
-    running: int
-    waiting: int
-    kv_cache_usage: float
-    resident: tuple[VersionId, ...]
-    resident_bytes: int
 
 
 @dataclass(slots=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from loraserve.clock import WallClock
+from loraserve.cluster.local_fleet import LocalFleet
 from loraserve.config import Config, parse_config
 from loraserve.controller.controller import Controller
 from loraserve.controller.library import open_library
-from loraserve.controller.local_fleet import LocalFleet
 from loraserve.controller.store import Store
 from loraserve.engines.base import AdapterFiles, Engine, EngineInfo
 from loraserve.engines.emulated import EmulatedEngine

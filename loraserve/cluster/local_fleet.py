@@ -10,8 +10,9 @@ from collections.abc import Callable
 from loraserve.config import Config
 from loraserve.controller.fleet import ReplicaLink
 from loraserve.engines.base import AdapterFiles, Engine
+from loraserve.engines.description import ReplicaDescription, ReplicaReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError
-from loraserve.replica.server import ReplicaDescription, ReplicaReport, ReplicaServer
+from loraserve.replica.server import ReplicaServer
 from placement.types import ReplicaId, VersionId
 
 

@@ -1,0 +1,29 @@
+"""What a replica says of itself to the controller, as values that both sides know."""
+
+from dataclasses import dataclass
+
+from loraserve.engines.base import EngineInfo
+from placement.types import ReplicaSpec, VersionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaDescription:
+    """What a ready replica says of itself to the controller; `pid` is its own process."""
+
+    spec: ReplicaSpec
+    address: str
+    resident: tuple[VersionId, ...]
+    engine: EngineInfo
+    pid: int
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaReport:
+    """A replica's state for operators."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    resident: tuple[VersionId, ...]
+    resident_bytes: int
