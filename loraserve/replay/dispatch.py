@@ -48,13 +48,15 @@ class Target(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchOptions:
     """`max_in_flight` is a guard for the client's memory: a request beyond it is refused on the spot,
-    since waiting would break the open loop. `warmup_s` and `warmup_requests` mark the first requests."""
+    since waiting would break the open loop. `warmup_s` and `warmup_requests` mark the first requests;
+    the schedule's zero is `lead_s` after the start."""
 
     run_id: str
     timeout_s: float = 600.0
     max_in_flight: int = 8192
     warmup_s: float = 0.0
     warmup_requests: int = 0
+    lead_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -113,7 +115,7 @@ class Dispatcher:
         return tuple(sorted(self._records, key=lambda record: record.index))
 
     async def _send_all(self) -> None:
-        self._origin_s = self._clock.now_s()
+        self._origin_s = self._clock.now_s() + self._options.lead_s
         for due_s, request in self._schedule:
             # Made before the wait, so that a long prompt does not delay its own sending.
             prompt = self._prompts.prompt(request.index, request.prompt_tokens)
@@ -121,7 +123,9 @@ class Dispatcher:
             self._send(due_s, request, prompt)
 
     async def _wait_until(self, due_s: float) -> None:
-        while (left_s := due_s - self._now_s()) > 0:
+        # Compared on the clock's own scale: a difference to the origin could round to a wait without end.
+        target_s = self._origin_s + due_s
+        while (left_s := target_s - self._clock.now_s()) > 0:
             await self._sleep(left_s)
 
     def _send(self, due_s: float, request: TraceRequest, prompt: tuple[int, ...]) -> None:
