@@ -16,7 +16,7 @@ from traces.types import TraceError
 MAX_LINE_BYTES = 1 << 20
 MAX_GZIP_RATIO = 200
 """Traces compress 3 to 40 times; a small file that grows far beyond that is no trace."""
-GZIP_RATIO_FROM_BYTES = 16 << 20
+GZIP_RATIO_FROM_BYTES = 1 << 20
 """The ratio is judged from this many decompressed bytes on."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -30,20 +30,25 @@ _OTHER_MAGIC = {
 
 
 class _CountingReader:
-    """A file that counts the bytes read from it; seeking is left out, so pipes work too."""
+    """A file that counts the bytes read from it; seeking is left out, so pipes work too.
+
+    It reads in small pieces, so that the count is never far ahead of what was decompressed.
+    """
+
+    _PIECE_BYTES = 8192
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.num_bytes = 0
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
+        data = self._file.read(self._PIECE_BYTES if size < 0 else min(size, self._PIECE_BYTES))
         self.num_bytes += len(data)
         return data
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """`(line number from 1, bytes)` of each line; None in place of one above `MAX_LINE_BYTES`.
+    """`(line number from 1, bytes)` of each line that is not empty; None for one above `MAX_LINE_BYTES`.
 
     TraceError for a file that cannot be read, is damaged, or decompresses beyond all reason.
     """
@@ -52,9 +57,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         with ExitStack() as stack:
             file, compressed = _open(path, stack)
             for line, text, end_bytes in _split(file):
-                if compressed is not None:
+                if compressed is not None and end_bytes > GZIP_RATIO_FROM_BYTES:
                     _check_ratio(end_bytes, compressed.num_bytes, path, line)
-                if text is not _INSIDE:
+                if text is not _INSIDE and text != b"":
                     yield line, text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         what = f"the gzip data ends or breaks here ({error}); fetch the file again"
@@ -100,7 +105,7 @@ def _split(file: BinaryIO) -> Iterator[tuple[int, bytes | None, int]]:
 
 
 def _check_ratio(unpacked_bytes: int, packed_bytes: int, path: Path, line: int) -> None:
-    if unpacked_bytes > GZIP_RATIO_FROM_BYTES and unpacked_bytes > packed_bytes * MAX_GZIP_RATIO:
+    if unpacked_bytes > packed_bytes * MAX_GZIP_RATIO:
         what = (
             f"{packed_bytes:,} bytes of gzip grew to over {unpacked_bytes:,}: more than"
             f" {MAX_GZIP_RATIO} times, which no trace does; unpack it first if it is one"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from traces.formats import FORMATS
 from traces.formats.base import Row, RowError, RowParser, TraceFormat, shown
@@ -77,9 +77,8 @@ def bundled_trace(name: str = "demo") -> Trace:
         return replace(read_trace(path), source=f"bundled:{name}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """One line; `problem` says why it is no text."""
+class _Line(NamedTuple):
+    """One line; `problem` says why it is no text. A tuple, as there are millions."""
 
     number: int
     text: str
