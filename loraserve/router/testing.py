@@ -67,13 +67,17 @@ async def three_tokens(
 
 
 class FakeReplica(internal_pb2_grpc.ReplicaServicer):
-    """Runs `script` for every call, or refuses with `refusal`; remembers what it got."""
+    """Runs `script` for every call, or refuses with `refusal`; remembers what it got.
+
+    With `failure`, a call ends in that status after the script's messages.
+    """
 
     def __init__(self, replica_id: str) -> None:
         self.replica_id = replica_id
         self.address = ""
         self.script: Script = three_tokens
         self.refusal: grpc.StatusCode | None = None
+        self.failure: grpc.StatusCode | None = None
         self.received: list[Received] = []
         self.arrived = asyncio.Event()
         self.cancelled = asyncio.Event()
@@ -121,6 +125,8 @@ class FakeReplica(internal_pb2_grpc.ReplicaServicer):
         try:
             async for message in self.script(request):
                 yield message
+            if self.failure is not None:
+                await context.abort(self.failure, f"{self.replica_id} failed")
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -212,7 +218,8 @@ class FakeController(internal_pb2_grpc.ControlServicer, management_pb2_grpc.Mana
         sent: internal_pb2.RoutingTable | None = None
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self.table is not sent)
+                while self.table is sent:
+                    await self._changed.wait()
                 sent = self.table
             if sent is not None:
                 yield sent
