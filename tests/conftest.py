@@ -6,7 +6,7 @@ import pytest
 
 from loraserve.samples import SampleSet, build_samples
 
-# Later names weigh more; the sort is stable, so that tests that share a fixture stay together.
+# Earlier names weigh more; the sort is stable, so that tests that share a fixture stay together.
 SLOW_LAST = ("gpu", "vllm", "ray", "slow")
 
 
