@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,7 @@ class VllmEngine:
         """The versions that every worker rank lists."""
         return await self._running().slots.resident()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationStep]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Stream the request's steps; closing or cancelling the stream aborts it in vLLM."""
         started = self._running()
         from vllm.inputs.engine import tokens_input
@@ -269,7 +269,7 @@ class VllmEngine:
             await self._abort_in_vllm(started, tuple(self._in_flight))
             started.prompts.close()
         await _stop_reader(client)
-        shutdown = asyncio.ensure_future(asyncio.to_thread(client.shutdown, _SHUTDOWN_S))
+        shutdown = asyncio.ensure_future(asyncio.to_thread(_shut_down, client))
         await asyncio.wait({shutdown}, timeout=_SHUTDOWN_S)
         processes.kill()
         await processes.wait(_KILL_S)
@@ -277,6 +277,12 @@ class VllmEngine:
         await asyncio.wait({shutdown}, timeout=_KILL_S)
         if shutdown.done():
             shutdown.exception()
+
+
+def _shut_down(client: Any) -> None:
+    client.shutdown(_SHUTDOWN_S)
+    # vLLM closes its sockets and forgets their context, which keeps two threads.
+    client.engine_core.resources.ctx.destroy(linger=0)
 
 
 async def _stop_reader(client: Any) -> None:
