@@ -180,7 +180,7 @@ class Output:
         for other in others:
             if len(chosen) >= wanted:
                 break
-            if other != token_id:
+            if other not in chosen:
                 chosen.append(other)
         best = -(bits % 1000) / 2000
         return tuple(

@@ -41,7 +41,7 @@ class Detokeniser(Protocol):
 
 
 class Codec(Protocol):
-    """Text to ids and back; `clean_ids` decode, each alone, to whole characters."""
+    """Text to ids and back; `clean_ids` decode, each alone, to whole characters, and may repeat."""
 
     vocab_size: int
     eos_token_ids: frozenset[int]
@@ -127,8 +127,8 @@ class ByteCodec:
         return bytes(one for one in token_ids if one < BYTE_BOS).decode(errors="replace")
 
     def clean_ids(self) -> tuple[int, ...]:
-        """The printable ASCII characters."""
-        return tuple(range(0x20, 0x7F))
+        """Lowercase letters, and spaces often enough to make words."""
+        return tuple(b"abcdefghijklmnopqrstuvwxyz     ")
 
     def detokeniser(self, prompt_ids: Sequence[int]) -> Detokeniser:
         """A UTF-8 decoder; bytes need no context."""
