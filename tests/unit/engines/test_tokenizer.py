@@ -70,6 +70,12 @@ def test_a_character_comes_when_its_last_byte_does(kind: str, model: PromptRende
     assert parts == ["a", "", "", "€", "", "", "", "🙂"]
 
 
+def test_a_character_that_the_prompt_began_is_given_out_whole(model: PromptRenderer) -> None:
+    token_ids = model.encode("a€")[1:]
+    decoder = model.detokeniser(token_ids[:-1])
+    assert decoder.push(token_ids[-1:]) + decoder.push(model.encode("b")[1:]) == "€b"
+
+
 @pytest.mark.parametrize("kind", ["bytes", "model"])
 def test_an_unfinished_character_is_replaced_at_the_end_only(kind: str, model: PromptRenderer) -> None:
     renderer = renderers(model)[kind]

@@ -109,6 +109,7 @@ def test_arrivals_keep_the_schedule_whatever_the_answers_take(
         time = VirtualTime()
         records, _ = await replay(time, paced(time, gap_s), requests_at(*due_s), lead_s=lead_s)
         assert [record.index for record in records] == list(range(len(due_s)))
+        assert time.now_s() == pytest.approx(lead_s + due_s[-1] + 2 * gap_s, abs=1e-6)
         for record, due in zip(records, due_s, strict=True):
             assert record.scheduled_s == due
             assert record.sent_s == pytest.approx(due, abs=1e-6)
