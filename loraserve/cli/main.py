@@ -51,3 +51,7 @@ def run() -> None:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2)
     make_app()()
+
+
+if __name__ == "__main__":
+    run()

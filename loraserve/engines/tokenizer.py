@@ -155,7 +155,10 @@ class HuggingFaceCodec:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"model.path: {path} is missing; LoRAServe needs a fast tokenizer")
-        self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more particular
+            raise ConfigError(f"model.path: {path} is not a tokenizer: {error}") from error
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids = _eos_token_ids(folder, settings, self._tokenizer)
 
