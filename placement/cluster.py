@@ -60,15 +60,21 @@ class ClusterState:
         adapters: Iterable[AdapterVersion] = (),
         plan: Placement | None = None,
         table_version: int = 0,
+        recovering: bool = False,
     ) -> None:
-        """Start empty, or from what a store remembers (`adapters` in order of registration)."""
+        """Start empty, or from what a store remembers (`adapters` in order of registration).
+
+        `recovering`: replicas of an earlier controller may still be running and routers on its tables.
+        """
         self.policy = policy
         self.base_model = base_model
         self.seed = seed
         self.max_restarts = max_restarts
         self.plan = plan if plan is not None else Placement()
         self.table = RoutingTable(version=table_version, base_model=base_model)
-        first = ReplicaPhase.UNKNOWN if table_version > 0 else ReplicaPhase.STARTING
+        self.published = False
+        self._recovering = recovering
+        first = ReplicaPhase.UNKNOWN if recovering else ReplicaPhase.STARTING
         self.replicas = {replica: ReplicaRecord(replica, first) for replica in sorted(replica_ids)}
         self.adapters: dict[VersionId, AdapterVersion] = {}
         self.active: dict[AdapterName, VersionId] = {}
@@ -221,7 +227,7 @@ class ClusterState:
         """Nothing is planned or published before every replica is known to be there or not: the first
         table shows all, and a restarted controller does not move adapters it has not looked for."""
         waiting_for = {ReplicaPhase.UNKNOWN}
-        if self.table.version == 0:
+        if not self._recovering and not self.published:
             waiting_for.add(ReplicaPhase.STARTING)
         return any(record.phase in waiting_for for record in self.replicas.values())
 
@@ -245,7 +251,7 @@ class ClusterState:
         commands = self._forget_superseded()
         table = self._next_table()
         if table is not None:
-            self.table = table
+            self.table, self.published = table, True
             commands.append(PublishTable(table))
         commands += self._retire()
         commands += self._load()
@@ -269,7 +275,7 @@ class ClusterState:
             replicas=MappingProxyType(replicas),
             entries=MappingProxyType(entries),
         )
-        return None if self.table.version > 0 and table.same_content(self.table) else table
+        return None if self.published and table.same_content(self.table) else table
 
     def _entry(self, name: AdapterName) -> TableEntry | None:
         """The newest version of the name that somebody holds, and by whom."""
