@@ -27,7 +27,7 @@ def make_app() -> typer.Typer:
     for command in (up, down, status, generate, replay, doctor):
         app.command()(command)
     app.add_typer(adapter_app, name="adapter")
-    app.callback()(top)
+    app.callback(invoke_without_command=True)(top)
     return app
 
 

@@ -6,6 +6,7 @@ replaced since is thrown away.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Coroutine
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 120.0
 REPORT_TIMEOUT_S = 10.0
+STATUS_TIMEOUT_S = 0.5
 MAX_BACKOFF_S = 10.0
 
 
@@ -284,6 +286,19 @@ class Controller:
                     return lost.result()
         finally:
             lost.cancel()
+
+    async def refresh_reports(self) -> None:
+        """Ask every replica for its report now; one that is slow keeps its last one."""
+
+        async def refresh(replica: ReplicaId, link: ReplicaLink) -> None:
+            # What a failed report means is the watcher's to decide.
+            with contextlib.suppress(LoraServeError, TimeoutError):
+                async with asyncio.timeout(STATUS_TIMEOUT_S):
+                    report = await link.report()
+                if self._links.get(replica) is link:
+                    self.reports[replica] = report
+
+        await asyncio.gather(*(refresh(replica, link) for replica, link in list(self._links.items())))
 
     async def _load(self, replica: ReplicaId, adapter: AdapterVersion) -> None:
         link = self._links.get(replica)

@@ -97,6 +97,7 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
     ) -> management_pb2.GetStatusResponse:
         """The cluster as the controller sees it."""
         controller = self._controller
+        await controller.refresh_reports()
         return management_pb2.GetStatusResponse(
             cluster=controller.config.cluster.name,
             base_model=controller.config.model.path,

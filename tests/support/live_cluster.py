@@ -114,6 +114,12 @@ async def wait_gone(pids: Sequence[int], timeout_s: float) -> None:
         await asyncio.sleep(POLL_S)
 
 
+def parent_of(pid: int) -> int:
+    """The process that started this one."""
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    return int(stat.rpartition(")")[2].split()[1])
+
+
 def kill(pid: int) -> None:
     """SIGKILL: no goodbye."""
     os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,128 @@
+"""Adapters come and go one version at a time, and a refused one leaves nothing behind."""
+
+import contextlib
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from safetensors.numpy import load_file, save_file
+
+from loraserve.engines.base import AdapterFiles
+from loraserve.errors import AdapterRejectedError, NotFoundError, OverloadedError, StaleError
+from loraserve.request import GenerationRequest
+from loraserve.samples import build_adapter
+from placement.types import VersionId
+from tests.support.vllm_bench import Bench
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+FREED = "rank-32"
+BAD = VersionId("bad@0123456789abcdef")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def one_free(bench: Bench) -> AsyncIterator[Bench]:
+    """The engine with one slot free; taken again afterwards."""
+    await bench.engine.unload_adapter(bench.versions[FREED])
+    yield bench
+    await bench.engine.load_adapter(bench.files(FREED))
+
+
+def bad(directory: Path, rank: int = 8) -> AdapterFiles:
+    return AdapterFiles(version_id=BAD, directory=directory, rank=rank, size_bytes=1)
+
+
+async def refused(bench: Bench, adapter: AdapterFiles, message: str) -> None:
+    """Refused with this message, and the engine is as it was, its slot included."""
+    before = await bench.engine.resident()
+    with pytest.raises(AdapterRejectedError, match=message):
+        await bench.engine.load_adapter(adapter)
+    assert await bench.engine.resident() == before
+    with pytest.raises(NotFoundError):
+        await bench.answer(GenerationRequest(request_id="named", prompt="x", version_id=BAD))
+    # The slot that the refused one was meant for still takes an adapter.
+    await bench.engine.load_adapter(bench.files(FREED))
+    assert (await bench.ask(adapter=FREED)).token_ids
+    await bench.engine.unload_adapter(bench.versions[FREED])
+
+
+async def test_a_folder_without_weights(one_free: Bench, tmp_path: Path) -> None:
+    shutil.copy(one_free.samples.adapters["rank-8"] / "adapter_config.json", tmp_path)
+    await refused(one_free, bad(tmp_path), "bad@0123456789abcdef: vLLM refuses it")
+
+
+async def test_truncated_weights(one_free: Bench, tmp_path: Path) -> None:
+    copy = shutil.copytree(one_free.samples.adapters["rank-8"], tmp_path / "copy")
+    weights = copy / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    await refused(one_free, bad(copy), "vLLM refuses it")
+
+
+async def test_a_tensor_too_large_for_its_module(one_free: Bench, tmp_path: Path) -> None:
+    """vLLM finds it out only while it fills the slot, when it has counted the adapter as loaded already."""
+    copy = shutil.copytree(one_free.samples.adapters["rank-8"], tmp_path / "copy")
+    tensors = load_file(copy / "adapter_model.safetensors")
+    name = max(name for name in tensors if name.endswith("lora_A.weight"))
+    rank, width = tensors[name].shape
+    save_file(tensors | {name: np.ones((rank, width + 1), np.float32)}, copy / "adapter_model.safetensors")
+    await refused(one_free, bad(copy), "vLLM refuses it")
+
+
+async def test_a_folder_that_is_not_there(one_free: Bench, tmp_path: Path) -> None:
+    await refused(one_free, bad(tmp_path / "none"), "no folder")
+
+
+async def test_a_rank_above_the_engines(one_free: Bench, tmp_path: Path) -> None:
+    large = build_adapter(tmp_path / "large", one_free.samples.model, rank=256, seed=0)
+    await refused(one_free, bad(large, rank=256), "rank 256 is above engine.max_lora_rank 128")
+    # What the files say counts, also for a caller that believes otherwise.
+    await refused(one_free, bad(large, rank=8), "rank 256")
+
+
+async def test_no_more_adapters_than_slots(bench: Bench) -> None:
+    sixth = bench.files("rank-8", version="sixth@0123456789abcdef")
+    with pytest.raises(OverloadedError, match="all 5 adapter slots"):
+        await bench.engine.load_adapter(sixth)
+    await bench.engine.unload_adapter(bench.versions[FREED])
+    await bench.engine.load_adapter(sixth)
+    assert sixth.version_id in await bench.engine.resident()
+    await bench.engine.unload_adapter(sixth.version_id)
+    await bench.engine.load_adapter(bench.files(FREED))
+
+
+async def test_loading_and_unloading_twice_changes_nothing(bench: Bench) -> None:
+    await bench.engine.load_adapter(bench.files(FREED))
+    await bench.engine.unload_adapter(VersionId("unknown@0123456789abcdef"))
+
+
+async def test_a_version_in_use_stays(bench: Bench) -> None:
+    stream = bench.engine.generate(bench.request(adapter=FREED, max_tokens=400))
+    async with contextlib.aclosing(stream):
+        await anext(stream)
+        with pytest.raises(StaleError, match="1 requests still use it"):
+            await bench.engine.unload_adapter(bench.versions[FREED])
+    await bench.engine.unload_adapter(bench.versions[FREED])
+    with pytest.raises(NotFoundError, match="not loaded"):
+        await bench.ask(adapter=FREED)
+    await bench.engine.load_adapter(bench.files(FREED))
+
+
+async def test_two_versions_of_one_name_answer_each_for_itself(one_free: Bench, tmp_path: Path) -> None:
+    """The prefix cache and the batch must not take one for the other."""
+    engine = one_free.engine
+    await engine.unload_adapter(one_free.versions["rank-64"])
+    answers = {}
+    for digest, seed in (("1111111111111111", 1), ("2222222222222222", 2)):
+        directory = build_adapter(tmp_path / digest, one_free.samples.model, rank=8, seed=seed)
+        version = VersionId(f"same@{digest}")
+        await engine.load_adapter(AdapterFiles(version_id=version, directory=directory, rank=8, size_bytes=1))
+        one_free.versions[digest] = version
+    for digest in ("1111111111111111", "2222222222222222"):
+        answers[digest] = (await one_free.ask("long " * 200, digest)).token_ids
+        await engine.unload_adapter(one_free.versions.pop(digest))
+    await engine.load_adapter(one_free.files("rank-64"))
+    assert answers["1111111111111111"] != answers["2222222222222222"]

@@ -1,0 +1,147 @@
+"""Two real vLLM replicas behind the router: the same tokens as vLLM alone, through every kill."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+
+import pytest
+import pytest_asyncio
+
+from loraserve.client import Client
+from loraserve.request import SamplingParams
+from loraserve.samples import SampleSet
+from tests.support.live_cluster import LiveCluster, kill, parent_of, wait_gone, wait_status
+from tests.support.vllm_bench import MAX_TOKENS, PROMPTS
+
+pytestmark = [pytest.mark.ray, pytest.mark.asyncio(loop_scope="session")]
+
+NAMES = ("", "rank-8", "rank-16", "rank-32", "rank-64", "rank-128")
+GREEDY = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+RECOVERY_S = 120.0
+ENGINE_TITLE = "VLLM::EngineCore"
+
+References = Mapping[str, Sequence[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, samples: SampleSet, references: References
+) -> Iterator[LiveCluster]:
+    """`references` first: one engine at a time starts faster on two cores."""
+    live = LiveCluster(cache=tmp_path_factory.mktemp("cache"))
+    live.up("--engine", "vllm", "--model", str(samples.model), "--dtype", "float32", "--adapter-slots", "5")
+    try:
+        for name, folder in samples.adapters.items():
+            live.call("adapter", "add", name, str(folder))
+        yield live
+    finally:
+        live.down()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def client(cluster: LiveCluster) -> AsyncIterator[Client]:
+    """A client, once both replicas hold all five adapters."""
+    async with cluster.client() as one:
+        await wait_status(
+            one,
+            lambda status: all(len(replica.resident) == 5 for replica in status.replicas),
+            RECOVERY_S,
+            "both replicas hold everything",
+        )
+        yield one
+
+
+async def ask_all(client: Client, order: Sequence[str]) -> dict[str, list[list[int]]]:
+    """Every prompt with every adapter, all in flight together."""
+    pairs = [(name, prompt) for prompt in PROMPTS for name in order]
+    answers = await asyncio.gather(
+        *(client.complete(prompt, adapter=name, sampling=GREEDY) for name, prompt in pairs)
+    )
+    found: dict[str, list[list[int]]] = {name: [] for name in order}
+    for (name, _), answer in zip(pairs, answers, strict=True):
+        found[name].append(list(answer.step.token_ids))
+    return found
+
+
+async def test_mixed_batches_through_the_router_equal_vllm_alone(
+    client: Client, references: References
+) -> None:
+    for seed in range(3):
+        order = random.Random(seed).sample(NAMES, len(NAMES))
+        assert await ask_all(client, order) == references
+
+
+async def test_streams_carry_the_same_tokens_and_name_their_weights(
+    client: Client, references: References
+) -> None:
+    for name in NAMES:
+        stream = client.generate(PROMPTS[0], adapter=name, sampling=GREEDY)
+        steps = [step async for step in stream]
+        assert [token for step in steps for token in step.token_ids] == references[name][0]
+        assert (stream.adapter_version or "").partition("@")[0] == name
+        assert stream.served_by is not None
+        assert stream.served_by.replica in ("replica-0", "replica-1")
+
+
+async def test_both_replicas_take_part(client: Client) -> None:
+    answers = await asyncio.gather(
+        *(client.complete(PROMPTS[0], adapter="rank-8", sampling=GREEDY) for _ in range(8))
+    )
+    assert {answer.served_by.replica for answer in answers if answer.served_by} == {
+        "replica-0",
+        "replica-1",
+    }
+
+
+async def test_a_killed_controller_costs_no_request_and_no_replica(
+    cluster: LiveCluster, client: Client, references: References
+) -> None:
+    before = await client.status()
+    (controller,) = cluster.pids("ray::ControllerActor")
+    asking = asyncio.create_task(ask_all(client, NAMES))
+    kill(controller)
+    assert await asking == references
+    after = await wait_status(
+        client,
+        lambda s: s.controller_reachable and s.table_version > before.table_version,
+        RECOVERY_S,
+        "controller back",
+    )
+    assert [replica.pid for replica in after.replicas] == [replica.pid for replica in before.replicas]
+    assert {one.name: one.version for one in after.adapters} == {
+        one.name: one.version for one in before.adapters
+    }
+    assert await ask_all(client, NAMES) == references
+
+
+async def test_a_killed_replica_takes_its_engine_with_it_and_comes_back_the_same(
+    cluster: LiveCluster, client: Client, references: References
+) -> None:
+    before = await client.status()
+    victim = before.replicas[0].pid
+    engines_of_victim = [pid for pid in cluster.pids(ENGINE_TITLE) if parent_of(pid) == victim]
+    assert len(engines_of_victim) == 1
+    kill(victim)
+    await wait_gone([victim, *engines_of_victim], 5.0)
+    assert await ask_all(client, NAMES) == references, "the other holder serves on"
+    await wait_status(
+        client,
+        lambda s: s.replicas[0].pid not in (0, victim) and len(s.replicas[0].resident) == 5,
+        RECOVERY_S,
+        "the replica is back",
+    )
+    assert await ask_all(client, NAMES) == references
+
+
+async def test_removing_and_replacing_an_adapter_never_mixes_its_versions(
+    cluster: LiveCluster, client: Client, samples: SampleSet, references: References
+) -> None:
+    """The name rank-8 gets the weights of rank-16: the answers are rank-16's, never rank-8's."""
+    (old,) = [one.version for one in (await client.status()).adapters if one.name == "rank-8"]
+    await client.remove_adapter("rank-16")
+    info = await client.register_adapter("rank-8", str(samples.adapters["rank-16"]), replace=True)
+    assert info.version != old
+    for prompt, expected in zip(PROMPTS, references["rank-16"], strict=True):
+        answer = await client.complete(prompt, adapter="rank-8", sampling=GREEDY)
+        assert list(answer.step.token_ids) == expected
+        assert answer.adapter_version == info.version
