@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import traceback
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -196,6 +197,7 @@ class VllmEngine:
                     disable_log_stats=True,
                 )
             except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # they hold vLLM's sockets and threads
                 raise WorkFailedError(f"vLLM did not start: {_reason(error)}") from error
 
     async def _attach(self, client: Any) -> _Started:

@@ -1,0 +1,119 @@
+"""What the vLLM engine is started with, and what is refused before vLLM is even imported."""
+
+import os
+from typing import Any
+
+import pytest
+
+from loraserve.config import EngineSection, ModelSection
+from loraserve.engines.vllm import VllmEngine
+from loraserve.engines.vllm_arguments import (
+    check_known,
+    engine_arguments,
+    engine_environment,
+    environment_set,
+)
+from loraserve.errors import ConfigError
+
+MODEL = ModelSection(path="/models/base", dtype="bfloat16")
+
+
+def test_one_slot_more_than_adapters_are_loaded() -> None:
+    arguments = engine_arguments(MODEL, EngineSection(adapter_slots=5), on_cpu=True)
+    assert arguments["max_loras"] == 6
+    assert arguments["max_cpu_loras"] == 6
+
+
+@pytest.mark.parametrize(("tensor_parallel_size", "backend"), [(1, "uni"), (2, "mp")])
+def test_one_gpu_needs_no_worker_process(tensor_parallel_size: int, backend: str) -> None:
+    engine = EngineSection(tensor_parallel_size=tensor_parallel_size)
+    assert engine_arguments(MODEL, engine, on_cpu=False)["distributed_executor_backend"] == backend
+
+
+def test_extra_reaches_vllm_as_it_is() -> None:
+    engine = EngineSection(extra={"enable_prefix_caching": False, "enforce_eager": False})
+    arguments = engine_arguments(MODEL, engine, on_cpu=True)
+    assert arguments["enable_prefix_caching"] is False
+    assert arguments["enforce_eager"] is False
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size: LoRAServe cannot run pipeline parallelism"),
+        ({"nnodes": 2}, "nnodes: LoRAServe cannot run an engine over several nodes"),
+        ({"data_parallel_size": 2}, "data_parallel_size"),
+        ({"data_parallel_address": "10.0.0.1"}, "data_parallel_address"),
+        ({"speculative_config": {"method": "ngram"}}, "speculative_config: .* speculative decoding"),
+        ({"runner": "pooling"}, "runner"),
+        ({"skip_tokenizer_init": True}, "skip_tokenizer_init"),
+        ({"max_loras": 9}, r"max_loras: LoRAServe sets this itself \(engine.adapter_slots\)"),
+        ({"max_lora_rank": 16}, "engine.max_lora_rank"),
+        ({"enable_lora": False}, "enable_lora"),
+        ({"max_cpu_loras": 100}, "max_cpu_loras"),
+        ({"model": "other"}, "model.path"),
+        ({"kv_cache_memory_bytes": 1}, "engine.kv_cache_bytes"),
+        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend"),
+    ],
+)
+def test_what_is_owned_or_cannot_run_is_refused_by_name(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"engine\.extra\..*{message}"):
+        VllmEngine(MODEL, EngineSection(extra=extra))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"pipeline_parallel_size": 1}, {"speculative_config": None}, {"nnodes": 1}, {"data_parallel_size": 1}],
+)
+def test_a_value_that_asks_for_nothing_is_allowed(extra: dict[str, Any]) -> None:
+    VllmEngine(MODEL, EngineSection(extra=extra))
+
+
+def test_an_unknown_argument_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.extra\.blocksize: .*did you mean block_size\?"):
+        check_known({"blocksize": 16}, {"block_size", "seed"})
+    with pytest.raises(ConfigError, match=r"no such engine argument$"):
+        check_known({"zzz": 1}, {"block_size", "seed"})
+
+
+def test_a_model_is_needed() -> None:
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        VllmEngine(ModelSection(), EngineSection())
+
+
+def test_the_environment_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
+    environment = engine_environment(EngineSection(), os.getpid(), on_cpu=True)
+    assert environment["LORASERVE_PARENT_PID"] == str(os.getpid())
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] is None
+    assert environment["VLLM_NO_USAGE_STATS"] == "1"
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND")
+    environment = engine_environment(EngineSection(), os.getpid(), on_cpu=True)
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+def test_the_environment_on_a_gpu_leaves_the_cpu_out() -> None:
+    environment = engine_environment(EngineSection(), os.getpid(), on_cpu=False)
+    assert not [name for name in environment if "CPU" in name or "DYNAMO" in name]
+    assert environment["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+@pytest.mark.parametrize(("before", "after"), [("other", "other,loraserve"), ("", "loraserve")])
+def test_a_list_of_allowed_plugins_gains_ours(
+    monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", before)
+    assert engine_environment(EngineSection(), 1, on_cpu=False)["VLLM_PLUGINS"] == after
+    monkeypatch.setenv("VLLM_PLUGINS", "loraserve")
+    assert "VLLM_PLUGINS" not in engine_environment(EngineSection(), 1, on_cpu=False)
+
+
+def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASERVE_TEST_A", "old")
+    monkeypatch.delenv("LORASERVE_TEST_B", raising=False)
+    with environment_set({"LORASERVE_TEST_A": None, "LORASERVE_TEST_B": "new"}):
+        assert "LORASERVE_TEST_A" not in os.environ
+        assert os.environ["LORASERVE_TEST_B"] == "new"
+    assert os.environ["LORASERVE_TEST_A"] == "old"
+    assert "LORASERVE_TEST_B" not in os.environ
