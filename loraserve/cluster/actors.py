@@ -1,88 +1,16 @@
-"""The Ray actors: each a few lines around a class that knows nothing of Ray.
+"""The Ray actors of controller and router: each a few lines around a class that knows nothing of Ray.
 
 Ray runs these methods on the actor's own event loop. Constructors are coroutines because grpc.aio,
 vLLM and the like want their objects made on the loop that uses them.
 """
 
 import asyncio
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from loraserve.cluster.processes import redirect_output, tail
+from loraserve.cluster.processes import begin_log
 from loraserve.config import Config, parse_config
-from loraserve.engines.base import AdapterFiles
-from loraserve.engines.description import ReplicaDescription, ReplicaReport
-from loraserve.errors import LoraServeError, ReplicaStartError
-from placement.types import ReplicaId, VersionId
-
-
-def _begin(folder: str, name: str) -> Path:
-    """Give the actor's process its own log file."""
-    log = Path(folder) / "logs" / f"{name}.log"
-    redirect_output(log)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-    return log
-
-
-class ReplicaActor:
-    """One replica process."""
-
-    async def __init__(  # type: ignore[misc]
-        self, replica_id: str, config_tree: dict[str, Any], folder: str, insecure_listen: bool
-    ) -> None:
-        from loraserve.engines.factory import make_engine
-        from loraserve.replica.server import ReplicaServer
-
-        self._log = _begin(folder, replica_id)
-        config = parse_config(config_tree)
-        self._replica_id = replica_id
-        self._server = ReplicaServer(
-            ReplicaId(replica_id), config, make_engine(config), insecure_listen=insecure_listen
-        )
-        self._stopped = asyncio.Event()
-
-    async def start(self) -> ReplicaDescription:
-        """Bring the engine up; ReplicaStartError carries the tail of the log."""
-        try:
-            return await self._server.start()
-        except Exception as error:
-            logging.getLogger(__name__).exception("start failed")
-            await self._server.engine.close()
-            reason = str(error) if isinstance(error, LoraServeError) else f"{type(error).__name__}: {error}"
-            raise ReplicaStartError(self._replica_id, reason, tail(self._log)) from None
-
-    async def describe(self) -> ReplicaDescription:
-        """What the replica is and holds."""
-        return self._server.describe()
-
-    async def report(self) -> ReplicaReport:
-        """Its state for operators."""
-        return await self._server.report()
-
-    async def load_adapter(self, files: AdapterFiles) -> None:
-        """Load and acknowledge."""
-        await self._server.load_adapter(files)
-
-    async def unload_adapter(self, version: VersionId) -> None:
-        """Drain and drop."""
-        await self._server.unload_adapter(version)
-
-    async def wait_stopped(self) -> None:
-        """Returns when the replica was told to stop; a caller sees the actor die before that."""
-        await self._stopped.wait()
-
-    async def pid(self) -> int:
-        """The actor's process."""
-        return os.getpid()
-
-    async def stop(self, grace_s: float) -> None:
-        """End the engine and the server."""
-        await self._server.stop(grace_s)
-        self._stopped.set()
 
 
 class ControllerActor:
@@ -98,7 +26,7 @@ class ControllerActor:
         from loraserve.controller.store import Store
         from loraserve.rpc import server as rpc_server
 
-        _begin(folder, "controller")
+        begin_log(folder, "controller")
         self._config = parse_config(config_tree)
         root = Path(folder)
         store = await asyncio.to_thread(Store, root / "controller.sqlite")
@@ -152,7 +80,7 @@ class RouterActor:
         from loraserve.clock import WallClock
         from loraserve.router.router import Router
 
-        _begin(folder, router_id)
+        begin_log(folder, router_id)
         config: Config = parse_config(config_tree)
         self._router = Router(
             config.router,

@@ -6,8 +6,8 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loraserve.cluster.actors import ReplicaActor
 from loraserve.cluster.processes import tail
+from loraserve.cluster.replica_actor import ReplicaActor
 from loraserve.config import Config, config_tree
 from loraserve.controller.fleet import ReplicaLink
 from loraserve.engines.base import AdapterFiles

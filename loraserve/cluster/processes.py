@@ -1,6 +1,7 @@
 """Process plumbing: logs of actors, and finding and ending what belongs to one cluster."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,16 @@ def redirect_output(log: Path) -> None:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
+
+
+def begin_log(folder: str, name: str) -> Path:
+    """Give an actor's process its own log file in the cluster's folder; returns its path."""
+    log = Path(folder) / "logs" / f"{name}.log"
+    redirect_output(log)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    return log
 
 
 def tail(log: Path, lines: int = 20) -> str:
