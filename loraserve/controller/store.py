@@ -46,25 +46,32 @@ class Store:
         """Open or create; BadInputError if the file is not a store of this version."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                self._create()
-            elif version != SCHEMA_VERSION:
-                raise BadInputError(
-                    f"{path}: the store has schema version {version}, this release reads {SCHEMA_VERSION};"
-                    " use the release that wrote it, or move the file away"
-                )
-            problems = self._db.execute("PRAGMA quick_check").fetchone()[0]
+            self._open()
         except sqlite3.DatabaseError as error:
+            self._db.close()
             raise BadInputError(
                 f"{path}: not a readable store ({error}); restore it or move it away"
             ) from error
+        except BadInputError:
+            self._db.close()
+            raise
+
+    def _open(self) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            self._create()
+        elif version != SCHEMA_VERSION:
+            raise BadInputError(
+                f"{self.path}: the store has schema version {version}, this release reads {SCHEMA_VERSION};"
+                " use the release that wrote it, or move the file away"
+            )
+        problems = self._db.execute("PRAGMA quick_check").fetchone()[0]
         if problems != "ok":
-            raise BadInputError(f"{path}: the store is corrupt ({problems}); restore it or move it away")
+            raise BadInputError(f"{self.path}: the store is corrupt ({problems}); restore it or move it away")
 
     def _create(self) -> None:
         with self._db:

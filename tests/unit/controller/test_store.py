@@ -71,8 +71,9 @@ def test_adapters_of_another_base_model_are_refused(tmp_path: Path) -> None:
 
 def test_another_schema_version_is_refused_with_both_numbers(tmp_path: Path) -> None:
     path = tmp_path / "controller.sqlite"
-    with sqlite3.connect(path) as raw:
-        raw.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    raw = sqlite3.connect(path)
+    raw.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    raw.commit()
     raw.close()
     with pytest.raises(BadInputError, match=f"version {SCHEMA_VERSION + 1}, this release reads"):
         Store(path)
