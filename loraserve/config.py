@@ -1,22 +1,34 @@
 """The one TOML configuration: frozen sections, every value with a default, units in the names.
 
 A wrong key or value is refused with its path and what would be right. Flags override the file
-through `with_overrides`.
+through the `overrides` of `load_config`.
 """
 
+import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from loraserve.errors import ConfigError
 
+# As far as timers reach, about thirty years.
+MAX_SECONDS = 1e9
+# The largest size that gRPC takes.
+MAX_MESSAGE_BYTES = 2**31 - 1
+# Refuses infinity; more than any cost or rate is.
+MAX_FINITE = 1e18
+MAX_SHOWN_CHARS = 80
+
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
+Cost = Annotated[float, Meta(ge=0, le=MAX_FINITE)]
+Rate = Annotated[float, Meta(gt=0, le=MAX_FINITE)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
 
@@ -28,7 +40,13 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ClusterSection(Section, frozen=True):
     """`name` tells clusters of one machine apart; `state_dir` '' is the cache folder's."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")] = "default"
+    name: Annotated[
+        str,
+        Meta(
+            pattern=r"\A[a-z0-9][a-z0-9-]{0,30}\Z",
+            description="1 to 31 of the characters a-z, 0-9 and -, the first one no -",
+        ),
+    ] = "default"
     replicas: Annotated[int, Meta(ge=1, le=1024)] = 2
     state_dir: str = ""
     start_timeout_s: Seconds = 300.0
@@ -63,13 +81,13 @@ class EmulatedSection(Section, frozen=True):
     + per_rank·running·(largest rank in the batch); `speed` divides every step.
     `kv_bytes_per_token` sizes the KV cache in tokens."""
 
-    base_step_ms: Annotated[float, Meta(ge=0)] = 4.0
-    prefill_token_ms: Annotated[float, Meta(ge=0)] = 0.02
-    decode_seq_ms: Annotated[float, Meta(ge=0)] = 0.1
-    rank_seq_ms: Annotated[float, Meta(ge=0)] = 0.002
-    load_bytes_per_s: Annotated[float, Meta(gt=0)] = 1e9
+    base_step_ms: Cost = 4.0
+    prefill_token_ms: Cost = 0.02
+    decode_seq_ms: Cost = 0.1
+    rank_seq_ms: Cost = 0.002
+    load_bytes_per_s: Rate = 1e9
     kv_bytes_per_token: Positive = 4096
-    speed: Annotated[float, Meta(gt=0)] = 1.0
+    speed: Rate = 1.0
 
 
 class PlacementSection(Section, frozen=True):
@@ -89,7 +107,7 @@ class RouterSection(Section, frozen=True):
     max_in_flight: Positive = 1024
     max_waiting_per_replica: Positive = 256
     default_deadline_s: Seconds = 600.0
-    max_message_bytes: Positive = 16 * 1024**2
+    max_message_bytes: Annotated[int, Meta(ge=1, le=MAX_MESSAGE_BYTES)] = 16 * 1024**2
     routing: str = "least-outstanding"
 
 
@@ -148,7 +166,7 @@ def load_config(path: Path | None, overrides: Mapping[str, object] | None = None
         section, _, key = dotted.partition(".")
         table = tree.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"{where}: {section}: expected a table, got {type(table).__name__}")
+            raise ConfigError(f"{where}: {section}: {_shown(table)}; expected a table")
         table[key] = value
     return parse_config(tree, where)
 
@@ -160,7 +178,7 @@ def parse_config(tree: Mapping[str, Any], where: str = "the configuration") -> C
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
-        raise ConfigError(f"{where}: {path.rstrip('`') or 'top level'}: {_lower(message)}") from error
+        raise ConfigError(f"{where}: {_explained(tree, path.rstrip('`')) or message}") from error
 
 
 def config_tree(config: Config) -> dict[str, Any]:
@@ -172,7 +190,7 @@ def config_tree(config: Config) -> dict[str, Any]:
 def _refuse_unknown_keys(tree: Mapping[str, Any], section: type[Section], where: str, prefix: str) -> None:
     fields = {field.name: field.type for field in msgspec.structs.fields(section)}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
+        path = f"{prefix}{key if key.isprintable() else repr(key)}"
         if key not in fields:
             raise ConfigError(f"{where}: {path}: unknown key; allowed: {', '.join(sorted(fields))}")
         kind = fields[key]
@@ -180,5 +198,49 @@ def _refuse_unknown_keys(tree: Mapping[str, Any], section: type[Section], where:
             _refuse_unknown_keys(value, kind, where, f"{path}.")
 
 
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
+def _explained(tree: Mapping[str, Any], path: str) -> str:
+    """What stands at a path, like `adapters.allow_urls[0]`, and what was expected there."""
+    value: Any = tree
+    kind: inspect.Type = inspect.type_info(Config)
+    for name, index in re.findall(r"(\w+)|\[(\d+)\]", path):
+        if isinstance(kind, inspect.StructType):
+            value, kind = value[name], next(field.type for field in kind.fields if field.name == name)
+        elif isinstance(kind, inspect.ListType):
+            value, kind = value[int(index)], kind.item_type
+    return f"{path}: {_shown(value)}; expected {_expected(kind)}"
+
+
+def _expected(kind: inspect.Type) -> str:
+    match kind:
+        case inspect.Metadata(extra_json_schema={"description": str(description)}):
+            return description
+        case inspect.LiteralType(values=values):
+            return f"one of {', '.join(map(str, values))}"
+        case inspect.IntType():
+            return f"an integer{_range(kind)}"
+        case inspect.FloatType():
+            return f"a number{_range(kind)}"
+        case inspect.ListType(item_type=item):
+            return f"a list, each item {_expected(item)}"
+        case inspect.StrType():
+            return "a string"
+    return "a table"
+
+
+def _range(kind: inspect.IntType | inspect.FloatType) -> str:
+    most = None if kind.le is None else _plain(kind.le)
+    if kind.gt is not None:
+        return f" above {_plain(kind.gt)}" + (f" and at most {most}" if most else "")
+    if kind.ge is None:
+        return ""
+    return f" from {_plain(kind.ge)} to {most}" if most else f" of at least {_plain(kind.ge)}"
+
+
+def _plain(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}".replace("e+0", "e").replace("e+", "e")
+
+
+def _shown(value: object) -> str:
+    """A value as one would write it in TOML, on one line and not too long."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
