@@ -9,6 +9,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
+
 from loraserve.errors import NotFoundError
 
 
@@ -52,21 +54,20 @@ def write_running(folder: Path, running: RunningCluster) -> None:
 def read_running(folder: Path) -> RunningCluster | None:
     """The cluster that this folder's cluster.json describes, whether or not it is still alive."""
     try:
-        tree = json.loads((folder / "cluster.json").read_text(encoding="utf-8"))
-        tree["router_addresses"] = tuple(tree["router_addresses"])
-        return RunningCluster(**tree)
-    except (OSError, ValueError, KeyError, TypeError):
+        return msgspec.json.decode((folder / "cluster.json").read_bytes(), type=RunningCluster)
+    except (OSError, msgspec.DecodeError):
         return None
 
 
 def start_ticks(pid: int) -> int | None:
     """When a live process was started, in clock ticks since boot: with the pid, its identity."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        # Bytes: a process may call itself what is not valid text.
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else int(fields[19])
+    fields = stat.rpartition(b")")[2].split()
+    return None if fields[0] == b"Z" else int(fields[19])
 
 
 def is_alive(running: RunningCluster) -> bool:
@@ -77,9 +78,11 @@ def is_alive(running: RunningCluster) -> bool:
 def router_address(name: str, state_dir: str = "") -> str:
     """The first router of the running cluster of this name; NotFoundError if none runs."""
     running = read_running(cluster_dir(name, state_dir))
-    if running is None or not is_alive(running) or not running.router_addresses:
+    if running is None or not is_alive(running):
         raise NotFoundError(
             f"no cluster named {name} is running on this machine; start one with `loraserve up`,"
             " or give a router's --address"
         )
+    if not running.router_addresses:
+        raise NotFoundError(f"cluster {name} is still starting; wait until its `loraserve up` has returned")
     return running.router_addresses[0]
