@@ -23,6 +23,7 @@ class Flight:
         "first_message_s",
         "messages",
         "refusals",
+        "remaining_s",
         "request_id",
         "started_s",
     )
@@ -35,6 +36,7 @@ class Flight:
         self.body = body
         self.started_s = started_s
         self.deadline_s = deadline_s
+        self.remaining_s = 0.0
         self.decision: Decision | None = None
         self.excluded: frozenset[ReplicaId] = frozenset()
         self.refusals: list[StatusCode] = []

@@ -8,14 +8,16 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from loraserve.errors import AlreadyExistsError, OverloadedError
 from placement.types import ReplicaId, VersionId
 
 MAX_OUTCOMES = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOutcome:
+# A struct and no dataclass because every request makes one: a tenth of the time.
+class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How one request went; times are the router's clock, `status` a gRPC status code's name.
 
     `replica_id`, `version_id`, `reason` and `table_version` are of the last decision, None without

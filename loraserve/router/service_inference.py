@@ -5,9 +5,11 @@ its messages go back unread.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import count
+from typing import NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -27,7 +29,7 @@ from loraserve.router.loads import LoadBook
 from loraserve.router.peers import Peer, Peers
 from loraserve.router.tables import TableFollower
 from loraserve.rpc.codec import validate_generate
-from loraserve.rpc.status import abort_with, status_of
+from loraserve.rpc.status import status_of
 from loraserve.rpc.v1 import inference_pb2
 from placement.routing import (
     Chooser,
@@ -35,9 +37,10 @@ from placement.routing import (
     HoldersFullError,
     NoHolderError,
     RouteRequest,
-    RoutingError,
     UnknownAdapterError,
 )
+
+logger = logging.getLogger(__name__)
 
 SERVICE = "loraserve.v1.Inference"
 MAX_RETRIES = 2
@@ -54,7 +57,7 @@ RETRIED_CODES = frozenset(
 """What a replica answers before it has done anything for a request: another one may take it."""
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
-Relay = Callable[[Flight, Peer, float, Context], Awaitable[bytes | None]]
+Relay = Callable[[Flight, Peer, Context], Awaitable[bytes | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,30 +103,51 @@ class InferenceService:
         return await self._serve(body, context, self._relay_unary) or b""
 
     async def _serve(self, body: bytes, context: Context, relay: Relay) -> bytes | None:
+        """One request from its bytes to its status. One coroutine on purpose: each further one on
+        this path costs every request and every message."""
+        flight: Flight | None = None
         try:
             flight = self._admit(body, context)
-        except LoraServeError as error:
-            self._parts.ledger.refuse()
-            await abort_with(context, error)
-        try:
-            answer = await self._attempts(flight, context, relay)
-            flight.code = grpc.StatusCode.OK
+            while True:
+                peer = self._take_peer(flight) or await self._take_peer_later(flight)
+                try:
+                    answer = await relay(flight, peer, context)
+                except grpc.aio.AioRpcError as error:
+                    self._note_refusal(flight, error)
+                else:
+                    flight.code = grpc.StatusCode.OK
+                    context.set_trailing_metadata(self._trailers(flight))
+                    return answer
+                finally:
+                    self._parts.ledger.release(peer.replica_id)
+                    self._parts.peers.give_back(peer)
         except asyncio.CancelledError:
-            out_of_time = self._parts.clock.now_s() >= flight.deadline_s
-            flight.code = grpc.StatusCode.DEADLINE_EXCEEDED if out_of_time else grpc.StatusCode.CANCELLED
+            if flight is not None:
+                late = self._parts.clock.now_s() >= flight.deadline_s
+                flight.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
         except grpc.aio.AioRpcError as error:
-            flight.code = error.code()
-            await context.abort(error.code(), error.details() or "", self._trailers(flight))
+            await self._abort(flight, context, error.code(), error.details() or "")
         except Exception as error:
-            # A client that went away fails the write before its cancellation arrives.
-            gone = context.done() or context.cancelled()
-            flight.code = grpc.StatusCode.CANCELLED if gone else status_of(error)[0]
-            await abort_with(context, error, self._trailers(flight))
+            code, message = status_of(error)
+            if code is grpc.StatusCode.INTERNAL:
+                logger.error("a request failed: %s", error, exc_info=error)
+            await self._abort(flight, context, code, message)
         finally:
-            self._parts.ledger.close(flight.outcome(self._parts.clock.now_s()))
-        context.set_trailing_metadata(self._trailers(flight))
-        return answer
+            if flight is None:
+                self._parts.ledger.refuse()
+            else:
+                self._parts.ledger.close(flight.outcome(self._parts.clock.now_s()))
+
+    async def _abort(
+        self, flight: Flight | None, context: Context, code: grpc.StatusCode, message: str
+    ) -> NoReturn:
+        if flight is None:
+            await context.abort(code, message)
+        # A client that went away fails the write to it before its cancellation arrives.
+        gone = context.done() or context.cancelled()
+        flight.code = grpc.StatusCode.CANCELLED if gone else code
+        await context.abort(code, message, self._trailers(flight))
 
     def _admit(self, body: bytes, context: Context) -> Flight:
         parts = self._parts
@@ -150,24 +174,47 @@ class InferenceService:
         parts.ledger.open(flight.request_id)
         return flight
 
-    async def _attempts(self, flight: Flight, context: Context, relay: Relay) -> bytes | None:
-        """Forward to one holder after another until one takes the request, at most 1 + MAX_RETRIES."""
-        while True:
-            try:
-                decision = self._choose(flight)
-            except NoHolderError as error:
-                decision = await self._choose_later(flight, error)
-            try:
-                return await self._forward(flight, decision, context, relay)
-            except grpc.aio.AioRpcError as error:
-                code = error.code()
-                if flight.messages or code not in RETRIED_CODES:
-                    raise
-                flight.refusals.append(code)
-                if self._parts.tables.table.version == decision.table_version:
-                    flight.excluded |= {decision.replica_id}
-                if flight.attempts > MAX_RETRIES:
-                    raise _all_refused(flight, error.details() or code.name) from error
+    def _take_peer(self, flight: Flight) -> Peer | None:
+        """The connection to the chosen holder, counted as in use; None when no holder is left."""
+        try:
+            decision = self._choose(flight)
+        except NoHolderError:
+            return None
+        return self._send_to(flight, decision)
+
+    async def _take_peer_later(self, flight: Flight) -> Peer:
+        """Choose by the next table, if a holder has said that the present one is out of date."""
+        parts = self._parts
+        if grpc.StatusCode.FAILED_PRECONDITION in flight.refusals:
+            wait_s = min(STALE_WAIT_S, flight.deadline_s - parts.clock.now_s())
+            if await parts.tables.reached(parts.tables.table.version + 1, wait_s):
+                flight.excluded = frozenset()
+        try:
+            return self._send_to(flight, self._choose(flight))
+        except NoHolderError as error:
+            raise _all_refused(flight, str(error)) from error
+
+    def _send_to(self, flight: Flight, decision: Decision) -> Peer:
+        parts = self._parts
+        flight.remaining_s = flight.deadline_s - parts.clock.now_s()
+        if flight.remaining_s <= 0:
+            raise DeadlineError("the deadline passed before a replica took the request")
+        peer = parts.peers.take(decision.replica_id)
+        parts.ledger.assign(decision.replica_id)
+        flight.attempts += 1
+        return peer
+
+    def _note_refusal(self, flight: Flight, error: grpc.aio.AioRpcError) -> None:
+        """Return if another holder may be asked, else raise what the client gets."""
+        code = error.code()
+        decision = flight.decision
+        if decision is None or flight.messages or code not in RETRIED_CODES:
+            raise error
+        flight.refusals.append(code)
+        if self._parts.tables.table.version == decision.table_version:
+            flight.excluded |= {decision.replica_id}
+        if flight.attempts > MAX_RETRIES:
+            raise _all_refused(flight, error.details() or code.name) from error
 
     def _choose(self, flight: Flight) -> Decision:
         parts = self._parts
@@ -184,37 +231,8 @@ class InferenceService:
         flight.decision = decision
         return decision
 
-    async def _choose_later(self, flight: Flight, error: RoutingError) -> Decision:
-        """Choose by the next table, if a holder has said that the present one is out of date."""
-        parts = self._parts
-        if grpc.StatusCode.FAILED_PRECONDITION in flight.refusals:
-            wait_s = min(STALE_WAIT_S, flight.deadline_s - parts.clock.now_s())
-            if await parts.tables.reached(parts.tables.table.version + 1, wait_s):
-                flight.excluded = frozenset()
-                try:
-                    return self._choose(flight)
-                except NoHolderError as later:
-                    error = later
-        raise _all_refused(flight, str(error))
-
-    async def _forward(
-        self, flight: Flight, decision: Decision, context: Context, relay: Relay
-    ) -> bytes | None:
-        parts = self._parts
-        remaining_s = flight.deadline_s - parts.clock.now_s()
-        if remaining_s <= 0:
-            raise DeadlineError("the deadline passed before a replica took the request")
-        peer = parts.peers.take(decision.replica_id)
-        parts.ledger.assign(decision.replica_id)
-        flight.attempts += 1
-        try:
-            return await relay(flight, peer, remaining_s, context)
-        finally:
-            parts.ledger.release(decision.replica_id)
-            parts.peers.give_back(peer)
-
-    async def _relay_stream(self, flight: Flight, peer: Peer, remaining_s: float, context: Context) -> None:
-        call = peer.execute(flight.execute_bytes(), timeout=remaining_s)
+    async def _relay_stream(self, flight: Flight, peer: Peer, context: Context) -> None:
+        call = peer.execute(flight.execute_bytes(), timeout=flight.remaining_s)
         write = context.write
         try:
             async for message in call:
@@ -226,8 +244,8 @@ class InferenceService:
             # Ends the replica's work when the client has gone; nothing when the call is over.
             call.cancel()
 
-    async def _relay_unary(self, flight: Flight, peer: Peer, remaining_s: float, context: Context) -> bytes:
-        answer = await peer.execute_unary(flight.execute_bytes(), timeout=remaining_s)
+    async def _relay_unary(self, flight: Flight, peer: Peer, context: Context) -> bytes:
+        answer = await peer.execute_unary(flight.execute_bytes(), timeout=flight.remaining_s)
         flight.messages = 1
         flight.first_message_s = self._parts.clock.now_s()
         return answer

@@ -74,6 +74,9 @@ class TableFollower:
                         error.code().name,
                         self.table.version,
                     )
+            except Exception:
+                # Without its follower a router would route by an old table for ever, in silence.
+                logger.exception("a routing table could not be taken up; connecting again")
             self.connected = False
             await asyncio.sleep(self._backoff.next_s())
 
