@@ -60,6 +60,11 @@ class AdapterPool:
             if entry.residency is Residency.RESIDENT
         )
 
+    def residency(self, version: VersionId) -> Residency | None:
+        """Where the version stands; None if it is not here."""
+        entry = self._entries.get(version)
+        return None if entry is None else entry.residency
+
     def begin_load(self, files: AdapterFiles) -> bool:
         """Reserve room; False if the version is resident already, so that a repeated load is no error.
 

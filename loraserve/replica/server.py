@@ -17,8 +17,14 @@ import grpc
 from loraserve.config import Config
 from loraserve.engines.base import AdapterFiles, Engine, EngineInfo
 from loraserve.engines.description import ReplicaDescription, ReplicaReport
-from loraserve.errors import AlreadyExistsError, OverloadedError, UnavailableError
-from loraserve.replica.pool import AdapterPool
+from loraserve.errors import (
+    AlreadyExistsError,
+    LoraServeError,
+    OverloadedError,
+    UnavailableError,
+    WorkFailedError,
+)
+from loraserve.replica.pool import AdapterPool, Residency
 from loraserve.request import FinishReason, GenerationRequest, GenerationStep
 from loraserve.rpc import server as rpc_server
 from loraserve.rpc.table_codec import LoadReport
@@ -62,6 +68,7 @@ class ReplicaServer:
         self._sequence = 0
         self._server: grpc.aio.Server | None = None
         self._changing = asyncio.Lock()
+        self._drops: dict[VersionId, asyncio.Task[None]] = {}
 
     async def start(self) -> ReplicaDescription:
         """Bring the engine up, then listen on a port that the system picks."""
@@ -98,38 +105,78 @@ class ReplicaServer:
         )
 
     async def load_adapter(self, files: AdapterFiles) -> None:
-        """Make the version usable; a resident one is no error, a refusal leaves nothing behind."""
+        """Make the version usable; a resident one is no error, a refusal or a cancellation leaves nothing
+        behind."""
         async with self._changing:
             if not self.pool.begin_load(files):
                 return
             try:
                 await self.engine.load_adapter(files)
+            except asyncio.CancelledError:
+                # A second cancellation must not keep it from being taken back.
+                await asyncio.shield(asyncio.ensure_future(self._take_back(files.version_id)))
+                raise
             except BaseException:
                 self.pool.abandon_load(files.version_id)
                 raise
             self.pool.finish_load(files.version_id)
         logger.info("loaded %s (rank %d, %d bytes)", files.version_id, files.rank, files.size_bytes)
 
+    async def _take_back(self, version: VersionId) -> None:
+        """Undo a load that nobody waits for any more: an engine may finish what it began."""
+        try:
+            await self.engine.unload_adapter(version)
+        except LoraServeError as error:
+            logger.warning("%s: its load was cancelled and cannot be taken back: %s", version, error)
+        finally:
+            self.pool.abandon_load(version)
+
     async def unload_adapter(self, version: VersionId) -> None:
         """Take no new requests for the version, let running ones end (aborting those that outlast the
-        drain timeout), then free it; a version that is not here is no error."""
-        entry = self.pool.begin_drop(version)
+        drain timeout), then free it; a version that is not here is no error.
+
+        WorkFailedError if requests outlast their abort by another drain timeout: the copy stays, takes no
+        requests, and goes when they end, whether or not somebody asks again.
+        """
+        drop = self._drops.get(version)
+        if drop is None:
+            drop = self._drops[version] = asyncio.create_task(self._drop(version), name=f"drop-{version}")
+            drop.add_done_callback(lambda done: self._forget_drop(version, done))
+        # Neither the timeout nor a caller that goes away ends the drop.
+        timeout_s = 2 * self.config.replica.drain_timeout_s
+        done, _ = await asyncio.wait({drop}, timeout=timeout_s)
+        if not done:
+            raise WorkFailedError(
+                f"{version} is still on replica {self.replica_id} after {timeout_s:g} s: its requests, or a"
+                " load before it, have not ended; it takes no requests and goes when they have"
+            )
+        drop.result()
+
+    async def _drop(self, version: VersionId) -> None:
+        if self.pool.residency(version) is Residency.LOADING:
+            async with self._changing:
+                entry = self.pool.begin_drop(version)
+        else:
+            entry = self.pool.begin_drop(version)
         if entry is None:
             return
-        timeout_s = self.config.replica.drain_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                await entry.unpinned.wait()
-        except TimeoutError:
-            logger.warning("%s: %d requests outlast the drain", version, len(entry.pinned_by))
-            for request_id in sorted(entry.pinned_by):
-                await self.engine.abort(request_id)
-            async with asyncio.timeout(timeout_s):
-                await entry.unpinned.wait()
+        while not entry.unpinned.is_set():
+            try:
+                async with asyncio.timeout(self.config.replica.drain_timeout_s):
+                    await entry.unpinned.wait()
+            except TimeoutError:
+                logger.warning("%s: %d requests outlast the drain", version, len(entry.pinned_by))
+                for request_id in sorted(entry.pinned_by):
+                    await self.engine.abort(request_id)
         async with self._changing:
             await self.engine.unload_adapter(version)
             self.pool.finish_drop(version)
         logger.info("dropped %s", version)
+
+    def _forget_drop(self, version: VersionId, drop: "asyncio.Task[None]") -> None:
+        del self._drops[version]
+        if not drop.cancelled() and (error := drop.exception()) is not None:
+            logger.warning("%s was not dropped: %s", version, error)
 
     async def report(self) -> ReplicaReport:
         """The state for operators; EngineDeadError if the engine is gone."""
@@ -187,12 +234,18 @@ class ReplicaServer:
             finally:
                 del self._in_flight[request.request_id]
 
-    def check_invariants(self) -> None:
-        """AssertionError unless pins, slots and bytes add up."""
+    def check_invariants(self, *, idle: bool = False) -> None:
+        """AssertionError unless pins, slots and bytes add up; when idle, also if any request is left."""
+        if idle and self._in_flight:
+            raise AssertionError(f"still in flight: {sorted(self._in_flight)}")
         self.pool.check_invariants(frozenset(self._in_flight))
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """Stop listening, give running requests `grace_s`, end the engine."""
         if self._server is not None:
             await self._server.stop(grace_s)
+        drops = list(self._drops.values())
+        for drop in drops:
+            drop.cancel()
+        await asyncio.gather(*drops, return_exceptions=True)
         await self.engine.close()
