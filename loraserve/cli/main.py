@@ -50,6 +50,9 @@ def run() -> None:
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2)
+    from loraserve.rpc.tuning import tune_grpc
+
+    tune_grpc()
     make_app()()
 
 

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from loraserve.cluster.processes import begin_log
+from loraserve.cluster.processes import begin_actor
 from loraserve.config import Config, parse_config
 
 
@@ -26,7 +26,7 @@ class ControllerActor:
         from loraserve.controller.store import Store
         from loraserve.rpc import server as rpc_server
 
-        begin_log(folder, "controller")
+        begin_actor(folder, "controller")
         self._config = parse_config(config_tree)
         root = Path(folder)
         store = await asyncio.to_thread(Store, root / "controller.sqlite")
@@ -80,7 +80,7 @@ class RouterActor:
         from loraserve.clock import WallClock
         from loraserve.router.router import Router
 
-        begin_log(folder, router_id)
+        begin_actor(folder, router_id)
         config: Config = parse_config(config_tree)
         self._router = Router(
             config.router,

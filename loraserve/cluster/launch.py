@@ -186,6 +186,8 @@ def _spawn_head(config: Config, folder: Path, run_id: str, insecure: bool) -> "s
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's default of 15 would let anything else on the machine go before the service.
+        "RAY_worker_niceness": "0",
         # Replicas see the GPUs that Ray gives them; without any, hiding them all would be a surprise.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from loraserve.rpc.tuning import tune_grpc
+
 RUN_ID_VARIABLE = "LORASERVE_RUN_ID"
 TAIL_BYTES = 16 * 1024
 
@@ -23,8 +25,10 @@ def redirect_output(log: Path) -> None:
     os.close(target)
 
 
-def begin_log(folder: str, name: str) -> Path:
-    """Give an actor's process its own log file in the cluster's folder; returns its path."""
+def begin_actor(folder: str, name: str) -> Path:
+    """Give an actor's process its own log file in the cluster's folder, whose path is returned, and
+    gRPC its settings before anything imports it."""
+    tune_grpc()
     log = Path(folder) / "logs" / f"{name}.log"
     redirect_output(log)
     logging.basicConfig(

@@ -9,7 +9,7 @@ import logging
 import os
 from typing import Any
 
-from loraserve.cluster.processes import begin_log, tail
+from loraserve.cluster.processes import begin_actor, tail
 from loraserve.config import parse_config
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.description import ReplicaDescription, ReplicaReport
@@ -26,7 +26,7 @@ class ReplicaActor:
         from loraserve.engines.factory import make_engine
         from loraserve.replica.server import ReplicaServer
 
-        self._log = begin_log(folder, replica_id)
+        self._log = begin_actor(folder, replica_id)
         config = parse_config(config_tree)
         self._replica_id = replica_id
         self._server = ReplicaServer(
