@@ -39,6 +39,9 @@ class HeldEngine(EmulatedEngine):
         self.finishes_cancelled_loads = False
         self.deaf = False
         self.failing_unloads = 0
+        self.unloads_begun = 0
+        self.may_unload = asyncio.Event()
+        self.may_unload.set()
         self._steps: int | None = None
         self._loads: int | None = None
         self._news = asyncio.Condition()
@@ -63,7 +66,9 @@ class HeldEngine(EmulatedEngine):
         await super().load_adapter(adapter)
 
     async def unload_adapter(self, version_id: VersionId) -> None:
-        """Unload, or fail as often as the test says."""
+        """Unload once allowed, or fail as often as the test says."""
+        self.unloads_begun += 1
+        await self.may_unload.wait()
         if self.failing_unloads:
             self.failing_unloads -= 1
             raise WorkFailedError("not now")

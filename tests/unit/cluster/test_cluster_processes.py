@@ -39,12 +39,14 @@ def tree(run_id: str, *, setup: str = "", children: int = 2) -> Iterator[list[in
     with subprocess.Popen(
         [sys.executable, "-S", "-c", code], env=environment, stdout=subprocess.PIPE, text=True
     ) as root:
+        assert root.stdout is not None
         try:
-            assert root.stdout is not None
             yield sorted(int(root.stdout.readline()) for _ in range(children + 1))
         finally:
             for pid in processes_of(run_id):
                 os.kill(pid, 9)
+            # The pipe ends when the last process that holds it has.
+            root.stdout.read()
 
 
 def new_run_id() -> str:

@@ -155,11 +155,23 @@ async def test_two_drops_at_once_are_one(bench: ReplicaBench) -> None:
     await bench.server.load_adapter(adapter("a"))
     running = await bench.running(version=A)
     drops = [await begun_drop(bench) for _ in range(2)]
-    # The next load of this version must not fall to the second drop.
     await bench.engine.allow()
     assert await status_of_call(running) == (CODE.OK, "")
-    await drops[0]
-    await asyncio.gather(bench.server.load_adapter(adapter("a")), drops[1])
+    await asyncio.gather(*drops)
+    assert bench.engine.unloads_begun == 1
+    assert bench.server.describe().resident == ()
+
+
+async def test_a_load_after_a_drop_does_not_fall_to_a_second_drop(bench: ReplicaBench) -> None:
+    await bench.server.load_adapter(adapter("a"))
+    bench.engine.may_unload.clear()
+    calls = [asyncio.create_task(bench.server.unload_adapter(A))]
+    await eventually(lambda: bench.engine.unloads_begun == 1)
+    for again in (bench.server.load_adapter(adapter("a")), bench.server.unload_adapter(A)):
+        calls.append(asyncio.create_task(again))
+        await asyncio.sleep(0)
+    bench.engine.may_unload.set()
+    await asyncio.gather(*calls)
     assert bench.server.describe().resident == (A,)
     assert await bench.engine.resident() == {A}
 
