@@ -178,19 +178,6 @@ def _spawn_head(config: Config, folder: Path, run_id: str, insecure: bool) -> "s
     temp_dir = tempfile.mkdtemp(
         prefix="lsr-", dir=temp_root if len(temp_root) <= MAX_TEMP_DIR_CHARS else "/tmp"
     )
-    environment = {
-        **os.environ,
-        # Sockets and scratch files of every library in every process go with the cluster.
-        "TMPDIR": temp_dir,
-        RUN_ID_VARIABLE: run_id,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's default of 15 would let anything else on the machine go before the service.
-        "RAY_worker_niceness": "0",
-        # Replicas see the GPUs that Ray gives them; without any, hiding them all would be a surprise.
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
     # cluster.json comes first: whatever happens from here on, `down` knows what to end.
     with (folder / "logs" / "head.log").open("ab") as log:
         head = subprocess.Popen(
@@ -199,7 +186,7 @@ def _spawn_head(config: Config, folder: Path, run_id: str, insecure: bool) -> "s
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=environment,
+            env=_environment(run_id, temp_dir, token),
             start_new_session=True,
             cwd=folder,
         )
@@ -214,6 +201,23 @@ def _spawn_head(config: Config, folder: Path, run_id: str, insecure: bool) -> "s
     if head.stdin is not None:
         head.stdin.close()
     return head
+
+
+def _environment(run_id: str, temp_dir: str, token: Path) -> dict[str, str]:
+    """What every process of the run inherits."""
+    return {
+        **os.environ,
+        # Sockets and scratch files of every library in every process go with the cluster.
+        "TMPDIR": temp_dir,
+        RUN_ID_VARIABLE: run_id,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's default of 15 would let anything else on the machine go before the service.
+        "RAY_worker_niceness": "0",
+        # Replicas see the GPUs that Ray gives them; without any, hiding them all would be a surprise.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
 
 
 def _follow(

@@ -315,20 +315,29 @@ class Controller:
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 await link.load_adapter(files)
             event = messages.AdapterLoaded(replica, adapter.version_id)
-        except (LoraServeError, TimeoutError) as error:
-            reason = str(error) or f"not loaded within {LOAD_TIMEOUT_S:.0f} s"
+        except TimeoutError:
+            reason = f"not loaded within {LOAD_TIMEOUT_S:.0f} s"
+            # The load may still come to an end there: its room is free only once the copy is gone.
+            await self._take_back(link, adapter.version_id)
+            event = messages.AdapterLoadFailed(replica, adapter.version_id, reason)
+        except LoraServeError as error:
+            reason = str(error)
             logger.warning("%s did not load %s: %s", replica, adapter.version_id, reason)
             event = messages.AdapterLoadFailed(replica, adapter.version_id, reason)
         if self._links.get(replica) is link:
             self.dispatch(event)
 
+    async def _take_back(self, link: ReplicaLink, version: VersionId) -> None:
+        with contextlib.suppress(LoraServeError, TimeoutError):
+            async with asyncio.timeout(self._unload_timeout_s):
+                await link.unload_adapter(version)
+
     async def _unload(self, replica: ReplicaId, version: VersionId) -> None:
         link = self._links.get(replica)
         if link is None:
             return
-        timeout_s = 3 * self.config.replica.drain_timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._unload_timeout_s):
                 await link.unload_adapter(version)
         except (LoraServeError, TimeoutError) as error:
             # The copy stays RETIRING: the next epoch asks again.
@@ -336,6 +345,11 @@ class Controller:
             return
         if self._links.get(replica) is link:
             self.dispatch(messages.AdapterUnloaded(replica, version))
+
+    @property
+    def _unload_timeout_s(self) -> float:
+        """A drop may drain, then abort what outlasts the drain."""
+        return 3 * self.config.replica.drain_timeout_s
 
     async def _epochs(self) -> None:
         while True:
