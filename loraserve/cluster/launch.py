@@ -178,7 +178,7 @@ def _spawn_head(config: Config, folder: Path, run_id: str, insecure: bool) -> "s
     temp_dir = tempfile.mkdtemp(
         prefix="lsr-", dir=temp_root if len(temp_root) <= MAX_TEMP_DIR_CHARS else "/tmp"
     )
-    # cluster.json comes first: whatever happens from here on, `down` knows what to end.
+    # The head waits for the end of its input: by then cluster.json names it and `down` knows what to end.
     with (folder / "logs" / "head.log").open("ab") as log:
         head = subprocess.Popen(
             [sys.executable, "-m", "loraserve.cluster.head", str(folder)],

@@ -70,6 +70,7 @@ class LocalFleet:
         try:
             await server.start()
         except LoraServeError as error:
+            await server.stop(0.0)
             raise ReplicaStartError(replica_id, str(error)) from error
         link = self.links[replica_id] = LocalLink(server)
         return link

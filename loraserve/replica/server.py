@@ -206,19 +206,17 @@ class ReplicaServer:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Run one request from admission to its last token; closing the iterator releases all it held."""
+        # The engine lets go of the request before its pin does.
         with self._admitted(request) as accounted:
-            async with aclosing(self._engine_steps(request)) as steps:
+            async with aclosing(self.engine.generate(request)) as steps:
                 async for step in steps:
+                    if step.finish_reason is FinishReason.ABORTED:
+                        raise UnavailableError(
+                            f"request {request.request_id} was ended by replica {self.replica_id}"
+                            " while draining"
+                        )
                     accounted.remaining_tokens = max(0, request.sampling.max_tokens - step.output_tokens)
                     yield step
-
-    async def _engine_steps(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
-        async for step in self.engine.generate(request):
-            if step.finish_reason is FinishReason.ABORTED:
-                raise UnavailableError(
-                    f"request {request.request_id} was ended by replica {self.replica_id} while draining"
-                )
-            yield step
 
     @contextmanager
     def _admitted(self, request: GenerationRequest) -> Iterator[InFlight]:
