@@ -121,7 +121,8 @@ def parent_of(pid: int) -> int:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL: no goodbye."""
+    """SIGKILL: no goodbye. Never 0, which is this process's own group."""
+    assert pid > 0
     os.kill(pid, signal.SIGKILL)
 
 

@@ -119,8 +119,9 @@ async def test_a_killed_replica_takes_its_engine_with_it_and_comes_back_the_same
 ) -> None:
     before = await client.status()
     victim = before.replicas[0].pid
-    engines_of_victim = [pid for pid in cluster.pids(ENGINE_TITLE) if parent_of(pid) == victim]
-    assert len(engines_of_victim) == 1
+    engines = {pid: parent_of(pid) for pid in cluster.pids(ENGINE_TITLE)}
+    engines_of_victim = [pid for pid, parent in engines.items() if parent == victim]
+    assert len(engines_of_victim) == 1, f"{engines} for {before}"
     kill(victim)
     await wait_gone([victim, *engines_of_victim], 5.0)
     assert await ask_all(client, NAMES) == references, "the other holder serves on"

@@ -201,7 +201,13 @@ def test_an_interrupted_demo_ends_the_cluster(
     command = [str(checkout / "scripts" / "demo"), "--out", str(tmp_path / "out")]
     environment = {**os.environ, **stage, "HANG_AT": "replay"}
     with subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A suite that runs in the background inherits an ignored SIGINT, which no shell can trap.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as demo:
         # Ends the demo, and with it the wait below, should the fake never be called.
         alarm = threading.Timer(30.0, os.killpg, (demo.pid, signal.SIGKILL))
