@@ -117,7 +117,12 @@ async def test_a_killed_controller_costs_no_request_and_no_replica(
 async def test_a_killed_replica_takes_its_engine_with_it_and_comes_back_the_same(
     cluster: LiveCluster, client: Client, references: References
 ) -> None:
-    before = await client.status()
+    before = await wait_status(
+        client,
+        lambda s: s.controller_reachable and all(replica.pid for replica in s.replicas),
+        RECOVERY_S,
+        "the controller, who alone knows the pids, answers",
+    )
     victim = before.replicas[0].pid
     engines = {pid: parent_of(pid) for pid in cluster.pids(ENGINE_TITLE)}
     engines_of_victim = [pid for pid, parent in engines.items() if parent == victim]
