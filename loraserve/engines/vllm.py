@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import shutil
+import tempfile
 import traceback
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
@@ -83,6 +85,7 @@ class VllmEngine:
         self._in_flight: dict[str, _InFlight] = {}
         self._starting: asyncio.Future[Any] | None = None
         self._children_before: frozenset[int] = frozenset()
+        self._temp_dir = ""
         self._started: _Started | None = None
         self._closing: asyncio.Future[None] | None = None
 
@@ -95,6 +98,7 @@ class VllmEngine:
         if self._starting is not None or self._closing is not None:
             raise WorkFailedError("this engine was started before; make a new one")
         self._children_before = engine_children()
+        self._temp_dir = tempfile.mkdtemp(prefix="vllm-")
         # vLLM blocks for seconds while its process comes up: not on this loop.
         self._starting = asyncio.ensure_future(asyncio.to_thread(self._construct))
         try:
@@ -183,7 +187,10 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         check_known(self._engine.extra, {field.name for field in dataclasses.fields(AsyncEngineArgs)})
-        with environment_set(engine_environment(self._engine, self._parent_pid, on_cpu=on_cpu)):
+        environment = engine_environment(self._engine, self._parent_pid, on_cpu=on_cpu)
+        # vLLM deletes neither its sockets nor its rendezvous file: they go with this folder.
+        environment |= {"VLLM_RPC_BASE_PATH": self._temp_dir, "TMPDIR": self._temp_dir}
+        with environment_set(environment):
             try:
                 arguments = AsyncEngineArgs(**engine_arguments(self._model, self._engine, on_cpu=on_cpu))
                 config = arguments.create_engine_config()
@@ -253,14 +260,20 @@ class VllmEngine:
     async def _close(self) -> None:
         if self._starting is None:
             return
-        while not self._starting.done():
+        try:
+            await self._end(self._starting)
+        finally:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    async def _end(self, starting: "asyncio.Future[Any]") -> None:
+        while not starting.done():
             # The thread cannot be stopped, but it gives up at once when its process has gone.
             kill_pids(engine_children() - self._children_before)
-            await asyncio.wait({self._starting}, timeout=_START_POLL_S)
-        if self._starting.cancelled() or self._starting.exception() is not None:
+            await asyncio.wait({starting}, timeout=_START_POLL_S)
+        if starting.cancelled() or starting.exception() is not None:
             kill_pids(engine_children() - self._children_before)
             return
-        await self._stop(self._starting.result())
+        await self._stop(starting.result())
 
     async def _stop(self, client: Any) -> None:
         started = self._started

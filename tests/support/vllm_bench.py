@@ -24,6 +24,11 @@ def running_pids(pids: Iterable[int]) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
+def files_left(engine: VllmEngine) -> bool:
+    """Whether the engine's temporary files outlive it."""
+    return Path(engine._temp_dir).exists()
+
+
 Prompt = str | tuple[int, ...] | tuple[ChatTurn, ...]
 
 

@@ -16,7 +16,7 @@ from loraserve.config import EngineSection, ModelSection
 from loraserve.engines.base import EngineLoad
 from loraserve.engines.vllm import VllmEngine
 from loraserve.samples import SampleSet, build_samples
-from tests.support.vllm_bench import MAX_TOKENS, PROMPTS, Bench, running_pids
+from tests.support.vllm_bench import MAX_TOKENS, PROMPTS, Bench, files_left, running_pids
 
 HERE = Path(__file__).parent
 # Raised inside vLLM, torch and what they bring along; none is ours to mend.
@@ -52,7 +52,9 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> SampleSet:
 
 
 @pytest.fixture(scope="session")
-def references(samples: SampleSet) -> Mapping[str, Sequence[list[int]]]:
+def references(
+    samples: SampleSet, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Sequence[list[int]]]:
     """Token ids per prompt from vLLM alone, by adapter name; '' is the base model."""
     work = {
         "model": str(samples.model),
@@ -63,6 +65,8 @@ def references(samples: SampleSet) -> Mapping[str, Sequence[list[int]]]:
     done = subprocess.run(
         [sys.executable, str(HERE / "reference_process.py")],
         input=json.dumps(work),
+        # vLLM leaves a file there.
+        env={**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("t"))},
         capture_output=True,
         text=True,
         timeout=240,
@@ -100,6 +104,7 @@ async def session_bench(samples: SampleSet) -> AsyncIterator[Bench]:
         await engine.close()
         await engine.close()
         assert not running_pids(info.pids), "the engine left processes"
+        assert not files_left(engine), "the engine left its files"
 
 
 @pytest_asyncio.fixture(loop_scope="session")

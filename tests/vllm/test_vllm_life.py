@@ -18,7 +18,7 @@ from loraserve.errors import ConfigError, EngineDeadError
 from loraserve.request import GenerationRequest, SamplingParams
 from loraserve.samples import SampleSet
 from placement.types import VersionId
-from tests.support.vllm_bench import Bench, running_pids
+from tests.support.vllm_bench import Bench, files_left, running_pids
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -42,13 +42,20 @@ def small_engine(model: str, **extra: object) -> VllmEngine:
 
 @pytest.mark.parametrize("when", ["starting", "running"])
 async def test_the_engine_ends_with_its_killed_parent(
-    samples: SampleSet, ends_within: EndsWithin, when: str
+    samples: SampleSet,
+    ends_within: EndsWithin,
+    when: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    # A socket's path may have 107 characters, which leaves no room for the test's name.
+    temporary = tmp_path_factory.mktemp("t")
     parent = await asyncio.create_subprocess_exec(
         sys.executable,
         str(PARENT),
         str(samples.model),
         when,
+        # Its sockets stay when it is killed: let them go with the test.
+        env={**os.environ, "TMPDIR": str(temporary)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
@@ -121,6 +128,7 @@ async def test_a_cancelled_start_leaves_no_process(samples: SampleSet, ends_with
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start
+    assert not files_left(engine)
     assert all(await asyncio.gather(*(ends_within(pid, 5.0) for pid in children)))
     assert engine_children() == before
 
