@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 import shlex
 import sys
 from collections import Counter
@@ -214,8 +215,23 @@ def _left_out(result: "ReplayResult", options: "ReplayOptions") -> list[str]:
 
 
 def _problems(result: "ReplayResult") -> list[str]:
-    problems = Counter((record.outcome.value, record.status) for record in result.records if record.status)
-    return [f"{count} {outcome}: {text}" for (outcome, text), count in problems.most_common(MAX_ROWS_SHOWN)]
+    """What went wrong, most frequent first; lines that differ in nothing but numbers are one."""
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], str] = {}
+    for record in result.records:
+        if record.status:
+            kind = (record.outcome.value, re.sub(r"\d+", "N", record.status))
+            counts[kind] += 1
+            examples.setdefault(kind, record.status)
+    lines = []
+    for kind, count in counts.most_common(MAX_ROWS_SHOWN):
+        alike = "" if count == 1 else "for example "
+        lines.append(f"{count} {kind[0]}: {alike}{examples[kind]}{_remedy(examples[kind])}")
+    return lines
+
+
+def _remedy(status: str) -> str:
+    return " (--max-prompt-tokens cuts prompts)" if "leave no room for output" in status else ""
 
 
 def _environment() -> dict[str, str]:

@@ -1,13 +1,14 @@
 """`loraserve replay` prints tables or JSON, writes a report, and ends in order when interrupted."""
 
 import asyncio
+import itertools
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from loraserve.errors import OverloadedError
+from loraserve.errors import BadInputError, OverloadedError
 from tests.support.cli import finish_cli, run_cli, start_cli
 from tests.support.fake_router import FakeRouter, fake_router
 from traces.records import Outcome, read_records
@@ -64,6 +65,22 @@ async def test_a_replay_without_one_answer_has_failed(router: FakeRouter) -> Non
     assert ran.exit_code == 1
     assert ran.json()["overall"]["refused"] == 3
     assert ran.stderr.endswith("error: no request was answered in full; the first: full\n")
+
+
+async def test_failures_that_differ_in_a_number_are_told_once(router: FakeRouter) -> None:
+    class CountedError(BadInputError):
+        def __str__(self) -> str:
+            return (
+                f"prompt: {next(lengths)} tokens leave no room for output; at most 9 in all"
+            )
+
+    lengths = itertools.count(2000)
+    router.refusal = CountedError()
+    ran = await run_cli(*REPLAY, "--limit", "3", "--address", router.address)
+    (line,) = [line for line in ran.stdout.splitlines() if "leave no room" in line]
+    assert line.startswith("3 failed: for example ")
+    assert "prompt: 200" in line
+    assert "--max-prompt-tokens" in line
 
 
 async def test_ctrl_c_ends_the_replay_and_keeps_what_was_measured(router: FakeRouter, tmp_path: Path) -> None:
