@@ -70,9 +70,7 @@ async def test_a_replay_without_one_answer_has_failed(router: FakeRouter) -> Non
 async def test_failures_that_differ_in_a_number_are_told_once(router: FakeRouter) -> None:
     class CountedError(BadInputError):
         def __str__(self) -> str:
-            return (
-                f"prompt: {next(lengths)} tokens leave no room for output; at most 9 in all"
-            )
+            return f"prompt: {next(lengths)} tokens leave no room for output; at most 9 in all"
 
     lengths = itertools.count(2000)
     router.refusal = CountedError()
