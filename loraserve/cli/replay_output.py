@@ -216,17 +216,16 @@ def _left_out(result: "ReplayResult", options: "ReplayOptions") -> list[str]:
 
 def _problems(result: "ReplayResult") -> list[str]:
     """What went wrong, most frequent first; lines that differ in nothing but numbers are one."""
-    counts: Counter[tuple[str, str]] = Counter()
-    examples: dict[tuple[str, str], str] = {}
+    kinds: dict[tuple[str, str], Counter[str]] = {}
     for record in result.records:
         if record.status:
             kind = (record.outcome.value, re.sub(r"\d+", "N", record.status))
-            counts[kind] += 1
-            examples.setdefault(kind, record.status)
+            kinds.setdefault(kind, Counter())[record.status] += 1
     lines = []
-    for kind, count in counts.most_common(MAX_ROWS_SHOWN):
-        alike = "" if count == 1 else "for example "
-        lines.append(f"{count} {kind[0]}: {alike}{examples[kind]}{_remedy(examples[kind])}")
+    for (outcome, _), texts in sorted(kinds.items(), key=lambda item: -item[1].total())[:MAX_ROWS_SHOWN]:
+        text = next(iter(texts))
+        alike = "for example " if len(texts) > 1 else ""
+        lines.append(f"{texts.total()} {outcome}: {alike}{text}{_remedy(text)}")
     return lines
 
 

@@ -79,6 +79,9 @@ async def test_failures_that_differ_in_a_number_are_told_once(router: FakeRouter
     assert line.startswith("3 failed: for example ")
     assert "prompt: 200" in line
     assert "--max-prompt-tokens" in line
+    router.refusal = OverloadedError("full")
+    ran = await run_cli(*REPLAY, "--limit", "3", "--address", router.address)
+    assert "3 refused: full" in ran.stdout.splitlines()
 
 
 async def test_ctrl_c_ends_the_replay_and_keeps_what_was_measured(router: FakeRouter, tmp_path: Path) -> None:
