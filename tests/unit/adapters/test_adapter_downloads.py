@@ -149,6 +149,7 @@ def test_the_hubs_own_client_refuses_what_is_too_large_before_it_is_fetched(
     tmp_path: Path, source: Path, server: str
 ) -> None:
     weights = source / FILES[1]
+    # Above what a header may add to the bytes allowed; sparse, so nothing is written.
     with weights.open("r+b") as file:
         file.truncate(200 * 1024**2)
     done = _download(server, tmp_path / "into", revision="", max_bytes=1000)

@@ -117,6 +117,7 @@ async def test_a_drop_during_the_load_comes_after_it(bench: ReplicaBench) -> Non
 
 async def test_a_version_that_is_not_here_is_dropped_without_a_word(bench: ReplicaBench) -> None:
     await bench.server.unload_adapter(A)
+    assert bench.engine.unloads_begun == 0
 
 
 async def test_a_drop_waits_for_running_requests_and_refuses_new_ones(bench: ReplicaBench) -> None:
