@@ -99,7 +99,9 @@ class PlacementSection(Section, frozen=True):
 
 
 class RouterSection(Section, frozen=True):
-    """`max_in_flight` and `max_waiting_per_replica` bound what a router admits."""
+    """`max_in_flight` and `max_waiting_per_replica` bound what a router admits; `holder_wait_s` is how
+    long a request waits for a replica when its last one has died, `lease_s` how long a replica picked
+    by a client is kept for it."""
 
     host: str = "127.0.0.1"
     port: Port = 50051
@@ -109,6 +111,9 @@ class RouterSection(Section, frozen=True):
     default_deadline_s: Seconds = 600.0
     max_message_bytes: Annotated[int, Meta(ge=1, le=MAX_MESSAGE_BYTES)] = 16 * 1024**2
     routing: str = "least-outstanding"
+    holder_wait_s: Seconds = 30.0
+    lease_s: Seconds = 5.0
+    early_refusal: bool = True
 
 
 class AdaptersSection(Section, frozen=True):

@@ -36,19 +36,33 @@ class SamplingParams:
     logprobs: int | None = None
     ignore_eos: bool = False
 
+    @property
+    def is_resumable(self) -> bool:
+        """Whether another engine can go on exactly after some of the output (issue 3).
+
+        Greedy decoding depends on the tokens alone, and drawing without a seed may draw anew. Presence
+        and frequency penalties count output tokens, which a resumed engine takes for prompt; the
+        repetition penalty counts both alike. A seed's state and the logprobs so far cannot be had back.
+        """
+        drawn_anew = self.temperature == 0 or self.seed is None
+        counted = self.presence_penalty != 0 or self.frequency_penalty != 0
+        return drawn_anew and not counted and self.logprobs is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """What an engine is asked to generate.
 
     `prompt` is text, token ids, or a conversation for the base tokenizer's chat template;
-    `version_id` None names the base model.
+    `version_id` None names the base model. `resumed_token_ids` are output that an earlier engine gave:
+    the output goes on after it, as if it had been one.
     """
 
     request_id: str
     prompt: str | tuple[int, ...] | tuple[ChatTurn, ...]
     version_id: VersionId | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    resumed_token_ids: tuple[int, ...] = ()
 
 
 class FinishReason(Enum):

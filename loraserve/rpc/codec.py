@@ -22,7 +22,7 @@ from loraserve.rpc.limits import MAX_ADAPTER_CHARS, MAX_REQUEST_ID_CHARS, SAMPLI
 from loraserve.rpc.v1 import inference_pb2
 from placement.types import VersionId
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """What this code speaks in `loraserve.internal.v1`; another number is refused by both ends."""
 
 _DEFAULTS = SamplingParams()
@@ -56,18 +56,32 @@ def validate_generate(message: inference_pb2.GenerateRequest) -> None:
         raise BadInputError(
             f"adapter: {len(message.adapter)} characters; at most {MAX_ADAPTER_CHARS} are allowed"
         )
+    if len(message.idempotency_key) > MAX_REQUEST_ID_CHARS:
+        raise BadInputError(
+            f"idempotency_key: {len(message.idempotency_key)} characters;"
+            f" at most {MAX_REQUEST_ID_CHARS} are allowed"
+        )
     if message.images:
         raise BadInputError("images: text only; leave it out")
     _refuse_unknown(message, "")
     _validate_prompt(message)
     if message.HasField("sampling"):
         _validate_sampling(message.sampling)
+    if message.HasField("resume"):
+        _validate_resume(message)
 
 
 def parse_generate(
-    message: inference_pb2.GenerateRequest, *, request_id: str, version_id: VersionId | None
+    message: inference_pb2.GenerateRequest,
+    *,
+    request_id: str,
+    version_id: VersionId | None,
+    resumed_token_ids: tuple[int, ...] = (),
 ) -> GenerationRequest:
-    """The request as a value, validated; BadInputError names the field that is wrong."""
+    """The request as a value, validated; BadInputError names the field that is wrong.
+
+    `resumed_token_ids` follow those of the message's own `resume`.
+    """
     validate_generate(message)
     prompt: str | tuple[int, ...] | tuple[ChatTurn, ...]
     match message.WhichOneof("prompt"):
@@ -82,7 +96,13 @@ def parse_generate(
         prompt=prompt,
         version_id=version_id,
         sampling=_parse_sampling(message.sampling),
+        resumed_token_ids=tuple(message.resume.token_ids) + resumed_token_ids,
     )
+
+
+def is_resumable(sampling: inference_pb2.SamplingParams) -> bool:
+    """Whether a request that asks for this can go on exactly on another engine."""
+    return _parse_sampling(sampling).is_resumable
 
 
 def encode_generate(request: GenerationRequest, *, adapter: str) -> inference_pb2.GenerateRequest:
@@ -185,6 +205,21 @@ def join_steps(steps: Iterable[GenerationStep]) -> GenerationStep:
         stop_reason=last.stop_reason,
         logprobs=tuple(position for step in parts for position in step.logprobs),
     )
+
+
+def _validate_resume(message: inference_pb2.GenerateRequest) -> None:
+    sampling = _parse_sampling(message.sampling)
+    if not sampling.is_resumable:
+        raise BadInputError(
+            "resume: a request with a seed, a presence or frequency penalty, or logprobs cannot be resumed"
+            " exactly; send it again from its beginning"
+        )
+    given = len(message.resume.token_ids)
+    if given >= sampling.max_tokens:
+        raise BadInputError(
+            f"resume.token_ids: {given} tokens, and sampling.max_tokens is {sampling.max_tokens};"
+            " nothing is left to generate"
+        )
 
 
 def _validate_prompt(message: inference_pb2.GenerateRequest) -> None:

@@ -44,6 +44,11 @@ class InferenceStub:
                 request_serializer=loraserve_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=loraserve_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Pick = channel.unary_unary(
+                '/loraserve.v1.Inference/Pick',
+                request_serializer=loraserve_dot_v1_dot_inference__pb2.PickRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_inference__pb2.PickResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -63,6 +68,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pick(self, request, context):
+        """Chooses the replica for one request, which the caller then sends there itself. Routers answer it;
+        a replica, which serves the two methods above for such requests, does not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +88,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Complete,
                     request_deserializer=loraserve_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=loraserve_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Pick': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pick,
+                    request_deserializer=loraserve_dot_v1_dot_inference__pb2.PickRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_inference__pb2.PickResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +149,33 @@ class Inference:
             '/loraserve.v1.Inference/Complete',
             loraserve_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             loraserve_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pick(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.Inference/Pick',
+            loraserve_dot_v1_dot_inference__pb2.PickRequest.SerializeToString,
+            loraserve_dot_v1_dot_inference__pb2.PickResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,10 @@ class InferenceStub:
     """Streams one message per engine step of the request; the last one carries the finish reason."""
     Complete: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """The same request answered by one message."""
+    Pick: _grpc.UnaryUnaryMultiCallable[_inference_pb2.PickRequest, _inference_pb2.PickResponse]
+    """Chooses the replica for one request, which the caller then sends there itself. Routers answer it;
+    a replica, which serves the two methods above for such requests, does not.
+    """
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -43,6 +47,10 @@ class InferenceAsyncStub(InferenceStub):
     """Streams one message per engine step of the request; the last one carries the finish reason."""
     Complete: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """The same request answered by one message."""
+    Pick: _aio.UnaryUnaryMultiCallable[_inference_pb2.PickRequest, _inference_pb2.PickResponse]  # type: ignore[assignment]
+    """Chooses the replica for one request, which the caller then sends there itself. Routers answer it;
+    a replica, which serves the two methods above for such requests, does not.
+    """
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -60,5 +68,15 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GenerateResponse, _abc.Awaitable[_inference_pb2.GenerateResponse]]:
         """The same request answered by one message."""
+
+    @_abc_1.abstractmethod
+    def Pick(
+        self,
+        request: _inference_pb2.PickRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.PickResponse, _abc.Awaitable[_inference_pb2.PickResponse]]:
+        """Chooses the replica for one request, which the caller then sends there itself. Routers answer it;
+        a replica, which serves the two methods above for such requests, does not.
+        """
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

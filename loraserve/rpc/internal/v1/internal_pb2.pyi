@@ -21,6 +21,300 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class RouterFrame(_message.Message):
+    """An empty one says that the router is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELLO_FIELD_NUMBER: _builtins.int
+    STARTS_FIELD_NUMBER: _builtins.int
+    CREDITS_FIELD_NUMBER: _builtins.int
+    CANCELS_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hello(self) -> Global___Hello:
+        """First frame only."""
+
+    @_builtins.property
+    def starts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Start]: ...
+    @_builtins.property
+    def credits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Credit]: ...
+    @_builtins.property
+    def cancels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseGrant]: ...
+    def __init__(
+        self,
+        *,
+        hello: Global___Hello | None = ...,
+        starts: _abc.Iterable[Global___Start] | None = ...,
+        credits: _abc.Iterable[Global___Credit] | None = ...,
+        cancels: _abc.Iterable[_builtins.int] | None = ...,
+        leases: _abc.Iterable[Global___LeaseGrant] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "credits", b"credits", "hello", b"hello", "leases", b"leases", "starts", b"starts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterFrame: _TypeAlias = RouterFrame  # noqa: Y015
+
+@_typing.final
+class Hello(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    protocol_version: _builtins.int
+    router_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        protocol_version: _builtins.int = ...,
+        router_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_version", b"protocol_version", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Start(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VERSION_ID_FIELD_NUMBER: _builtins.int
+    TABLE_VERSION_FIELD_NUMBER: _builtins.int
+    GENERATE_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    REMAINING_S_FIELD_NUMBER: _builtins.int
+    CREDIT_FIELD_NUMBER: _builtins.int
+    UNARY_FIELD_NUMBER: _builtins.int
+    ROUTER_ATTEMPT_FIELD_NUMBER: _builtins.int
+    stream_id: _builtins.int
+    """Chosen by the router, never reused on one connection."""
+    request_id: _builtins.str
+    version_id: _builtins.str
+    """Empty for the base model."""
+    table_version: _builtins.int
+    generate: _builtins.bytes
+    """A serialized loraserve.v1.GenerateRequest, passed on as it came."""
+    remaining_s: _builtins.float
+    credit: _builtins.int
+    """Messages that may be sent before the first Credit."""
+    unary: _builtins.bool
+    """One message with the whole answer instead of one per step."""
+    router_attempt: _builtins.int
+    """Which time the router sends this request somewhere, from 1; decides between two of the same
+    idempotency key and attempt.
+    """
+    @_builtins.property
+    def resume_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What the router has had from other replicas, after the tokens of generate.resume."""
+
+    def __init__(
+        self,
+        *,
+        stream_id: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        version_id: _builtins.str = ...,
+        table_version: _builtins.int = ...,
+        generate: _builtins.bytes = ...,
+        resume_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        remaining_s: _builtins.float = ...,
+        credit: _builtins.int = ...,
+        unary: _builtins.bool = ...,
+        router_attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "generate", b"generate", "remaining_s", b"remaining_s", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "router_attempt", b"router_attempt", "stream_id", b"stream_id", "table_version", b"table_version", "unary", b"unary", "version_id", b"version_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Start: _TypeAlias = Start  # noqa: Y015
+
+@_typing.final
+class Credit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_ID_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    stream_id: _builtins.int
+    messages: _builtins.int
+    def __init__(
+        self,
+        *,
+        stream_id: _builtins.int = ...,
+        messages: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "stream_id", b"stream_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Credit: _TypeAlias = Credit  # noqa: Y015
+
+@_typing.final
+class LeaseGrant(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    VERSION_ID_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    version_id: _builtins.str
+    lease_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        version_id: _builtins.str = ...,
+        lease_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "lease_s", b"lease_s", "version_id", b"version_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseGrant: _TypeAlias = LeaseGrant  # noqa: Y015
+
+@_typing.final
+class ReplicaFrame(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOAD_FIELD_NUMBER: _builtins.int
+    STEP_STREAMS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    ENDS_FIELD_NUMBER: _builtins.int
+    ENDED_LEASES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def load(self) -> Global___LoadReport:
+        """Also the sign of life: at least one per second."""
+
+    @_builtins.property
+    def step_streams(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """steps[i], a serialized loraserve.v1.GenerateResponse, belongs to stream step_streams[i]."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    @_builtins.property
+    def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___End]:
+        """After the frame's steps: nothing more comes for these streams."""
+
+    @_builtins.property
+    def ended_leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Leases of this router that were used or have run out."""
+
+    def __init__(
+        self,
+        *,
+        load: Global___LoadReport | None = ...,
+        step_streams: _abc.Iterable[_builtins.int] | None = ...,
+        steps: _abc.Iterable[_builtins.bytes] | None = ...,
+        ends: _abc.Iterable[Global___End] | None = ...,
+        ended_leases: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_leases", b"ended_leases", "ends", b"ends", "load", b"load", "step_streams", b"step_streams", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaFrame: _TypeAlias = ReplicaFrame  # noqa: Y015
+
+@_typing.final
+class End(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_ID_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    stream_id: _builtins.int
+    code: _builtins.int
+    """A gRPC status code."""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        stream_id: _builtins.int = ...,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "stream_id", b"stream_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___End: _TypeAlias = End  # noqa: Y015
+
+@_typing.final
+class LoadReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    OUTSTANDING_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_CACHE_USAGE_FIELD_NUMBER: _builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    ROUTERS_FIELD_NUMBER: _builtins.int
+    STARTS_PER_S_FIELD_NUMBER: _builtins.int
+    TOKEN_S_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    sequence: _builtins.int
+    """Grows by one per report of one replica process; a report that is not newer is dropped."""
+    incarnation: _builtins.str
+    """Changes when the replica process does."""
+    running: _builtins.int
+    waiting: _builtins.int
+    outstanding_tokens: _builtins.int
+    kv_cache_usage: _builtins.float
+    protocol_version: _builtins.int
+    routers: _builtins.int
+    """The routers connected now."""
+    starts_per_s: _builtins.float
+    """Requests that got their first token, per second, while others waited; 0: not known."""
+    token_s: _builtins.float
+    """Seconds between two tokens of one request; 0: not known."""
+    output_tokens: _builtins.float
+    """Mean output of the requests that finished; 0: not known."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        incarnation: _builtins.str = ...,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        outstanding_tokens: _builtins.int = ...,
+        kv_cache_usage: _builtins.float = ...,
+        protocol_version: _builtins.int = ...,
+        routers: _builtins.int = ...,
+        starts_per_s: _builtins.float = ...,
+        token_s: _builtins.float = ...,
+        output_tokens: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "kv_cache_usage", b"kv_cache_usage", "output_tokens", b"output_tokens", "outstanding_tokens", b"outstanding_tokens", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "routers", b"routers", "running", b"running", "sequence", b"sequence", "starts_per_s", b"starts_per_s", "token_s", b"token_s", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+
+@_typing.final
 class ExecuteRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -32,10 +326,8 @@ class ExecuteRequest(_message.Message):
     protocol_version: _builtins.int
     request_id: _builtins.str
     version_id: _builtins.str
-    """Empty for the base model."""
     table_version: _builtins.int
     generate: _builtins.bytes
-    """A serialized loraserve.v1.GenerateRequest, passed on as it came."""
     def __init__(
         self,
         *,
@@ -74,48 +366,6 @@ class WatchLoadRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchLoadRequest: _TypeAlias = WatchLoadRequest  # noqa: Y015
-
-@_typing.final
-class LoadReport(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REPLICA_ID_FIELD_NUMBER: _builtins.int
-    SEQUENCE_FIELD_NUMBER: _builtins.int
-    INCARNATION_FIELD_NUMBER: _builtins.int
-    RUNNING_FIELD_NUMBER: _builtins.int
-    WAITING_FIELD_NUMBER: _builtins.int
-    OUTSTANDING_TOKENS_FIELD_NUMBER: _builtins.int
-    KV_CACHE_USAGE_FIELD_NUMBER: _builtins.int
-    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
-    replica_id: _builtins.str
-    sequence: _builtins.int
-    """Grows by one per report of one replica process; a report that is not newer is dropped."""
-    incarnation: _builtins.str
-    """Changes when the replica process does."""
-    running: _builtins.int
-    waiting: _builtins.int
-    outstanding_tokens: _builtins.int
-    kv_cache_usage: _builtins.float
-    protocol_version: _builtins.int
-    def __init__(
-        self,
-        *,
-        replica_id: _builtins.str = ...,
-        sequence: _builtins.int = ...,
-        incarnation: _builtins.str = ...,
-        running: _builtins.int = ...,
-        waiting: _builtins.int = ...,
-        outstanding_tokens: _builtins.int = ...,
-        kv_cache_usage: _builtins.float = ...,
-        protocol_version: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "kv_cache_usage", b"kv_cache_usage", "outstanding_tokens", b"outstanding_tokens", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "running", b"running", "sequence", b"sequence", "waiting", b"waiting"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
 
 @_typing.final
 class WatchTableRequest(_message.Message):

@@ -35,6 +35,11 @@ class ReplicaStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Connect = channel.stream_stream(
+                '/loraserve.internal.v1.Replica/Connect',
+                request_serializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.RouterFrame.SerializeToString,
+                response_deserializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.ReplicaFrame.FromString,
+                _registered_method=True)
         self.Execute = channel.unary_stream(
                 '/loraserve.internal.v1.Replica/Execute',
                 request_serializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.ExecuteRequest.SerializeToString,
@@ -55,9 +60,16 @@ class ReplicaStub:
 class ReplicaServicer:
     """Missing associated documentation comment in .proto file."""
 
-    def Execute(self, request, context):
-        """What the client sees, so that a router passes the bytes on without reading them.
+    def Connect(self, request_iterator, context):
+        """One per router and replica: all their requests, an engine step per message. When it breaks, or
+        one side is silent for too long, the replica ends every request that came over it.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Execute(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -77,6 +89,11 @@ class ReplicaServicer:
 
 def add_ReplicaServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Connect': grpc.stream_stream_rpc_method_handler(
+                    servicer.Connect,
+                    request_deserializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.RouterFrame.FromString,
+                    response_serializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.ReplicaFrame.SerializeToString,
+            ),
             'Execute': grpc.unary_stream_rpc_method_handler(
                     servicer.Execute,
                     request_deserializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.ExecuteRequest.FromString,
@@ -102,6 +119,33 @@ def add_ReplicaServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Replica:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Connect(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/loraserve.internal.v1.Replica/Connect',
+            loraserve_dot_internal_dot_v1_dot_internal__pb2.RouterFrame.SerializeToString,
+            loraserve_dot_internal_dot_v1_dot_internal__pb2.ReplicaFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Execute(request,

@@ -34,27 +34,42 @@ class ReplicaStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ReplicaAsyncStub: ...
+    Connect: _grpc.StreamStreamMultiCallable[_internal_pb2.RouterFrame, _internal_pb2.ReplicaFrame]
+    """One per router and replica: all their requests, an engine step per message. When it breaks, or
+    one side is silent for too long, the replica ends every request that came over it.
+    """
     Execute: _grpc.UnaryStreamMultiCallable[_internal_pb2.ExecuteRequest, _inference_pb2.GenerateResponse]
-    """What the client sees, so that a router passes the bytes on without reading them."""
     ExecuteUnary: _grpc.UnaryUnaryMultiCallable[_internal_pb2.ExecuteRequest, _inference_pb2.GenerateResponse]
     WatchLoad: _grpc.UnaryStreamMultiCallable[_internal_pb2.WatchLoadRequest, _internal_pb2.LoadReport]
 
 @_typing.type_check_only
 class ReplicaAsyncStub(ReplicaStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
+    Connect: _aio.StreamStreamMultiCallable[_internal_pb2.RouterFrame, _internal_pb2.ReplicaFrame]  # type: ignore[assignment]
+    """One per router and replica: all their requests, an engine step per message. When it breaks, or
+    one side is silent for too long, the replica ends every request that came over it.
+    """
     Execute: _aio.UnaryStreamMultiCallable[_internal_pb2.ExecuteRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """What the client sees, so that a router passes the bytes on without reading them."""
     ExecuteUnary: _aio.UnaryUnaryMultiCallable[_internal_pb2.ExecuteRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     WatchLoad: _aio.UnaryStreamMultiCallable[_internal_pb2.WatchLoadRequest, _internal_pb2.LoadReport]  # type: ignore[assignment]
 
 class ReplicaServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
+    def Connect(
+        self,
+        request_iterator: _MaybeAsyncIterator[_internal_pb2.RouterFrame],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_internal_pb2.ReplicaFrame], _abc.AsyncIterator[_internal_pb2.ReplicaFrame]]:
+        """One per router and replica: all their requests, an engine step per message. When it breaks, or
+        one side is silent for too long, the replica ends every request that came over it.
+        """
+
+    @_abc_1.abstractmethod
     def Execute(
         self,
         request: _internal_pb2.ExecuteRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
-        """What the client sees, so that a router passes the bytes on without reading them."""
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]: ...
 
     @_abc_1.abstractmethod
     def ExecuteUnary(
