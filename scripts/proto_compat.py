@@ -1,7 +1,8 @@
-"""Compares the client protocol with its released form: what a released client relies on must stay.
+"""Compares the client protocols with their released form: what a released client relies on must stay.
 
-usage: proto_compat.py            compare proto/loraserve/v1 with proto/released/v1.binpb; exit 1 on a break
-       proto_compat.py --freeze   make the present protocol the released one; part of a release
+usage: proto_compat.py            compare proto/loraserve/v1 with proto/released/v1.binpb, and
+                                  proto/inference with proto/released/inference.binpb; exit 1 on a break
+       proto_compat.py --freeze   make the present protocols the released ones; part of a release
 
 Allowed: new files, messages, fields, values, services and methods. Not allowed: to remove, rename,
 renumber or retype anything, or to change a label, a oneof or what a method takes and streams.
@@ -24,30 +25,36 @@ from google.protobuf.descriptor_pb2 import (
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTO = ROOT / "proto"
-RELEASED = PROTO / "released" / "v1.binpb"
+RELEASED = PROTO / "released"
 PACKAGE = "loraserve.v1"
+PACKAGES = (PACKAGE, "inference")
 
 type_name = FieldDescriptorProto.Type.Name
 label_name = FieldDescriptorProto.Label.Name
 
 
-def compile_protocol(proto: Path = PROTO) -> FileDescriptorSet:
-    """The present client protocol, compiled by the protoc that generates our code."""
+def released_file(package: str) -> Path:
+    """Where the released form of a package is kept."""
+    return RELEASED / f"{package.rpartition('.')[2]}.binpb"
+
+
+def compile_protocol(proto: Path = PROTO, package: str = PACKAGE) -> FileDescriptorSet:
+    """The present form of a package, compiled by the protoc that generates our code."""
     from grpc_tools import protoc
 
-    sources = sorted(str(path) for path in (proto / "loraserve" / "v1").glob("*.proto"))
+    sources = sorted(str(path) for path in (proto / package.replace(".", "/")).glob("*.proto"))
     include = str(resources.files("grpc_tools") / "_proto")
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "v1.binpb"
+        out = Path(folder) / "present.binpb"
         options = [f"-I{proto}", f"-I{include}", "--include_imports", f"--descriptor_set_out={out}"]
         if protoc.main(["protoc", *options, *sources]) != 0:
             raise SystemExit("proto_compat: protoc refuses the present protocol")
         return FileDescriptorSet.FromString(out.read_bytes())
 
 
-def breaking_changes(old: FileDescriptorSet, new: FileDescriptorSet) -> list[str]:
+def breaking_changes(old: FileDescriptorSet, new: FileDescriptorSet, package: str = PACKAGE) -> list[str]:
     """One line per thing that a client of `old` relies on and `new` does not keep."""
-    old_types, new_types = dict(_types(old)), dict(_types(new))
+    old_types, new_types = dict(_types(old, package)), dict(_types(new, package))
     found = []
     for name, before in old_types.items():
         after = new_types.get(name)
@@ -65,17 +72,17 @@ def breaking_changes(old: FileDescriptorSet, new: FileDescriptorSet) -> list[str
 _Declared = DescriptorProto | EnumDescriptorProto | ServiceDescriptorProto
 
 
-def _types(files: FileDescriptorSet) -> Iterator[tuple[str, _Declared]]:
-    """Every message, enum and service of the client package, by its full name."""
+def _types(files: FileDescriptorSet, package: str) -> Iterator[tuple[str, _Declared]]:
+    """Every message, enum and service of the package, by its full name."""
     for file in files.file:
-        if file.package != PACKAGE:
+        if file.package != package:
             continue
         for message in file.message_type:
-            yield from _nested(PACKAGE, message)
+            yield from _nested(package, message)
         for enum in file.enum_type:
-            yield f"{PACKAGE}.{enum.name}", enum
+            yield f"{package}.{enum.name}", enum
         for service in file.service:
-            yield f"{PACKAGE}.{service.name}", service
+            yield f"{package}.{service.name}", service
 
 
 def _nested(prefix: str, message: DescriptorProto) -> Iterator[tuple[str, _Declared]]:
@@ -162,18 +169,23 @@ def main(arguments: Iterable[str]) -> int:
     """Compare, or freeze."""
     match list(arguments):
         case ["--freeze"]:
-            RELEASED.parent.mkdir(exist_ok=True)
-            RELEASED.write_bytes(compile_protocol().SerializeToString(deterministic=True))
+            RELEASED.mkdir(exist_ok=True)
+            for package in PACKAGES:
+                present = compile_protocol(package=package)
+                released_file(package).write_bytes(present.SerializeToString(deterministic=True))
             return 0
         case []:
             pass
         case _:
             print(__doc__, file=sys.stderr)
             return 2
-    found = breaking_changes(FileDescriptorSet.FromString(RELEASED.read_bytes()), compile_protocol())
-    for line in found:
-        print(f"breaking change of {PACKAGE}: {line}")
-    return 1 if found else 0
+    broken = False
+    for package in PACKAGES:
+        released = FileDescriptorSet.FromString(released_file(package).read_bytes())
+        for line in breaking_changes(released, compile_protocol(package=package), package):
+            print(f"breaking change of {package}: {line}")
+            broken = True
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

@@ -147,19 +147,25 @@ def test_the_internal_protocol_is_exempt(tmp_path: Path) -> None:
     assert proto_compat.breaking_changes(internal, compiled(tmp_path, BEFORE)) == []
 
 
-def test_the_present_protocol_keeps_the_released_one() -> None:
-    released = FileDescriptorSet.FromString(proto_compat.RELEASED.read_bytes())
-    assert {file.name for file in released.file} == {
-        "loraserve/v1/inference.proto",
-        "loraserve/v1/management.proto",
-    }
-    assert proto_compat.breaking_changes(released, proto_compat.compile_protocol()) == []
+@pytest.mark.parametrize(
+    ("package", "files"),
+    [
+        ("loraserve.v1", {"loraserve/v1/inference.proto", "loraserve/v1/management.proto"}),
+        ("inference", {"inference/open_inference.proto"}),
+    ],
+)
+def test_the_present_protocol_keeps_the_released_one(package: str, files: set[str]) -> None:
+    released = FileDescriptorSet.FromString(proto_compat.released_file(package).read_bytes())
+    assert {file.name for file in released.file} == files
+    present = proto_compat.compile_protocol(package=package)
+    assert proto_compat.breaking_changes(released, present, package) == []
 
 
 def test_the_command_fails_on_a_break_and_freezes(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     shutil.copy(SCRIPT, tmp_path / "scripts")
     compiled(tmp_path / "proto", BEFORE)
+    standard = shutil.copytree(ROOT / "proto" / "inference", tmp_path / "proto" / "inference")
     command = [sys.executable, str(tmp_path / "scripts" / "proto_compat.py")]
     assert subprocess.run([*command, "--freeze"], check=False).returncode == 0
     assert subprocess.run(command, check=False).returncode == 0
@@ -167,3 +173,9 @@ def test_the_command_fails_on_a_break_and_freezes(tmp_path: Path) -> None:
     broken = subprocess.run(command, capture_output=True, text=True, check=False)
     assert broken.returncode == 1
     assert "breaking change of loraserve.v1: field loraserve.v1.Request.name = 1 is removed" in broken.stdout
+    compiled(tmp_path / "proto", BEFORE)
+    source = standard / "open_inference.proto"
+    source.write_text(source.read_text(encoding="utf-8").replace("bool live = 1", "bool live = 2"))
+    broken = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert broken.returncode == 1
+    assert "field inference.ServerLiveResponse.live = 1 is renumbered to 2" in broken.stdout
