@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from loraserve.errors import BadInputError
 from loraserve.request import GenerationRequest, GenerationStep
 from placement.types import VersionId
 
@@ -68,7 +69,11 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
-        """Stream the request's steps.
+        """Stream the request's steps; after `resumed_token_ids`, only what is new.
+
+        Together with what was given out for those ids, the steps are the uninterrupted output: counts,
+        limits and stops go on as if this engine had generated them. If they are the whole output already,
+        one empty step says how it ended.
 
         BadInputError for a prompt the model cannot take, NotFoundError for a version that is not
         loaded, EngineDeadError when the engine is gone.
@@ -90,3 +95,17 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Stop the engine and every process it started; safe to call twice."""
         ...
+
+
+def check_resumed(request: GenerationRequest, vocab_size: int) -> None:
+    """BadInputError if the request's output so far cannot be gone on with."""
+    resumed = request.resumed_token_ids
+    if not resumed:
+        return
+    if not request.sampling.is_resumable:
+        raise BadInputError(
+            f"resumed_token_ids: request {request.request_id} cannot be resumed: it has a seed, presence or "
+            "frequency penalties, or logprobs"
+        )
+    if min(resumed) < 0 or max(resumed) >= vocab_size:
+        raise BadInputError(f"resumed_token_ids: outside the vocabulary of {vocab_size} tokens")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from loraserve.clock import Clock
 from loraserve.config import EmulatedSection, EngineSection, ModelSection
 from loraserve.engines import batching
-from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad
+from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, check_resumed
 from loraserve.engines.outputs import Output
 from loraserve.engines.tokenizer import PromptRenderer
 from loraserve.errors import (
@@ -219,6 +219,7 @@ class EmulatedEngine:
             raise AlreadyExistsError(f"request_id {request.request_id} is in use")
         if len(self._streams) >= MAX_REQUESTS:
             raise OverloadedError(f"the engine holds {MAX_REQUESTS} requests and takes no more")
+        check_resumed(request, self._renderer.vocab_size)
         prompt_ids = self._renderer.prompt_ids(request.prompt)
         room = self._config.max_model_len_tokens - len(prompt_ids)
         if room < 1:
@@ -228,13 +229,17 @@ class EmulatedEngine:
             )
         max_tokens = min(request.sampling.max_tokens, room)
         output = Output(request, prompt_ids, self._renderer, self._words, max_tokens)
+        output.resume(request.resumed_token_ids)
         stream = _Stream(output, version_id)
         self._streams[request.request_id] = stream
-        rank = 0 if version_id is None else self._adapters[version_id].rank
-        self._batch.add(
-            batching.Sequence(request_id=request.request_id, prompt_tokens=len(prompt_ids), rank=rank)
-        )
-        self._work.set()
+        if not output.finished:
+            # The output so far is in no KV cache here: it is computed like a prompt.
+            known_tokens = len(prompt_ids) + len(request.resumed_token_ids)
+            rank = 0 if version_id is None else self._adapters[version_id].rank
+            self._batch.add(
+                batching.Sequence(request_id=request.request_id, prompt_tokens=known_tokens, rank=rank)
+            )
+            self._work.set()
         return stream
 
     async def _run(self) -> None:

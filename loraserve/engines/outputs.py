@@ -42,8 +42,12 @@ class TokenSource:
                 token_id = self._eos
             if token_id not in banned:
                 break
-        self._state.update(token_id.to_bytes(4, "little"))
+        self.follow(token_id)
         return token_id, bits
+
+    def follow(self, token_id: int) -> None:
+        """Take this token as the next one, instead of drawing it."""
+        self._state.update(token_id.to_bytes(4, "little"))
 
 
 class StopScanner:
@@ -121,27 +125,22 @@ class Output:
         """Whether the last token has been drawn."""
         return self._finish is not None
 
+    def resume(self, token_ids: Sequence[int]) -> None:
+        """Go on after these tokens, whose text has been given out; called once, before `extend`."""
+        for token_id in token_ids:
+            if not self.finished:
+                self._source.follow(token_id)
+                self._append(token_id)
+        self._output_tokens = len(token_ids)
+        self._pending = _Pending()
+
     def extend(self) -> None:
         """Draw one token; sets `finished` if it is the last."""
         early = self._output_tokens < self._sampling.min_tokens
         token_id, bits = self._source.draw(self._ends if early else frozenset())
-        self._output_tokens += 1
-        self._pending.token_ids.append(token_id)
         if self._sampling.logprobs is not None:
             self._pending.logprobs.append(self._logprobs(token_id, bits, self._sampling))
-        if token_id in self._ends:
-            named = token_id in self._sampling.stop_token_ids
-            self._end(FinishReason.STOP, str(token_id) if named else None)
-            return
-        text = self._detokeniser.push((token_id,))
-        stop = None
-        if not early:
-            text, stop = self._scanner.push(text)
-        self._pending.text.append(text)
-        if stop is not None:
-            self._finish = (FinishReason.STOP, stop)
-        elif self._output_tokens >= self._max_tokens:
-            self._end(FinishReason.LENGTH, None)
+        self._append(token_id)
 
     def abort(self) -> None:
         """End the output where it is."""
@@ -164,6 +163,24 @@ class Output:
             stop_reason=stop,
             logprobs=tuple(pending.logprobs),
         )
+
+    def _append(self, token_id: int) -> None:
+        early = self._output_tokens < self._sampling.min_tokens
+        self._output_tokens += 1
+        self._pending.token_ids.append(token_id)
+        if token_id in self._ends:
+            named = token_id in self._sampling.stop_token_ids
+            self._end(FinishReason.STOP, str(token_id) if named else None)
+            return
+        text = self._detokeniser.push((token_id,))
+        stop = None
+        if not early:
+            text, stop = self._scanner.push(text)
+        self._pending.text.append(text)
+        if stop is not None:
+            self._finish = (FinishReason.STOP, stop)
+        elif self._output_tokens >= self._max_tokens:
+            self._end(FinishReason.LENGTH, None)
 
     def _end(self, reason: FinishReason, stop_reason: str | None) -> None:
         self._finish = (reason, stop_reason)
