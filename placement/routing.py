@@ -4,8 +4,8 @@ Owns the choice: filter the holders, score them, pick one. Knows nothing of sock
 ages arrive as numbers and randomness as a seeded generator.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -38,7 +38,9 @@ class ReplicaLoad:
     """A replica's own report, `age_s` seconds old.
 
     `own_requests` is how many of its requests were the choosing router's when the report came, so
-    that they are not counted twice.
+    that they are not counted twice; `routers` is how many routers it hears. The last three are what
+    it measured lately, 0 for what it does not know: the requests per second that got their first
+    token while others waited, the seconds between two tokens, and the tokens of an output.
     """
 
     replica_id: ReplicaId
@@ -48,10 +50,14 @@ class ReplicaLoad:
     kv_cache_usage: float
     age_s: float = 0.0
     own_requests: int = 0
+    routers: int = 1
+    starts_per_s: float = 0.0
+    token_s: float = 0.0
+    output_tokens: float = 0.0
 
     @property
     def others(self) -> int:
-        """The requests of other routers there."""
+        """The requests there that were not the choosing router's, when the report came."""
         return max(0, self.running + self.waiting - self.own_requests)
 
 
@@ -73,12 +79,23 @@ class LoadView:
     """What one router knows of the replicas' load.
 
     A replica missing from `loads`, or None there, has no fresh report. `in_flight` counts the
-    router's own requests. With `max_waiting`, a replica that reports as many waiting is full.
+    router's own requests, `leased` those that it picked a replica for and that the replica does not
+    count yet. With `max_waiting`, a replica that reports as many waiting is full. `peers` is how many
+    other routers are taken to do as this one does, see `active_peers`.
     """
 
     loads: Mapping[ReplicaId, ReplicaLoad | None]
     in_flight: Mapping[ReplicaId, int]
     max_waiting: int | None = None
+    leased: Mapping[ReplicaId, int] = field(default_factory=dict)
+    peers: float = 0.0
+
+    def sent_since(self, load: ReplicaLoad) -> float:
+        """How many requests more than it reported the replica has by now: those that this router has
+        sent and not had back, and as many for each peer."""
+        name = load.replica_id
+        own = self.in_flight.get(name, 0) + self.leased.get(name, 0) - load.own_requests
+        return own * (1.0 + self.peers)
 
 
 class Decision(NamedTuple):
@@ -113,33 +130,70 @@ class LeastOutstanding:
     others' as the most loaded one that has, so that silence attracts nobody. Dividing by the share
     makes idle holders fill in proportion to their shares, and a small share is still used when the
     large ones are busy.
+
+    Peers read the same reports, so between two of them each would fill the same gap. Therefore what
+    this router has sent and had back since the report counts once more for each peer: they are taken
+    to do as it does, and together they fill the gap about once. See `active_peers`.
     """
 
     def pick(
         self, adapter: AdapterName | None, holders: Sequence[Holder], view: LoadView, rng: Random
     ) -> Holder:
         """The holder with the lowest (outstanding + 1) / share."""
-        others: list[int | None] = []
-        worst = 0
-        for holder in holders:
-            load = view.loads.get(holder.replica_id)
-            if load is None:
-                others.append(None)
-                continue
-            count = load.others
-            others.append(count)
-            worst = max(worst, count)
         best: list[Holder] = []
         lowest = float("inf")
-        in_flight = view.in_flight
-        for holder, count_or_none in zip(holders, others, strict=True):
-            count = worst if count_or_none is None else count_or_none
-            score = (in_flight.get(holder.replica_id, 0) + count + 1) / holder.share
+        for holder, count in zip(holders, _outstanding(holders, view), strict=True):
+            score = (count + 1) / holder.share
             if score < lowest:
                 lowest, best = score, [holder]
             elif score == lowest:
                 best.append(holder)
         return best[0] if len(best) == 1 else best[int(rng.random() * len(best))]
+
+
+def _outstanding(holders: Sequence[Holder], view: LoadView) -> list[float]:
+    """The requests that each holder is taken to have now."""
+    loads, in_flight, leased, peers = view.loads, view.in_flight, view.leased, view.peers
+    counts: list[float] = []
+    silent: list[int] = []
+    worst = 0.0
+    for holder in holders:
+        name = holder.replica_id
+        own = in_flight.get(name, 0)
+        if leased:
+            own += leased.get(name, 0)
+        load = loads.get(name)
+        if load is None:
+            silent.append(len(counts))
+            counts.append(own)
+            continue
+        others: float = load.running + load.waiting - load.own_requests
+        if peers:
+            others += peers * (own - load.own_requests)
+        if others <= 0:
+            counts.append(own)
+            continue
+        if others > worst:
+            worst = others
+        counts.append(own + others)
+    for index in silent:
+        counts[index] += worst
+    return counts
+
+
+def active_peers(loads: Iterable[ReplicaLoad | None]) -> float:
+    """How many other routers are taken to send as much as this one: those that the replicas hear, less
+    as far as they have fewer requests running than as many of this one would.
+
+    Where nothing runs yet, every router that is heard counts. A router alone has none.
+    """
+    routers, own, others = 1, 0, 0
+    for load in loads:
+        if load is not None:
+            routers = max(routers, load.routers)
+            own += load.own_requests
+            others += load.others
+    return min(routers - 1.0, (others + routers - 1.0) / (own + 1.0))
 
 
 class WeightedShare:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from loraserve.clock import Clock
 from loraserve.rpc.table_codec import LoadReport
-from placement.routing import LoadView, ReplicaLoad
+from placement.routing import LoadView, ReplicaLoad, active_peers
 from placement.types import ReplicaId
 
 STALE_AFTER_S = 1.0
@@ -14,11 +14,14 @@ STALE_AFTER_S = 1.0
 VIEW_PERIOD_S = 0.01
 """A view is at most so old, which spares building one per request."""
 
+MAX_ENDED = 8
+"""How many processes of a replica that have ended are remembered, so that none is heard again."""
+
 
 @dataclass(slots=True)
 class _Entry:
     incarnation: str
-    previous_incarnation: str | None
+    ended: tuple[str, ...]
     sequence: int
     received_s: float
     load: ReplicaLoad
@@ -27,7 +30,9 @@ class _Entry:
 class LoadBook:
     """Keeps one report per replica; a report that is not newer than the kept one is dropped.
 
-    Age is measured from receipt, on this side's clock.
+    Age is measured from receipt, on this side's clock. `leased` counts the requests that were picked
+    for clients: one may leave it only when a report that counts the request itself is recorded, or in
+    between it would be counted nowhere.
     """
 
     def __init__(
@@ -35,33 +40,35 @@ class LoadBook:
         *,
         clock: Clock,
         in_flight: Mapping[ReplicaId, int],
+        leased: Mapping[ReplicaId, int] | None = None,
         max_waiting: int | None = None,
         stale_after_s: float = STALE_AFTER_S,
     ) -> None:
         self._clock = clock
         self._in_flight = in_flight
+        self._leased: Mapping[ReplicaId, int] = {} if leased is None else leased
         self._max_waiting = max_waiting
         self._stale_after_s = stale_after_s
         self._entries: dict[ReplicaId, _Entry] = {}
-        self._view = LoadView(loads={}, in_flight=in_flight, max_waiting=max_waiting)
+        self._view = self._make_view({})
         self._view_s = float("-inf")
 
     def record(self, report: LoadReport) -> bool:
         """Keep the report; False if it is not newer than the last one of its replica."""
         kept = self._entries.get(report.replica_id)
-        previous: str | None = None
+        ended: tuple[str, ...] = ()
         if kept is not None:
+            ended = kept.ended
             if report.incarnation == kept.incarnation:
                 if report.sequence <= kept.sequence:
                     return False
-                previous = kept.previous_incarnation
-            elif report.incarnation == kept.previous_incarnation:
+            elif report.incarnation in ended:
                 return False
             else:
-                previous = kept.incarnation
+                ended = (*ended, kept.incarnation)[-MAX_ENDED:]
         self._entries[report.replica_id] = _Entry(
             incarnation=report.incarnation,
-            previous_incarnation=previous,
+            ended=ended,
             sequence=report.sequence,
             received_s=self._clock.now_s(),
             load=ReplicaLoad(
@@ -71,6 +78,10 @@ class LoadBook:
                 outstanding_tokens=report.outstanding_tokens,
                 kv_cache_usage=report.kv_cache_usage,
                 own_requests=self._in_flight.get(report.replica_id, 0),
+                routers=report.routers,
+                starts_per_s=report.starts_per_s,
+                token_s=report.token_s,
+                output_tokens=report.output_tokens,
             ),
         )
         self._view_s = float("-inf")
@@ -85,13 +96,20 @@ class LoadBook:
         """The loads as of now or `VIEW_PERIOD_S` ago, None for a replica whose report is stale."""
         now_s = self._clock.now_s()
         if now_s - self._view_s >= VIEW_PERIOD_S:
-            self._view = LoadView(
-                loads={name: self._fresh(entry, now_s) for name, entry in self._entries.items()},
-                in_flight=self._in_flight,
-                max_waiting=self._max_waiting,
+            self._view = self._make_view(
+                {name: self._fresh(entry, now_s) for name, entry in self._entries.items()}
             )
             self._view_s = now_s
         return self._view
+
+    def _make_view(self, loads: Mapping[ReplicaId, ReplicaLoad | None]) -> LoadView:
+        return LoadView(
+            loads=loads,
+            in_flight=self._in_flight,
+            max_waiting=self._max_waiting,
+            leased=self._leased,
+            peers=active_peers(loads.values()),
+        )
 
     def _fresh(self, entry: _Entry, now_s: float) -> ReplicaLoad | None:
         age_s = now_s - entry.received_s

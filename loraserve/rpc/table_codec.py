@@ -11,7 +11,12 @@ from placement.types import AdapterName, Holder, ReplicaId, VersionId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """What a replica says of its load; `sequence` grows by one per report of one `incarnation`."""
+    """What a replica says of its load; `sequence` grows by one per report of one `incarnation`.
+
+    `routers` counts the routers connected. The last three are measured lately, 0 for not known:
+    requests per second that got their first token while others waited, seconds between two tokens of
+    one request, and tokens of an output.
+    """
 
     replica_id: ReplicaId
     incarnation: str
@@ -20,6 +25,10 @@ class LoadReport:
     waiting: int
     outstanding_tokens: int
     kv_cache_usage: float
+    routers: int = 1
+    starts_per_s: float = 0.0
+    token_s: float = 0.0
+    output_tokens: float = 0.0
 
 
 def encode_table(table: RoutingTable) -> internal_pb2.RoutingTable:
@@ -93,6 +102,10 @@ def encode_load(report: LoadReport) -> internal_pb2.LoadReport:
         waiting=report.waiting,
         outstanding_tokens=report.outstanding_tokens,
         kv_cache_usage=report.kv_cache_usage,
+        routers=report.routers,
+        starts_per_s=report.starts_per_s,
+        token_s=report.token_s,
+        output_tokens=report.output_tokens,
     )
 
 
@@ -107,4 +120,8 @@ def decode_load(message: internal_pb2.LoadReport) -> LoadReport:
         waiting=message.waiting,
         outstanding_tokens=message.outstanding_tokens,
         kv_cache_usage=message.kv_cache_usage,
+        routers=message.routers,
+        starts_per_s=message.starts_per_s,
+        token_s=message.token_s,
+        output_tokens=message.output_tokens,
     )

@@ -17,6 +17,7 @@ from placement.routing import (
     ReplicaLoad,
     RouteRequest,
     UnknownAdapterError,
+    active_peers,
     make_routing_policy,
 )
 from placement.table import RoutingTable, TableEntry, TableReplica
@@ -48,7 +49,7 @@ def make_table(shares: Mapping[str, float], others: tuple[str, ...] = ()) -> Rou
     )
 
 
-def load(name: str, *, running: int = 0, waiting: int = 0, own: int = 0) -> ReplicaLoad:
+def load(name: str, *, running: int = 0, waiting: int = 0, own: int = 0, routers: int = 1) -> ReplicaLoad:
     return ReplicaLoad(
         replica_id=ReplicaId(name),
         running=running,
@@ -56,16 +57,22 @@ def load(name: str, *, running: int = 0, waiting: int = 0, own: int = 0) -> Repl
         outstanding_tokens=0,
         kv_cache_usage=0.0,
         own_requests=own,
+        routers=routers,
     )
 
 
 def view(
-    *loads: ReplicaLoad, in_flight: Mapping[str, int] | None = None, limit: int | None = None
+    *loads: ReplicaLoad,
+    in_flight: Mapping[str, int] | None = None,
+    limit: int | None = None,
+    leased: Mapping[str, int] | None = None,
 ) -> LoadView:
     return LoadView(
         loads={entry.replica_id: entry for entry in loads},
         in_flight={ReplicaId(name): number for name, number in (in_flight or {}).items()},
         max_waiting=limit,
+        leased={ReplicaId(name): number for name, number in (leased or {}).items()},
+        peers=active_peers(loads),
     )
 
 
@@ -175,6 +182,40 @@ def test_least_outstanding_adds_its_own_to_what_others_have() -> None:
     assert set(counts("least-outstanding", table, busy_by_us)) == {"r0"}
     not_twice = view(load("r0", running=5, own=5), load("r1", running=6, own=1), in_flight={"r0": 4, "r1": 1})
     assert set(counts("least-outstanding", table, not_twice)) == {"r0"}
+
+
+def test_least_outstanding_counts_what_it_sent_since_the_report_once_for_each_router() -> None:
+    table = make_table({"r0": 0.5, "r1": 0.5})
+    reports = {"r0": 20, "r1": 24}
+
+    def seen(routers: int, sent: int) -> LoadView:
+        loads = [load(name, running=count, own=5, routers=routers) for name, count in reports.items()]
+        return view(*loads, in_flight={"r0": 5 + sent, "r1": 5})
+
+    assert set(counts("least-outstanding", table, seen(1, 3))) == {"r0"}
+    assert set(counts("least-outstanding", table, seen(4, 0))) == {"r0"}
+    assert set(counts("least-outstanding", table, seen(4, 2))) == {"r1"}
+
+
+def test_peers_count_as_far_as_they_are_active() -> None:
+    alone = [load("r0", running=9, own=9), load("r1", running=50, own=1)]
+    assert active_peers(alone) == 0
+    unknown = [load("r0", routers=8), None]
+    assert active_peers(unknown) == 7
+    alike = [load("r0", running=80, own=10, routers=8)]
+    assert active_peers(alike) == pytest.approx(7)
+    idle = [load("r0", running=100, own=100, routers=8)]
+    assert active_peers(idle) < 0.1
+
+
+def test_a_request_picked_for_a_client_counts_until_the_replica_counts_it() -> None:
+    table = make_table({"r0": 0.5, "r1": 0.5})
+    reports = (load("r0", running=3, own=1), load("r1", running=4, own=1))
+    in_flight = {"r0": 1, "r1": 1}
+    assert set(counts("least-outstanding", table, view(*reports, in_flight=in_flight))) == {"r0"}
+    leased = view(*reports, in_flight=in_flight, leased={"r0": 2})
+    assert set(counts("least-outstanding", table, leased)) == {"r1"}
+    assert set(counts("least-outstanding", table, view(leased={"r0": 1}))) == {"r1"}
 
 
 def test_least_outstanding_is_not_drawn_to_a_silent_replica() -> None:

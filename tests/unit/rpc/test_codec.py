@@ -242,6 +242,10 @@ def test_a_load_report_survives_the_wire() -> None:
         waiting=2,
         outstanding_tokens=300,
         kv_cache_usage=0.25,
+        routers=4,
+        starts_per_s=12.5,
+        token_s=0.02,
+        output_tokens=64.0,
     )
     sent = table_codec.encode_load(report)
     assert table_codec.decode_load(sent) == report
