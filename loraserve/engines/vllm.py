@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraserve.config import EngineSection, ModelSection
-from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad
+from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, check_resumed
 from loraserve.engines.vllm_arguments import (
     check_extra,
     check_known,
@@ -24,9 +24,10 @@ from loraserve.engines.vllm_arguments import (
     engine_environment,
     environment_set,
 )
-from loraserve.engines.vllm_outputs import LoadRecorder, aborted_step, generation_step, vllm_sampling
+from loraserve.engines.vllm_outputs import LoadRecorder
 from loraserve.engines.vllm_processes import EngineProcesses, engine_children, kill_pids, with_descendants
 from loraserve.engines.vllm_prompts import PromptEncoder
+from loraserve.engines.vllm_resume import vllm_work
 from loraserve.engines.vllm_slots import AdapterSlots
 from loraserve.errors import (
     AlreadyExistsError,
@@ -130,23 +131,28 @@ class VllmEngine:
         finished = False
         try:
             with _translated(request.request_id):
-                sampling = vllm_sampling(request.sampling)
-                token_ids = await started.prompts.encode(request.prompt)
+                check_resumed(request, started.info.vocab_size)
+                prompt_ids = await started.prompts.encode(request.prompt)
+                work = vllm_work(started.client, request, prompt_ids)
                 # vLLM knows the request from the first step of its stream on, without a pause before it.
-                if entry.aborted:
+                only = work.aborted() if entry.aborted else work.ended
+                if only is not None:
                     finished = True
-                    yield aborted_step(len(token_ids))
+                    yield only
                     return
-                output_tokens = 0
                 stream = started.client.generate(
-                    tokens_input(token_ids), sampling, request.request_id, lora_request=entry.lora
+                    tokens_input(work.token_ids),
+                    work.sampling,
+                    request.request_id,
+                    lora_request=entry.lora,
                 )
                 async with contextlib.aclosing(stream):
                     async for output in stream:
-                        step = generation_step(output, output_tokens)
-                        output_tokens = step.output_tokens
+                        step = work.step(output)
                         finished = step.finish_reason is not None
                         yield step
+                        if finished and not output.finished:
+                            break  # vLLM does not know of this end: closing the stream aborts the rest
         finally:
             if not finished:
                 await self._abort_in_vllm(started, (request.request_id,))

@@ -15,8 +15,11 @@ _FINISH = {
 _INT64 = 2**63
 
 
-def vllm_sampling(sampling: SamplingParams) -> Any:
-    """vLLM's SamplingParams with delta outputs; BadInputError for a value that vLLM refuses."""
+def vllm_sampling(sampling: SamplingParams, *, detokenize: bool = True) -> Any:
+    """vLLM's SamplingParams with delta outputs, of text too or of tokens only.
+
+    BadInputError for a value that vLLM refuses.
+    """
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind
@@ -43,14 +46,14 @@ def vllm_sampling(sampling: SamplingParams) -> Any:
             repetition_penalty=sampling.repetition_penalty,
             logprobs=sampling.logprobs,
             ignore_eos=sampling.ignore_eos,
-            detokenize=True,
+            detokenize=detokenize,
             output_kind=RequestOutputKind.DELTA,
         )
     except (VLLMClientError, ValueError) as error:
         raise BadInputError(f"sampling: {error}") from error
 
 
-def generation_step(output: Any, output_tokens_before: int) -> GenerationStep:
+def generation_step(output: Any, prompt_tokens: int, output_tokens_before: int) -> GenerationStep:
     """One vLLM RequestOutput (a delta) as a step; WorkFailedError if the request failed inside vLLM."""
     completion = output.outputs[0]
     if completion.finish_reason not in _FINISH:
@@ -59,7 +62,7 @@ def generation_step(output: Any, output_tokens_before: int) -> GenerationStep:
     return GenerationStep(
         token_ids=tuple(completion.token_ids),
         text=completion.text,
-        prompt_tokens=len(output.prompt_token_ids or ()),
+        prompt_tokens=prompt_tokens,
         output_tokens=output_tokens_before + len(completion.token_ids),
         finish_reason=_FINISH[completion.finish_reason],
         stop_reason=None if stop_reason is None else str(stop_reason),
@@ -67,14 +70,17 @@ def generation_step(output: Any, output_tokens_before: int) -> GenerationStep:
     )
 
 
-def aborted_step(prompt_tokens: int) -> GenerationStep:
-    """The only step of a request that was aborted before vLLM had it."""
+def last_step(
+    prompt_tokens: int, output_tokens: int, reason: FinishReason, stop_reason: str | None = None
+) -> GenerationStep:
+    """The last step of a request to which nothing is added."""
     return GenerationStep(
         token_ids=(),
         text="",
         prompt_tokens=prompt_tokens,
-        output_tokens=0,
-        finish_reason=FinishReason.ABORTED,
+        output_tokens=output_tokens,
+        finish_reason=reason,
+        stop_reason=stop_reason,
     )
 
 
