@@ -21,7 +21,10 @@ from loraserve.router.service_inference import SERVICE as INFERENCE
 from loraserve.router.service_inference import InferenceParts, InferenceService
 from loraserve.router.service_management import SERVICE as MANAGEMENT
 from loraserve.router.service_management import LocalStatus, ManagementService
+from loraserve.router.service_oip import SERVICE as OPEN_INFERENCE
+from loraserve.router.service_oip import OpenInferenceService
 from loraserve.router.tables import TableFollower
+from loraserve.rpc.oip import open_inference_pb2_grpc
 from loraserve.rpc.server import Health, add_reflection, bind, make_channel, make_server
 from loraserve.rpc.v1 import management_pb2_grpc
 from placement.routing import Chooser
@@ -145,7 +148,7 @@ class Router:
 
     def _assemble(self, server: grpc.aio.Server) -> "_Running":
         config = self._config
-        health = Health(server, (INFERENCE, MANAGEMENT))
+        health = Health(server, (INFERENCE, MANAGEMENT, OPEN_INFERENCE))
         controller = make_channel(self._controller_address, max_message_bytes=config.max_message_bytes)
         peers = Peers(
             router_id=self._router_id,
@@ -183,7 +186,11 @@ class Router:
             ),
         )
         management_pb2_grpc.add_ManagementServicer_to_server(management, server)
-        add_reflection(server, (INFERENCE, MANAGEMENT))
+        open_inference = OpenInferenceService(
+            inference, table=lambda: tables.table, serving=lambda: health.serving
+        )
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, server)
+        add_reflection(server, (INFERENCE, MANAGEMENT, OPEN_INFERENCE))
         return _Running(
             server=server,
             health=health,

@@ -19,19 +19,19 @@ from loraserve.rpc.v1 import management_pb2
 from tests.support.router_bench import Bench, MakeBench, ask, code_of, until
 
 Code = grpc.StatusCode
-SERVICES = ("", "loraserve.v1.Inference", "loraserve.v1.Management")
+SERVICES = ("", "loraserve.v1.Inference", "loraserve.v1.Management", "inference.GRPCInferenceService")
 
 
 async def test_health_is_not_serving_until_a_table_lists_a_replica(make_bench: MakeBench) -> None:
     bench: Bench = await make_bench()
-    assert [await bench.health(service) for service in SERVICES] == ["NOT_SERVING"] * 3
+    assert [await bench.health(service) for service in SERVICES] == ["NOT_SERVING"] * len(SERVICES)
     await bench.controller.publish(table_of(1, {}))
     await until(lambda: bench.router.table.version == 1)
     assert await bench.health() == "NOT_SERVING"
     bench.version = 1
     await bench.publish({})
     await bench.serving(True)
-    assert [await bench.health(service) for service in SERVICES] == ["SERVING"] * 3
+    assert [await bench.health(service) for service in SERVICES] == ["SERVING"] * len(SERVICES)
     await bench.controller.publish(table_of(3, {}))
     await bench.serving(False)
     assert await bench.health() == "NOT_SERVING"
@@ -195,6 +195,7 @@ async def test_reflection_lists_the_services(bench: Bench) -> None:
     assert {service.name for service in answer.list_services_response.service} == {
         "loraserve.v1.Inference",
         "loraserve.v1.Management",
+        "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
