@@ -8,8 +8,10 @@ LoraServeError
 │   └── AlreadyExistsError   a name that is taken: ALREADY_EXISTS
 ├── OverloadedError          a bounded queue or pool is full: RESOURCE_EXHAUSTED
 ├── UnavailableError         nobody can serve this now: UNAVAILABLE
+│   └── StreamBrokenError    a stream ended too early and cannot go on; carries its tokens so far
 ├── DeadlineError            the request's time ran out: DEADLINE_EXCEEDED
 ├── StaleError               the caller decided on a state that no longer holds: FAILED_PRECONDITION
+├── SupersededError          a later attempt at the same request has taken over: ABORTED
 └── WorkFailedError          the work was right but failed: exit code 1, INTERNAL
     ├── ClusterStartError    `up` failed; carries the tail of the log that says why
     ├── ReplicaStartError    a replica did not come up; carries the tail of its log
@@ -49,12 +51,34 @@ class UnavailableError(LoraServeError):
     """Nobody can serve this at the moment."""
 
 
+class StreamBrokenError(UnavailableError):
+    """A stream ended before its answer did and could not go on elsewhere.
+
+    `token_ids` and `text` are all that came of the answer, `reason` says what broke and why that was
+    the end.
+    """
+
+    def __init__(self, request_id: str, reason: str, token_ids: tuple[int, ...], text: str) -> None:
+        super().__init__(f"request {request_id} ended after {len(token_ids)} tokens: {reason}")
+        self.request_id = request_id
+        self.reason = reason
+        self.token_ids = token_ids
+        self.text = text
+
+    def __reduce__(self) -> tuple[type["StreamBrokenError"], tuple[str, str, tuple[int, ...], str]]:
+        return StreamBrokenError, (self.request_id, self.reason, self.token_ids, self.text)
+
+
 class DeadlineError(LoraServeError):
     """The request's time ran out before its work was done."""
 
 
 class StaleError(LoraServeError):
     """The caller's decision rests on a state that no longer holds; decide again."""
+
+
+class SupersededError(LoraServeError):
+    """A later attempt at the same request has taken over."""
 
 
 class WorkFailedError(LoraServeError):

@@ -114,16 +114,18 @@ class AdapterPool:
         del self._entries[version]
 
     @contextmanager
-    def pinned(self, version: VersionId | None, request_id: str) -> Iterator[None]:
+    def pinned(self, version: VersionId | None, request_id: str, *, promised: bool = False) -> Iterator[None]:
         """Keep the version here while the block runs; StaleError if it is not resident.
 
-        None names the base model, which needs no pin.
+        None names the base model, which needs no pin. A `promised` request holds a lease, which has
+        kept a draining version here for it.
         """
         if version is None:
             yield
             return
         entry = self._entries.get(version)
-        if entry is None or entry.residency is not Residency.RESIDENT:
+        usable = (Residency.RESIDENT, Residency.DRAINING) if promised else (Residency.RESIDENT,)
+        if entry is None or entry.residency not in usable:
             state = "not here" if entry is None else entry.residency.value
             raise StaleError(f"{version} is {state} on this replica; choose another holder")
         entry.pinned_by.add(request_id)
@@ -131,6 +133,20 @@ class AdapterPool:
             yield
         finally:
             entry.unpin(request_id)
+
+    def pin(self, version: VersionId, pin_id: str) -> bool:
+        """Keep a resident version here until `unpin`; False if it is not resident."""
+        entry = self._entries.get(version)
+        if entry is None or entry.residency is not Residency.RESIDENT:
+            return False
+        entry.pinned_by.add(pin_id)
+        return True
+
+    def unpin(self, version: VersionId, pin_id: str) -> None:
+        """Let go of what `pin` kept."""
+        entry = self._entries.get(version)
+        if entry is not None:
+            entry.unpin(pin_id)
 
     def check_invariants(self, in_flight: frozenset[str]) -> None:
         """AssertionError unless room is respected and every pin belongs to a request in flight."""

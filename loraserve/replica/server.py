@@ -10,10 +10,11 @@ import os
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
+from loraserve.clock import Clock, WallClock
 from loraserve.config import Config
 from loraserve.engines.base import AdapterFiles, Engine, EngineInfo
 from loraserve.engines.description import ReplicaDescription, ReplicaReport
@@ -21,9 +22,11 @@ from loraserve.errors import (
     AlreadyExistsError,
     LoraServeError,
     OverloadedError,
+    SupersededError,
     UnavailableError,
     WorkFailedError,
 )
+from loraserve.replica.leases import LeaseBook
 from loraserve.replica.pool import AdapterPool, Residency
 from loraserve.request import FinishReason, GenerationRequest, GenerationStep
 from loraserve.rpc import server as rpc_server
@@ -33,12 +36,34 @@ from placement.types import NodeId, ReplicaId, ReplicaSpec, VersionId
 logger = logging.getLogger(__name__)
 
 
+SUPERSEDE_TIMEOUT_S = 10.0
+"""How long a request waits for the earlier attempt that it ends to let go."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """Which attempt at a request this is: of two with one id, the one with the higher `order` runs.
+
+    `lease_id` is set for a client that comes directly.
+    """
+
+    order: tuple[int, int] = (0, 0)
+    lease_id: str = ""
+
+
+FIRST_TURN = Turn()
+
+
 @dataclass(slots=True)
 class InFlight:
-    """One admitted request: what it may still produce."""
+    """One admitted request: what it may still produce, and who runs it."""
 
     request: GenerationRequest
     remaining_tokens: int
+    order: tuple[int, int]
+    task: "asyncio.Task[object] | None"
+    superseded: bool = False
+    released: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ReplicaServer:
@@ -53,12 +78,15 @@ class ReplicaServer:
         host: str = "127.0.0.1",
         node_id: str = "local",
         insecure_listen: bool = False,
+        clock: Clock | None = None,
     ) -> None:
         self.replica_id = replica_id
         self.incarnation = uuid.uuid4().hex
         self.config = config
         self.engine = engine
         self.pool = AdapterPool(slots=config.engine.adapter_slots, capacity_bytes=config.engine.pool_bytes)
+        self.leases = LeaseBook(self.pool, clock or WallClock())
+        self.routers = 0
         self._host = host
         self._node_id = NodeId(node_id)
         self._insecure_listen = insecure_listen
@@ -202,41 +230,85 @@ class ReplicaServer:
             waiting=load.waiting,
             outstanding_tokens=sum(entry.remaining_tokens for entry in self._in_flight.values()),
             kv_cache_usage=load.kv_cache_usage,
+            routers=self.routers,
         )
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
-        """Run one request from admission to its last token; closing the iterator releases all it held."""
+    async def generate(
+        self, request: GenerationRequest, turn: Turn = FIRST_TURN
+    ) -> AsyncGenerator[GenerationStep, None]:
+        """Run one request from admission to its last token; closing the iterator releases all it held.
+
+        SupersededError once a later attempt at it has come, AlreadyExistsError if one runs already.
+        """
+        if turn.lease_id:
+            self.leases.check(turn.lease_id)
+        await self._supersede(request.request_id, turn)
         # The engine lets go of the request before its pin does.
-        with self._admitted(request) as accounted:
-            async with aclosing(self.engine.generate(request)) as steps:
-                async for step in steps:
-                    if step.finish_reason is FinishReason.ABORTED:
-                        raise UnavailableError(
-                            f"request {request.request_id} was ended by replica {self.replica_id}"
-                            " while draining"
-                        )
-                    accounted.remaining_tokens = max(0, request.sampling.max_tokens - step.output_tokens)
-                    yield step
+        with self._admitted(request, turn) as accounted:
+            try:
+                async with aclosing(self.engine.generate(request)) as steps:
+                    async for step in steps:
+                        if step.finish_reason is FinishReason.ABORTED:
+                            raise UnavailableError(
+                                f"request {request.request_id} was ended by replica {self.replica_id}"
+                                " while draining"
+                            )
+                        accounted.remaining_tokens = max(0, request.sampling.max_tokens - step.output_tokens)
+                        yield step
+            except asyncio.CancelledError:
+                if not accounted.superseded or accounted.task is None:
+                    raise
+                accounted.task.uncancel()
+                raise SupersededError(
+                    f"request {request.request_id}: a later attempt has taken over"
+                ) from None
+
+    async def _supersede(self, request_id: str, turn: Turn) -> None:
+        """End the earlier attempt at this request, if one runs here, and wait until it has let go."""
+        earlier = self._in_flight.get(request_id)
+        if earlier is None:
+            return
+        if turn.order <= earlier.order or earlier.task is None:
+            raise AlreadyExistsError(f"request_id: {request_id} is in flight; choose another")
+        if not earlier.superseded:
+            earlier.superseded = True
+            earlier.task.cancel()
+        try:
+            async with asyncio.timeout(SUPERSEDE_TIMEOUT_S):
+                await earlier.released.wait()
+        except TimeoutError:
+            raise UnavailableError(
+                f"request {request_id}: its earlier attempt did not end within {SUPERSEDE_TIMEOUT_S:g} s"
+            ) from None
 
     @contextmanager
-    def _admitted(self, request: GenerationRequest) -> Iterator[InFlight]:
+    def _admitted(self, request: GenerationRequest, turn: Turn) -> Iterator[InFlight]:
         if request.request_id in self._in_flight:
             raise AlreadyExistsError(f"request_id: {request.request_id} is in flight; choose another")
         if len(self._in_flight) >= self.config.replica.max_in_flight:
             raise OverloadedError(f"replica {self.replica_id} has {len(self._in_flight)} requests, its limit")
-        with self.pool.pinned(request.version_id, request.request_id):
-            accounted = InFlight(request=request, remaining_tokens=request.sampling.max_tokens)
+        promised = bool(turn.lease_id) and self.leases.is_open(turn.lease_id)
+        with self.pool.pinned(request.version_id, request.request_id, promised=promised):
+            if turn.lease_id:
+                self.leases.use(turn.lease_id)
+            accounted = InFlight(
+                request=request,
+                remaining_tokens=request.sampling.max_tokens,
+                order=turn.order,
+                task=asyncio.current_task(),
+            )
             self._in_flight[request.request_id] = accounted
             try:
                 yield accounted
             finally:
                 del self._in_flight[request.request_id]
+                accounted.released.set()
 
     def check_invariants(self, *, idle: bool = False) -> None:
         """AssertionError unless pins, slots and bytes add up; when idle, also if any request is left."""
         if idle and self._in_flight:
             raise AssertionError(f"still in flight: {sorted(self._in_flight)}")
-        self.pool.check_invariants(frozenset(self._in_flight))
+        self.pool.check_invariants(frozenset(self._in_flight) | self.leases.ids())
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """Stop listening, give running requests `grace_s`, end the engine."""

@@ -1,94 +1,156 @@
-"""The replica's gRPC handlers: requests in, engine steps out, load reports to routers."""
+"""The replica's gRPC handlers: the link to each router, and requests that clients bring themselves."""
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from loraserve.errors import BadInputError
-from loraserve.replica.server import ReplicaServer
+from loraserve.errors import BadInputError, StaleError
+from loraserve.replica.server import ReplicaServer, Turn
 from loraserve.request import GenerationRequest
 from loraserve.rpc import server as rpc_server
-from loraserve.rpc.codec import check_protocol, encode_step, join_steps, parse_generate
+from loraserve.rpc.codec import encode_step, join_steps, parse_generate
 from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
+from loraserve.rpc.link_server import LinkServer
 from loraserve.rpc.status import abort_with
 from loraserve.rpc.table_codec import encode_load
-from loraserve.rpc.v1 import inference_pb2
+from loraserve.rpc.v1 import inference_pb2, inference_pb2_grpc
 from placement.types import VersionId
 
-HEARTBEAT_S = 1.0
 SERVICE = "loraserve.internal.v1.Replica"
+INFERENCE = "loraserve.v1.Inference"
 
 
 class ReplicaService(internal_pb2_grpc.ReplicaServicer):
-    """Thin: parse, run, encode, map errors to statuses."""
+    """What routers use. Thin: parse, run, encode; the link does the rest."""
 
     def __init__(self, replica: ReplicaServer) -> None:
         self._replica = replica
 
-    async def Execute(
-        self, request: internal_pb2.ExecuteRequest, context: Any
+    async def Connect(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        """One router's requests, for as long as it stays."""
+        self._replica.routers += 1
+        try:
+            interval_s = self._replica.config.replica.report_interval_s
+            await LinkServer(self, context, report_interval_s=interval_s).serve()
+        finally:
+            self._replica.routers -= 1
+
+    async def open(self, start: internal_pb2.Start) -> AsyncGenerator[bytes, None]:
+        """One request that a router has sent here."""
+        message = _message(start.generate)
+        request = _request(message, start.request_id, start.version_id, tuple(start.resume_token_ids))
+        turn = Turn(order=(message.attempt, start.router_attempt))
+        shown_id = message.request_id or start.request_id
+        # A request that goes on here has given its id and version elsewhere.
+        first = not start.resume_token_ids
+        async with aclosing(self._replica.generate(request, turn)) as steps:
+            if start.unary:
+                joined = join_steps([step async for step in steps])
+                yield encode_step(
+                    joined, first=True, request_id=shown_id, version_id=request.version_id
+                ).SerializeToString()
+                return
+            async for step in steps:
+                yield encode_step(
+                    step, first=first, request_id=shown_id, version_id=request.version_id
+                ).SerializeToString()
+                first = False
+
+    def grant(self, lease: internal_pb2.LeaseGrant, ended: Callable[[str], None]) -> None:
+        """A client will come with this lease."""
+        version = VersionId(lease.version_id) if lease.version_id else None
+        self._replica.leases.grant(lease.lease_id, version, lease.lease_s, ended)
+
+    def load(self) -> internal_pb2.LoadReport:
+        """The replica's load now."""
+        self._replica.leases.sweep()
+        return encode_load(self._replica.load_report())
+
+
+class DirectService(inference_pb2_grpc.InferenceServicer):
+    """What clients use that have picked this replica through a router."""
+
+    def __init__(self, replica: ReplicaServer) -> None:
+        self._replica = replica
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Stream one request's steps."""
         try:
-            parsed = _parse(request)
+            parsed, turn = self._parse(request)
+            shown_id = request.request_id or parsed.request_id
             first = True
-            async with aclosing(self._replica.generate(parsed)) as steps:
+            async with aclosing(self._replica.generate(parsed, turn)) as steps:
                 async for step in steps:
-                    yield encode_step(
-                        step, first=first, request_id=parsed.request_id, version_id=parsed.version_id
-                    )
+                    yield encode_step(step, first=first, request_id=shown_id, version_id=parsed.version_id)
                     first = False
         except Exception as error:
             await abort_with(context, error)
 
-    async def ExecuteUnary(
-        self, request: internal_pb2.ExecuteRequest, context: Any
+    async def Complete(
+        self, request: inference_pb2.GenerateRequest, context: Any
     ) -> inference_pb2.GenerateResponse:
         """Run one request to its end and answer once."""
         try:
-            parsed = _parse(request)
-            async with aclosing(self._replica.generate(parsed)) as steps:
+            parsed, turn = self._parse(request)
+            shown_id = request.request_id or parsed.request_id
+            async with aclosing(self._replica.generate(parsed, turn)) as steps:
                 joined = join_steps([step async for step in steps])
-            return encode_step(joined, first=True, request_id=parsed.request_id, version_id=parsed.version_id)
+            return encode_step(joined, first=True, request_id=shown_id, version_id=parsed.version_id)
         except Exception as error:
             await abort_with(context, error)
 
-    async def WatchLoad(
-        self, request: internal_pb2.WatchLoadRequest, context: Any
-    ) -> AsyncIterator[internal_pb2.LoadReport]:
-        """Report the load whenever it has changed, and as a heartbeat when it has not."""
-        try:
-            check_protocol(request.protocol_version, f"router {request.router_id}")
-        except BadInputError as error:
-            await abort_with(context, error)
-        interval_s = self._replica.config.replica.report_interval_s
-        last: tuple[object, ...] = ()
-        silent_s = 0.0
-        while True:
-            report = self._replica.load_report()
-            content = (report.running, report.waiting, report.outstanding_tokens, report.kv_cache_usage)
-            if content != last or silent_s >= HEARTBEAT_S:
-                yield encode_load(report)
-                last, silent_s = content, 0.0
-            await asyncio.sleep(interval_s)
-            silent_s += interval_s
+    async def Pick(self, request: inference_pb2.PickRequest, context: Any) -> inference_pb2.PickResponse:
+        """Routers alone choose."""
+        return await context.abort(  # type: ignore[no-any-return]
+            grpc.StatusCode.UNIMPLEMENTED, "Pick: this is a replica; ask a router"
+        )
+
+    def _parse(self, message: inference_pb2.GenerateRequest) -> tuple[GenerationRequest, Turn]:
+        lease = message.lease
+        if not lease.lease_id:
+            raise BadInputError("lease: missing; a replica takes requests that a router's Pick has sent")
+        name = lease.adapter_version.rpartition("@")[0]
+        if name != message.adapter:
+            raise BadInputError(
+                f"lease.adapter_version: {lease.adapter_version!r} is no version of adapter"
+                f" {message.adapter!r}; send the answer to Pick as it came"
+            )
+        request_id = message.request_id or f"direct {lease.lease_id}"
+        turn = Turn(order=(message.attempt, 0), lease_id=lease.lease_id)
+        return _request(message, request_id, lease.adapter_version, ()), turn
 
 
-def _parse(request: internal_pb2.ExecuteRequest) -> GenerationRequest:
-    check_protocol(request.protocol_version, "the router")
+def _message(body: bytes) -> inference_pb2.GenerateRequest:
     try:
-        message = inference_pb2.GenerateRequest.FromString(request.generate)
+        return inference_pb2.GenerateRequest.FromString(body)
     except DecodeError as error:
         raise BadInputError("generate: not a serialized loraserve.v1.GenerateRequest") from error
-    version = VersionId(request.version_id) if request.version_id else None
-    return parse_generate(message, request_id=request.request_id, version_id=version)
+
+
+def _request(
+    message: inference_pb2.GenerateRequest, request_id: str, version_id: str, resumed: tuple[int, ...]
+) -> GenerationRequest:
+    if message.HasField("resume") and message.resume.adapter_version != version_id:
+        raise StaleError(
+            f"resume.adapter_version: {message.resume.adapter_version!r} is not what the adapter is now"
+            f" ({version_id!r}); send the request again from its beginning"
+        )
+    version = VersionId(version_id) if version_id else None
+    return parse_generate(
+        message,
+        request_id=message.idempotency_key or request_id,
+        version_id=version,
+        resumed_token_ids=resumed,
+    )
 
 
 def add_replica_service(replica: ReplicaServer, server: grpc.aio.Server) -> rpc_server.Health:
-    """Register the replica's service with its health; the caller binds and starts the server."""
+    """Register the replica's services with their health; the caller binds and starts the server."""
     internal_pb2_grpc.add_ReplicaServicer_to_server(ReplicaService(replica), server)
-    return rpc_server.Health(server, (SERVICE,))
+    inference_pb2_grpc.add_InferenceServicer_to_server(DirectService(replica), server)
+    return rpc_server.Health(server, (SERVICE, INFERENCE))

@@ -1,12 +1,15 @@
 """One request on its way through the router: its deadline, its decision, what came of it."""
 
+import asyncio
+
 from grpc import StatusCode
 
 from loraserve.router.ledger import RequestOutcome
-from loraserve.rpc.codec import PROTOCOL_VERSION
+from loraserve.rpc.codec import is_resumable
 from loraserve.rpc.internal.v1 import internal_pb2
+from loraserve.rpc.v1 import inference_pb2
 from placement.routing import Decision
-from placement.types import AdapterName, ReplicaId
+from placement.types import AdapterName, ReplicaId, VersionId
 
 
 class Flight:
@@ -14,18 +17,29 @@ class Flight:
 
     __slots__ = (
         "adapter",
+        "attempt",
         "attempts",
         "body",
+        "closed",
         "code",
         "deadline_s",
         "decision",
         "excluded",
+        "excluded_at",
         "first_message_s",
+        "losses",
+        "max_tokens",
         "messages",
+        "pinned_version",
         "refusals",
         "remaining_s",
         "request_id",
+        "resumed_ids",
+        "sent",
         "started_s",
+        "task",
+        "timer",
+        "verdict",
     )
 
     def __init__(
@@ -37,25 +51,70 @@ class Flight:
         self.started_s = started_s
         self.deadline_s = deadline_s
         self.remaining_s = 0.0
+        self.attempt = 0
+        self.max_tokens = 0
         self.decision: Decision | None = None
+        # What must not change any more, once the client has seen output: "" is the base model.
+        self.pinned_version: str | None = None
         self.excluded: frozenset[ReplicaId] = frozenset()
+        self.excluded_at = 0
         self.refusals: list[StatusCode] = []
+        self.losses = 0
         self.attempts = 0
         self.messages = 0
         self.first_message_s: float | None = None
+        # The messages as they were sent, one after the other: read as one, protobuf joins their tokens.
+        self.sent: bytearray | None = bytearray()
+        self.resumed_ids: tuple[int, ...] = ()
         self.code = StatusCode.UNKNOWN
+        # Why this router itself ends the request, when it is not the client who does.
+        self.verdict: tuple[StatusCode, str] | None = None
+        self.task: asyncio.Task[object] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.closed: asyncio.Event | None = None
 
-    def execute_bytes(self) -> bytes:
-        """The call to the chosen replica: the client's own bytes with the decision around them."""
+    def start(self, *, unary: bool) -> internal_pb2.Start:
+        """The request to the chosen replica: the client's own bytes with the decision around them."""
         decision = self.decision
         assert decision is not None, "a request is forwarded after it has been decided"
-        return internal_pb2.ExecuteRequest(
-            protocol_version=PROTOCOL_VERSION,
+        return internal_pb2.Start(
             request_id=self.request_id,
             version_id=decision.version_id or "",
             table_version=decision.table_version,
             generate=self.body,
-        ).SerializeToString()
+            resume_token_ids=self.resumed_ids,
+            remaining_s=self.remaining_s,
+            unary=unary,
+            router_attempt=self.attempts,
+        )
+
+    def end(self, code: StatusCode, message: str) -> None:
+        """End the request from this side, whatever it is waiting for."""
+        if self.verdict is None and self.task is not None:
+            self.verdict = (code, message)
+            self.task.cancel()
+
+    def note_loss(self) -> bool:
+        """Take stock of what the client has, to go on from it; True if that is the whole answer."""
+        if self.sent is None:
+            return False
+        so_far = inference_pb2.GenerateResponse.FromString(bytes(self.sent))
+        self.resumed_ids = tuple(so_far.token_ids)
+        return so_far.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
+
+    def obstacle(self) -> str | None:
+        """Why the request cannot go on elsewhere after what was sent; None if it can."""
+        if not self.messages:
+            return None
+        message = inference_pb2.GenerateRequest.FromString(self.body)
+        if self.sent is None or not is_resumable(message.sampling):
+            return "with a seed, a presence or frequency penalty, or logprobs it cannot be resumed exactly"
+        return None
+
+    @property
+    def version(self) -> VersionId | None:
+        """The weights that the last decision named."""
+        return self.decision.version_id if self.decision is not None else None
 
     def outcome(self, ended_s: float) -> RequestOutcome:
         """The record of this request, which has ended."""

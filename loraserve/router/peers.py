@@ -1,20 +1,17 @@
-"""A router's connections to replicas: one channel and one load subscription for each in the table.
+"""A router's links to replicas: one channel and one multiplexed stream for each in the table.
 
-A replica that leaves the table keeps its channel until its last request has ended.
+A replica that leaves the table keeps its link until its last request has ended.
 """
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from random import Random
 
-import grpc
-
 from loraserve.errors import BadInputError, UnavailableError
-from loraserve.router.backoff import Backoff
 from loraserve.router.loads import LoadBook
-from loraserve.rpc.codec import PROTOCOL_VERSION
 from loraserve.rpc.internal.v1 import internal_pb2
+from loraserve.rpc.link_client import Link
 from loraserve.rpc.server import make_channel
 from loraserve.rpc.table_codec import decode_load
 from placement.table import TableReplica
@@ -22,45 +19,50 @@ from placement.types import ReplicaId
 
 logger = logging.getLogger(__name__)
 
-SERVICE = "loraserve.internal.v1.Replica"
+LINK_SPARE_BYTES = 64 * 1024
+"""What a frame may have around the largest request that a client may send."""
 
 
 class Peer:
-    """One replica at one address. Requests and answers are bytes: the router does not read them."""
+    """One replica at one address."""
 
     def __init__(self, replica: TableReplica, max_message_bytes: int) -> None:
         self.replica_id = replica.replica_id
         self.address = replica.address
         self.calls = 0
         self.retired = False
-        self.channel = make_channel(replica.address, max_message_bytes=max_message_bytes)
-        self.execute: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self.channel.unary_stream(
-            f"/{SERVICE}/Execute"
-        )
-        self.execute_unary: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self.channel.unary_unary(
-            f"/{SERVICE}/ExecuteUnary"
-        )
-        self.watch_load: grpc.aio.UnaryStreamMultiCallable[
-            internal_pb2.WatchLoadRequest, internal_pb2.LoadReport
-        ] = self.channel.unary_stream(
-            f"/{SERVICE}/WatchLoad",
-            request_serializer=internal_pb2.WatchLoadRequest.SerializeToString,
-            response_deserializer=internal_pb2.LoadReport.FromString,
-        )
-        self.watcher: asyncio.Task[None] | None = None
+        self.channel = make_channel(replica.address, max_message_bytes=max_message_bytes + LINK_SPARE_BYTES)
+        self.link: Link
+        self.keeper: asyncio.Task[None]
 
 
 class Peers:
     """All replicas of the present table, and those that have left it with requests still running."""
 
-    def __init__(self, *, router_id: str, loads: LoadBook, max_message_bytes: int, rng: Random) -> None:
+    def __init__(
+        self,
+        *,
+        router_id: str,
+        loads: LoadBook,
+        max_message_bytes: int,
+        rng: Random,
+        on_leases_ended: Callable[[list[str]], None] = lambda leases: None,
+    ) -> None:
         self._router_id = router_id
         self._loads = loads
         self._max_message_bytes = max_message_bytes
         self._rng = rng
+        self._on_leases_ended = on_leases_ended
         self._peers: dict[ReplicaId, Peer] = {}
         self._retired: set[Peer] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._down: frozenset[ReplicaId] = frozenset()
+
+    @property
+    def down(self) -> frozenset[ReplicaId]:
+        """The replicas of the table that could not be reached last time."""
+        return self._down
 
     def update(self, replicas: Mapping[ReplicaId, TableReplica]) -> None:
         """Connect to what is new in the table, let go of what is no longer in it."""
@@ -70,12 +72,11 @@ class Peers:
                 self._retire(peer)
         for replica_id, replica in replicas.items():
             if replica_id not in self._peers:
-                peer = Peer(replica, self._max_message_bytes)
-                peer.watcher = asyncio.create_task(self._watch(peer), name=f"load of {replica_id}")
-                self._peers[replica_id] = peer
+                self._peers[replica_id] = self._connect(replica)
+        self._notify()
 
     def take(self, replica_id: ReplicaId) -> Peer:
-        """The replica's connection for one call, to be given back by `give_back`."""
+        """The replica's connection for one request, to be given back by `give_back`."""
         peer = self._peers.get(replica_id)
         if peer is None:
             raise UnavailableError(f"replica {replica_id} has left the cluster")
@@ -83,26 +84,71 @@ class Peers:
         return peer
 
     def give_back(self, peer: Peer) -> None:
-        """The call has ended."""
+        """The request has ended."""
         peer.calls -= 1
         if peer.retired and peer.calls == 0:
             self._close_soon(peer)
 
+    def find(self, replica_id: ReplicaId) -> Peer | None:
+        """The replica's connection, if it is in the table."""
+        return self._peers.get(replica_id)
+
+    def changes(self) -> asyncio.Event:
+        """Set at the next new table, and when a replica can be reached again."""
+        return self._changed
+
     async def close(self) -> None:
-        """Cancel every call and every subscription."""
+        """Cancel every request and every link."""
         for peer in list(self._peers.values()):
             self._retire(peer)
         for peer in list(self._retired):
             self._close_soon(peer)
         await asyncio.gather(*self._closing)
 
+    def _connect(self, replica: TableReplica) -> Peer:
+        peer = Peer(replica, self._max_message_bytes)
+        peer.link = Link(
+            peer.channel,
+            peer=f"replica {replica.replica_id}",
+            router_id=self._router_id,
+            rng=self._rng,
+            on_load=lambda message: self._record(peer, message),
+            on_leases_ended=self._on_leases_ended,
+            on_state=lambda up: self._note_state(peer, up),
+        )
+        peer.keeper = asyncio.create_task(peer.link.run(), name=f"link to {replica.replica_id}")
+        return peer
+
+    def _record(self, peer: Peer, message: internal_pb2.LoadReport) -> None:
+        try:
+            report = decode_load(message)
+        except BadInputError as error:
+            logger.error("load of %s refused: %s", peer.replica_id, error)
+            return
+        if report.replica_id != peer.replica_id:
+            logger.error("%s answers for replica %s", peer.address, report.replica_id)
+        elif not peer.retired:
+            self._loads.record(report)
+
+    def _note_state(self, peer: Peer, up: bool) -> None:
+        if peer.retired:
+            return
+        if up:
+            self._down -= {peer.replica_id}
+            self._notify()
+        else:
+            self._down |= {peer.replica_id}
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
     def _retire(self, peer: Peer) -> None:
         del self._peers[peer.replica_id]
         peer.retired = True
+        self._down -= {peer.replica_id}
         self._retired.add(peer)
         self._loads.forget(peer.replica_id)
-        if peer.watcher is not None:
-            peer.watcher.cancel()
         if peer.calls == 0:
             self._close_soon(peer)
 
@@ -114,25 +160,7 @@ class Peers:
             task.add_done_callback(self._closing.discard)
 
     async def _close_peer(self, peer: Peer) -> None:
-        if peer.watcher is not None:
-            await asyncio.wait([peer.watcher])
+        peer.keeper.cancel()
+        await asyncio.wait([peer.keeper])
+        peer.link.close()
         await peer.channel.close()
-
-    async def _watch(self, peer: Peer) -> None:
-        """Follow the replica's load for as long as it is in the table."""
-        backoff = Backoff(self._rng)
-        request = internal_pb2.WatchLoadRequest(protocol_version=PROTOCOL_VERSION, router_id=self._router_id)
-        while True:
-            try:
-                async for message in peer.watch_load(request):
-                    report = decode_load(message)
-                    if report.replica_id != peer.replica_id:
-                        raise BadInputError(f"{peer.address} answers for replica {report.replica_id}")
-                    self._loads.record(report)
-                    backoff.reset()
-            except grpc.aio.AioRpcError as error:
-                logger.debug("load of %s: %s %s", peer.replica_id, error.code().name, error.details())
-            except BadInputError as error:
-                # Requests to it are refused by the replica itself; its load counts as unknown.
-                logger.error("load of %s refused: %s", peer.replica_id, error)
-            await asyncio.sleep(backoff.next_s())

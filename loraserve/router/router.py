@@ -14,6 +14,8 @@ import grpc
 from loraserve.clock import Clock, WallClock
 from loraserve.config import RouterSection
 from loraserve.errors import ConfigError
+from loraserve.router.choice import Choice
+from loraserve.router.leases import LeaseCounter
 from loraserve.router.ledger import Ledger, RequestOutcome, RouterCounters
 from loraserve.router.loads import LoadBook
 from loraserve.router.peers import Peers
@@ -72,6 +74,9 @@ class Router:
             in_flight=self._ledger.in_flight,
             max_waiting=config.max_waiting_per_replica,
         )
+        self._leases = LeaseCounter(
+            prefix=f"{router_id}-{self._run_id}-", lease_s=config.lease_s, clock=self._clock
+        )
         try:
             self._chooser = Chooser(config.routing, self._rng.getrandbits(64))
         except ValueError as error:
@@ -106,6 +111,7 @@ class Router:
     def check_invariants(self, *, idle: bool = False) -> None:
         """AssertionError unless requests are conserved; with `idle`, unless nothing is in flight."""
         self._ledger.check_invariants(idle=idle)
+        self._leases.check_invariants()
 
     async def start(self) -> int:
         """Listen, begin to follow the controller, and return the port.
@@ -133,7 +139,8 @@ class Router:
             return
         running.inference.stopping = True
         await running.health.enter_shutdown()
-        await self._ledger.idle(grace_s)
+        if not await self._ledger.idle(grace_s):
+            running.inference.end_all("the router is stopping; use another one")
         await running.server.stop(FLUSH_S)
         if running.follower is not None:
             running.follower.cancel()
@@ -155,6 +162,7 @@ class Router:
             loads=self._loads,
             max_message_bytes=config.max_message_bytes,
             rng=self._rng,
+            on_leases_ended=self._leases.ended,
         )
         tables = TableFollower(
             router_id=self._router_id, channel=controller, rng=self._rng, on_change=self._adopt_table
@@ -165,10 +173,16 @@ class Router:
                 run_id=self._run_id,
                 clock=self._clock,
                 ledger=self._ledger,
-                loads=self._loads,
+                leases=self._leases,
                 peers=peers,
-                tables=tables,
-                chooser=self._chooser,
+                choice=Choice(
+                    clock=self._clock,
+                    loads=self._loads,
+                    peers=peers,
+                    tables=tables,
+                    chooser=self._chooser,
+                    holder_wait_s=config.holder_wait_s,
+                ),
                 default_deadline_s=config.default_deadline_s,
             )
         )

@@ -1,7 +1,8 @@
 """`loraserve.v1.Inference` in a router: admit, choose, forward, pass the answer on as it comes.
 
 The client's bytes are parsed once, to be checked and routed; the replica gets the same bytes, and
-its messages go back unread.
+its messages go back unread. A replica that is lost does not end its requests: they go on elsewhere
+from what their clients have.
 """
 
 import asyncio
@@ -16,36 +17,32 @@ from google.protobuf.message import DecodeError
 
 from loraserve.clock import Clock
 from loraserve.errors import (
+    AlreadyExistsError,
     BadInputError,
     DeadlineError,
-    LoraServeError,
-    NotFoundError,
     OverloadedError,
     UnavailableError,
 )
+from loraserve.router.choice import Choice, check_deadline
 from loraserve.router.flight import Flight
+from loraserve.router.leases import LeaseCounter
 from loraserve.router.ledger import Ledger
-from loraserve.router.loads import LoadBook
 from loraserve.router.peers import Peer, Peers
-from loraserve.router.tables import TableFollower
-from loraserve.rpc.codec import validate_generate
+from loraserve.rpc.codec import check_adapter_name, validate_generate
+from loraserve.rpc.internal.v1 import internal_pb2
+from loraserve.rpc.link_client import StreamEndedError
 from loraserve.rpc.status import status_of
 from loraserve.rpc.v1 import inference_pb2
-from placement.routing import (
-    Chooser,
-    Decision,
-    HoldersFullError,
-    NoHolderError,
-    RouteRequest,
-    UnknownAdapterError,
-)
+from placement.types import ReplicaId
 
 logger = logging.getLogger(__name__)
 
 SERVICE = "loraserve.v1.Inference"
 MAX_RETRIES = 2
-STALE_WAIT_S = 0.5
-"""How long a request waits for the table that must be on its way when every holder calls ours stale."""
+MAX_LOSSES = 16
+"""How often one request goes elsewhere because a replica was lost; its deadline bounds it as well."""
+
+SUPERSEDE_TIMEOUT_S = 10.0
 
 RETRIED_CODES = frozenset(
     {
@@ -54,7 +51,7 @@ RETRIED_CODES = frozenset(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
-"""What a replica answers before it has done anything for a request: another one may take it."""
+"""What another replica may do better."""
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 Relay = Callable[[Flight, Peer, Context], Awaitable[bytes | None]]
@@ -68,20 +65,20 @@ class InferenceParts:
     run_id: str
     clock: Clock
     ledger: Ledger
-    loads: LoadBook
+    leases: LeaseCounter
     peers: Peers
-    tables: TableFollower
-    chooser: Chooser
+    choice: Choice
     default_deadline_s: float
 
 
 class InferenceService:
-    """The two methods of the service, as handlers of raw bytes."""
+    """The three methods of the service, as handlers of raw bytes."""
 
     def __init__(self, parts: InferenceParts) -> None:
         self._parts = parts
         self._serial = count(1)
         self._id_prefix = f"{parts.router_id}-{parts.run_id}-"
+        self._flights: dict[str, Flight] = {}
         self.stopping = False
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -91,6 +88,7 @@ class InferenceService:
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(self.generate),
                 "Complete": grpc.unary_unary_rpc_method_handler(self.complete),
+                "Pick": grpc.unary_unary_rpc_method_handler(self.pick),
             },
         )
 
@@ -102,32 +100,62 @@ class InferenceService:
         """Pass the replica's one message on."""
         return await self._serve(body, context, self._relay_unary) or b""
 
+    async def pick(self, body: bytes, context: Context) -> bytes:
+        """Choose a replica that the client then goes to itself, and tell the replica so."""
+        try:
+            return await self._pick(body, context)
+        except Exception as error:
+            code, message = status_of(error)
+            if code is grpc.StatusCode.INTERNAL:
+                logger.error("a pick failed: %s", error, exc_info=error)
+            await context.abort(code, message)
+
+    def end_all(self, message: str) -> None:
+        """End what still runs with UNAVAILABLE, so that clients go on through another router."""
+        for flight in list(self._flights.values()):
+            flight.end(grpc.StatusCode.UNAVAILABLE, message)
+
+    # -- one request -----------------------------------------------------------------------------
+
     async def _serve(self, body: bytes, context: Context, relay: Relay) -> bytes | None:
         """One request from its bytes to its status. One coroutine on purpose: each further one on
         this path costs every request and every message."""
         flight: Flight | None = None
         try:
-            flight = self._admit(body, context)
+            admitted = self._parse(body, context)
+            if admitted.request_id in self._flights:
+                await self._supersede(admitted)
+            self._parts.ledger.open(admitted.request_id)
+            flight = admitted
+            self._flights[flight.request_id] = flight
             while True:
-                peer = self._take_peer(flight) or await self._take_peer_later(flight)
+                decision = self._parts.choice.now(flight) or await self._parts.choice.later(flight)
+                check_deadline(flight, self._parts.clock.now_s())
+                peer = self._parts.peers.take(decision.replica_id)
+                self._parts.ledger.assign(decision.replica_id)
+                flight.attempts += 1
                 try:
                     answer = await relay(flight, peer, context)
-                except grpc.aio.AioRpcError as error:
-                    self._note_refusal(flight, error)
-                else:
-                    flight.code = grpc.StatusCode.OK
-                    context.set_trailing_metadata(self._trailers(flight))
-                    return answer
+                except StreamEndedError as error:
+                    answer = None
+                    if self._goes_on(flight, error):
+                        continue
                 finally:
                     self._parts.ledger.release(peer.replica_id)
                     self._parts.peers.give_back(peer)
+                flight.code = grpc.StatusCode.OK
+                context.set_trailing_metadata(self._trailers(flight))
+                return answer
         except asyncio.CancelledError:
+            if flight is not None and flight.verdict is not None and flight.task is not None:
+                flight.task.uncancel()
+                await self._abort(flight, context, *flight.verdict)
             if flight is not None:
                 late = self._parts.clock.now_s() >= flight.deadline_s
                 flight.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
-        except grpc.aio.AioRpcError as error:
-            await self._abort(flight, context, error.code(), error.details() or "")
+        except StreamEndedError as error:
+            await self._abort(flight, context, error.code, str(error))
         except Exception as error:
             code, message = status_of(error)
             if code is grpc.StatusCode.INTERNAL:
@@ -137,7 +165,123 @@ class InferenceService:
             if flight is None:
                 self._parts.ledger.refuse()
             else:
-                self._parts.ledger.close(flight.outcome(self._parts.clock.now_s()))
+                self._close(flight)
+
+    def _parse(self, body: bytes, context: Context) -> Flight:
+        parts = self._parts
+        if self.stopping:
+            raise UnavailableError("the router is stopping; use another one")
+        try:
+            message = inference_pb2.GenerateRequest.FromString(body)
+        except DecodeError:
+            raise BadInputError("the request is not a loraserve.v1.GenerateRequest") from None
+        validate_generate(message)
+        if message.HasField("lease"):
+            raise BadInputError("lease: for requests to a replica; leave it out when asking a router")
+        now_s = parts.clock.now_s()
+        given_s: float | None = context.time_remaining()
+        remaining_s = parts.default_deadline_s if given_s is None else given_s
+        if remaining_s <= 0:
+            raise DeadlineError("the deadline passed before the request was read")
+        flight = Flight(
+            request_id=message.idempotency_key
+            or message.request_id
+            or f"{self._id_prefix}{next(self._serial)}",
+            adapter=message.adapter,
+            body=body,
+            started_s=now_s,
+            deadline_s=now_s + remaining_s,
+        )
+        flight.attempt = message.attempt
+        flight.max_tokens = message.sampling.max_tokens
+        flight.task = asyncio.current_task()
+        if message.HasField("resume"):
+            flight.pinned_version = message.resume.adapter_version
+        if message.sampling.HasField("logprobs"):
+            flight.sent = None
+        if given_s is None:
+            # A client's own deadline ends the call by itself.
+            flight.timer = asyncio.get_running_loop().call_later(remaining_s, _expire, flight)
+        return flight
+
+    async def _supersede(self, flight: Flight) -> None:
+        """End the earlier attempt at this request and wait until it has let go."""
+        earlier = self._flights[flight.request_id]
+        if flight.attempt <= earlier.attempt:
+            raise AlreadyExistsError(
+                f"request_id: {flight.request_id!r} is in flight already; choose another, or leave it empty"
+            )
+        earlier.closed = earlier.closed or asyncio.Event()
+        earlier.end(grpc.StatusCode.ABORTED, "a later attempt at this request has taken over")
+        try:
+            async with asyncio.timeout(SUPERSEDE_TIMEOUT_S):
+                await earlier.closed.wait()
+        except TimeoutError:
+            raise UnavailableError("the earlier attempt at this request does not end; try again") from None
+
+    def _goes_on(self, flight: Flight, error: StreamEndedError) -> bool:
+        """Whether the request is to be sent elsewhere (True), or is complete after all (False); raises
+        what the client gets when it is neither."""
+        code, decision = error.code, flight.decision
+        if decision is None or code not in RETRIED_CODES:
+            raise error
+        if flight.messages:
+            if code is not grpc.StatusCode.UNAVAILABLE:
+                raise error
+            if flight.note_loss():
+                return False
+            if (obstacle := flight.obstacle()) is not None:
+                tokens = len(flight.resumed_ids) or flight.messages
+                raise UnavailableError(f"{error}; {tokens} tokens were sent, and {obstacle}") from error
+            flight.pinned_version = decision.version_id or ""
+        flight.refusals.append(code)
+        if self._parts.choice.tables.table.version == decision.table_version:
+            flight.excluded |= {decision.replica_id}
+            flight.excluded_at = decision.table_version
+        if code is grpc.StatusCode.UNAVAILABLE:
+            flight.losses += 1
+            if flight.losses > MAX_LOSSES:
+                raise error
+        elif len(flight.refusals) - flight.losses > MAX_RETRIES:
+            if set(flight.refusals) == {grpc.StatusCode.RESOURCE_EXHAUSTED}:
+                raise OverloadedError(f"every holder is full: {error}") from error
+            raise UnavailableError(str(error)) from error
+        return True
+
+    async def _relay_stream(self, flight: Flight, peer: Peer, context: Context) -> None:
+        stream = peer.link.start(flight.start(unary=False))
+        read, write, sent = stream.read, context.write, flight.sent
+        try:
+            while (message := await read()) is not None:
+                if not flight.messages:
+                    flight.first_message_s = self._parts.clock.now_s()
+                flight.messages += 1
+                if sent is not None:
+                    sent += message
+                await write(message)
+        finally:
+            # Ends the replica's work when the client has gone; nothing when the stream is over.
+            stream.close()
+
+    async def _relay_unary(self, flight: Flight, peer: Peer, context: Context) -> bytes:
+        stream = peer.link.start(flight.start(unary=True))
+        try:
+            answer = await stream.read()
+        finally:
+            stream.close()
+        if answer is None:
+            raise UnavailableError(f"replica {peer.replica_id} ended the request without an answer")
+        flight.messages = 1
+        flight.first_message_s = self._parts.clock.now_s()
+        return answer
+
+    def _close(self, flight: Flight) -> None:
+        del self._flights[flight.request_id]
+        if flight.timer is not None:
+            flight.timer.cancel()
+        self._parts.ledger.close(flight.outcome(self._parts.clock.now_s()))
+        if flight.closed is not None:
+            flight.closed.set()
 
     async def _abort(
         self, flight: Flight | None, context: Context, code: grpc.StatusCode, message: str
@@ -149,122 +293,67 @@ class InferenceService:
         flight.code = grpc.StatusCode.CANCELLED if gone else code
         await context.abort(code, message, self._trailers(flight))
 
-    def _admit(self, body: bytes, context: Context) -> Flight:
-        parts = self._parts
-        if self.stopping:
-            raise UnavailableError("the router is stopping; use another one")
-        try:
-            message = inference_pb2.GenerateRequest.FromString(body)
-        except DecodeError:
-            raise BadInputError("the request is not a loraserve.v1.GenerateRequest") from None
-        validate_generate(message)
-        remaining_s: float | None = context.time_remaining()
-        if remaining_s is None:
-            remaining_s = parts.default_deadline_s
-        if remaining_s <= 0:
-            raise DeadlineError("the deadline passed before the request was read")
-        now_s = parts.clock.now_s()
-        flight = Flight(
-            request_id=message.request_id or f"{self._id_prefix}{next(self._serial)}",
-            adapter=message.adapter,
-            body=body,
-            started_s=now_s,
-            deadline_s=now_s + remaining_s,
-        )
-        parts.ledger.open(flight.request_id)
-        return flight
-
-    def _take_peer(self, flight: Flight) -> Peer | None:
-        """The connection to the chosen holder, counted as in use; None when no holder is left."""
-        try:
-            decision = self._choose(flight)
-        except NoHolderError:
-            return None
-        return self._send_to(flight, decision)
-
-    async def _take_peer_later(self, flight: Flight) -> Peer:
-        """Choose by the next table, if a holder has said that the present one is out of date."""
-        parts = self._parts
-        if grpc.StatusCode.FAILED_PRECONDITION in flight.refusals:
-            wait_s = min(STALE_WAIT_S, flight.deadline_s - parts.clock.now_s())
-            if await parts.tables.reached(parts.tables.table.version + 1, wait_s):
-                flight.excluded = frozenset()
-        try:
-            return self._send_to(flight, self._choose(flight))
-        except NoHolderError as error:
-            raise _all_refused(flight, str(error)) from error
-
-    def _send_to(self, flight: Flight, decision: Decision) -> Peer:
-        parts = self._parts
-        flight.remaining_s = flight.deadline_s - parts.clock.now_s()
-        if flight.remaining_s <= 0:
-            raise DeadlineError("the deadline passed before a replica took the request")
-        peer = parts.peers.take(decision.replica_id)
-        parts.ledger.assign(decision.replica_id)
-        flight.attempts += 1
-        return peer
-
-    def _note_refusal(self, flight: Flight, error: grpc.aio.AioRpcError) -> None:
-        """Return if another holder may be asked, else raise what the client gets."""
-        code = error.code()
-        decision = flight.decision
-        if decision is None or flight.messages or code not in RETRIED_CODES:
-            raise error
-        flight.refusals.append(code)
-        if self._parts.tables.table.version == decision.table_version:
-            flight.excluded |= {decision.replica_id}
-        if flight.attempts > MAX_RETRIES:
-            raise _all_refused(flight, error.details() or code.name) from error
-
-    def _choose(self, flight: Flight) -> Decision:
-        parts = self._parts
-        table = parts.tables.table
-        if table.version == 0:
-            raise UnavailableError("the router has no routing table yet; try again later")
-        request = RouteRequest(adapter=flight.adapter, exclude=flight.excluded)
-        try:
-            decision = parts.chooser.choose(request, table, parts.loads.view())
-        except UnknownAdapterError as error:
-            raise NotFoundError(f"adapter: {error}") from error
-        except HoldersFullError as error:
-            raise OverloadedError(f"{error}; try again later") from error
-        flight.decision = decision
-        return decision
-
-    async def _relay_stream(self, flight: Flight, peer: Peer, context: Context) -> None:
-        call = peer.execute(flight.execute_bytes(), timeout=flight.remaining_s)
-        write = context.write
-        try:
-            async for message in call:
-                if not flight.messages:
-                    flight.first_message_s = self._parts.clock.now_s()
-                flight.messages += 1
-                await write(message)
-        finally:
-            # Ends the replica's work when the client has gone; nothing when the call is over.
-            call.cancel()
-
-    async def _relay_unary(self, flight: Flight, peer: Peer, context: Context) -> bytes:
-        answer = await peer.execute_unary(flight.execute_bytes(), timeout=flight.remaining_s)
-        flight.messages = 1
-        flight.first_message_s = self._parts.clock.now_s()
-        return answer
-
     def _trailers(self, flight: Flight) -> tuple[tuple[str, str], ...]:
         """Who decided what, for the client's records."""
         decision = flight.decision
         if decision is None:
             return (("loraserve-router", self._parts.router_id),)
-        return (
+        trailers: tuple[tuple[str, str], ...] = (
             ("loraserve-router", self._parts.router_id),
             ("loraserve-replica", decision.replica_id),
             ("loraserve-table-version", str(decision.table_version)),
             ("loraserve-reason", decision.reason),
         )
+        if flight.losses:
+            trailers += (("loraserve-failovers", str(flight.losses)),)
+        return trailers
+
+    # -- look-aside ------------------------------------------------------------------------------
+
+    async def _pick(self, body: bytes, context: Context) -> bytes:
+        parts = self._parts
+        if self.stopping:
+            raise UnavailableError("the router is stopping; use another one")
+        try:
+            message = inference_pb2.PickRequest.FromString(body)
+        except DecodeError:
+            raise BadInputError("the request is not a loraserve.v1.PickRequest") from None
+        check_adapter_name(message.adapter)
+        now_s = parts.clock.now_s()
+        given_s: float | None = context.time_remaining()
+        flight = Flight(
+            request_id="",
+            adapter=message.adapter,
+            body=b"",
+            started_s=now_s,
+            deadline_s=now_s + (parts.default_deadline_s if given_s is None else given_s),
+        )
+        flight.max_tokens = message.max_tokens
+        flight.remaining_s = message.remaining_s
+        if message.exclude_replicas:
+            flight.excluded = frozenset(map(ReplicaId, message.exclude_replicas))
+            flight.excluded_at = parts.choice.tables.table.version
+        if message.adapter_version:
+            flight.pinned_version = message.adapter_version
+        decision = parts.choice.now(flight) or await parts.choice.later(flight)
+        peer = parts.peers.find(decision.replica_id)
+        if peer is None:
+            raise UnavailableError(f"replica {decision.replica_id} has left the cluster")
+        lease_id = parts.leases.issue(decision.replica_id)
+        version = decision.version_id or ""
+        peer.link.grant_lease(
+            internal_pb2.LeaseGrant(lease_id=lease_id, version_id=version, lease_s=parts.leases.lease_s)
+        )
+        return inference_pb2.PickResponse(
+            replica_id=decision.replica_id,
+            address=peer.address,
+            lease=inference_pb2.Lease(
+                lease_id=lease_id, adapter_version=version, table_version=decision.table_version
+            ),
+            lease_s=parts.leases.lease_s,
+            reason=decision.reason,
+        ).SerializeToString()
 
 
-def _all_refused(flight: Flight, why: str) -> LoraServeError:
-    """Full if every holder that was asked is full; else nobody can serve this now."""
-    if flight.refusals and set(flight.refusals) == {grpc.StatusCode.RESOURCE_EXHAUSTED}:
-        return OverloadedError(f"every holder is full: {why}")
-    return UnavailableError(why)
+def _expire(flight: Flight) -> None:
+    flight.end(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request was done")

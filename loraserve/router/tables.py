@@ -13,7 +13,7 @@ from random import Random
 import grpc
 
 from loraserve.errors import BadInputError
-from loraserve.router.backoff import Backoff
+from loraserve.rpc.backoff import Backoff
 from loraserve.rpc.codec import PROTOCOL_VERSION
 from loraserve.rpc.internal.v1 import internal_pb2
 from loraserve.rpc.table_codec import decode_table

@@ -1,7 +1,8 @@
 """Stand-ins for a replica and a controller on real gRPC servers, for tests of routers and clients."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,16 @@ import grpc
 
 from loraserve.rpc.codec import PROTOCOL_VERSION
 from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
+from loraserve.rpc.link_server import LinkServer
 from loraserve.rpc.server import bind, make_server
-from loraserve.rpc.table_codec import LoadReport, encode_load, encode_table
+from loraserve.rpc.status import error_for
+from loraserve.rpc.table_codec import encode_table
 from loraserve.rpc.v1 import inference_pb2, management_pb2, management_pb2_grpc
 from placement.table import RoutingTable, TableEntry, TableReplica
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Script = Callable[[internal_pb2.ExecuteRequest], AsyncIterator[inference_pb2.GenerateResponse]]
+Script = Callable[[internal_pb2.Start], AsyncGenerator[inference_pb2.GenerateResponse, None]]
 
 
 def table_of(
@@ -46,19 +49,18 @@ def table_of(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """A call as the replica got it; `remaining_s` is the deadline that came with it."""
+    """A request as the replica got it."""
 
-    request: internal_pb2.ExecuteRequest
+    request: internal_pb2.Start
     generate: inference_pb2.GenerateRequest
-    remaining_s: float | None
 
 
 async def three_tokens(
-    request: internal_pb2.ExecuteRequest,
-) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    start: internal_pb2.Start,
+) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
     """What a fake replica answers when a test says nothing else."""
     yield inference_pb2.GenerateResponse(
-        token_ids=[1], text="a", request_id=request.request_id, adapter_version=request.version_id
+        token_ids=[1], text="a", request_id=start.request_id, adapter_version=start.version_id
     )
     yield inference_pb2.GenerateResponse(token_ids=[2], text="b")
     yield inference_pb2.GenerateResponse(
@@ -67,9 +69,9 @@ async def three_tokens(
 
 
 class FakeReplica(internal_pb2_grpc.ReplicaServicer):
-    """Runs `script` for every call, or refuses with `refusal`; remembers what it got.
+    """Runs `script` for every request, or refuses with `refusal`; remembers what it got.
 
-    With `failure`, a call ends in that status after the script's messages.
+    With `failure`, a request ends in that status after the script's messages.
     """
 
     def __init__(self, replica_id: str) -> None:
@@ -79,10 +81,14 @@ class FakeReplica(internal_pb2_grpc.ReplicaServicer):
         self.refusal: grpc.StatusCode | None = None
         self.failure: grpc.StatusCode | None = None
         self.received: list[Received] = []
+        self.leases: list[internal_pb2.LeaseGrant] = []
+        self.end_lease: Callable[[str], None] = lambda lease_id: None
         self.arrived = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.watched = asyncio.Event()
-        self._reports: asyncio.Queue[internal_pb2.LoadReport] = asyncio.Queue(maxsize=1000)
+        self._report = internal_pb2.LoadReport(
+            protocol_version=PROTOCOL_VERSION, replica_id=replica_id, incarnation="none"
+        )
         self._server: grpc.aio.Server | None = None
 
     async def start(self, port: int = 0) -> None:
@@ -102,71 +108,54 @@ class FakeReplica(internal_pb2_grpc.ReplicaServicer):
     def report(
         self, *, sequence: int, running: int = 0, waiting: int = 0, incarnation: str = "first"
     ) -> None:
-        """Send a load report to whoever watches."""
-        self._reports.put_nowait(
-            encode_load(
-                LoadReport(
-                    replica_id=ReplicaId(self.replica_id),
-                    incarnation=incarnation,
-                    sequence=sequence,
-                    running=running,
-                    waiting=waiting,
-                    outstanding_tokens=0,
-                    kv_cache_usage=0.0,
-                )
-            )
+        """What whoever is connected is told from now on."""
+        self._report = internal_pb2.LoadReport(
+            protocol_version=PROTOCOL_VERSION,
+            replica_id=self.replica_id,
+            incarnation=incarnation,
+            sequence=sequence,
+            running=running,
+            waiting=waiting,
         )
 
-    async def Execute(  # noqa: N802
-        self, request: internal_pb2.ExecuteRequest, context: Context
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """Stream the script's messages."""
-        await self._arrive(request, context)
-        try:
-            async for message in self.script(request):
-                yield message
-            if self.failure is not None:
-                await context.abort(self.failure, f"{self.replica_id} failed")
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-
-    async def ExecuteUnary(  # noqa: N802
-        self, request: internal_pb2.ExecuteRequest, context: Context
-    ) -> inference_pb2.GenerateResponse:
-        """The script's messages as one."""
-        await self._arrive(request, context)
-        answer = inference_pb2.GenerateResponse()
-        text = ""
-        try:
-            async for message in self.script(request):
-                text += message.text
-                answer.MergeFrom(message)
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-        answer.text = text
-        return answer
-
-    async def WatchLoad(  # noqa: N802
-        self, request: internal_pb2.WatchLoadRequest, context: Context
-    ) -> AsyncIterator[internal_pb2.LoadReport]:
-        """What `report` was given, in order."""
+    async def Connect(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        """A router's link."""
         self.watched.set()
-        while True:
-            yield await self._reports.get()
+        await LinkServer(self, context, report_interval_s=0.005).serve()
 
-    async def _arrive(self, request: internal_pb2.ExecuteRequest, context: Context) -> None:
-        self.received.append(
-            Received(
-                request=request,
-                generate=inference_pb2.GenerateRequest.FromString(request.generate),
-                remaining_s=context.time_remaining(),
-            )
-        )
+    def load(self) -> internal_pb2.LoadReport:
+        """What `report` was given last."""
+        return self._report
+
+    def grant(self, lease: internal_pb2.LeaseGrant, ended: Callable[[str], None]) -> None:
+        """Remember the lease; `end_lease` is how a test ends it."""
+        self.leases.append(lease)
+        self.end_lease = ended
+
+    async def open(self, start: internal_pb2.Start) -> AsyncGenerator[bytes, None]:
+        """The script's messages, joined for a unary request."""
+        generate = inference_pb2.GenerateRequest.FromString(start.generate)
+        self.received.append(Received(request=start, generate=generate))
         self.arrived.set()
         if self.refusal is not None:
-            await context.abort(self.refusal, f"{self.replica_id} refuses")
+            raise error_for(self.refusal, f"{self.replica_id} refuses")
+        joined, text = inference_pb2.GenerateResponse(), ""
+        try:
+            async with aclosing(self.script(start)) as messages:
+                async for message in messages:
+                    if start.unary:
+                        text += message.text
+                        joined.MergeFrom(message)
+                    else:
+                        yield message.SerializeToString()
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
+        if self.failure is not None:
+            raise error_for(self.failure, f"{self.replica_id} failed")
+        if start.unary:
+            joined.text = text
+            yield joined.SerializeToString()
 
 
 class FakeController(internal_pb2_grpc.ControlServicer, management_pb2_grpc.ManagementServicer):

@@ -46,16 +46,19 @@ def check_protocol(version: int, peer: str) -> None:
         )
 
 
+def check_adapter_name(name: str) -> None:
+    """BadInputError for a name that is longer than any adapter's."""
+    if len(name) > MAX_ADAPTER_CHARS:
+        raise BadInputError(f"adapter: {len(name)} characters; at most {MAX_ADAPTER_CHARS} are allowed")
+
+
 def validate_generate(message: inference_pb2.GenerateRequest) -> None:
     """BadInputError, naming the field, for anything that cannot be honoured."""
     if len(message.request_id) > MAX_REQUEST_ID_CHARS:
         raise BadInputError(
             f"request_id: {len(message.request_id)} characters; at most {MAX_REQUEST_ID_CHARS} are allowed"
         )
-    if len(message.adapter) > MAX_ADAPTER_CHARS:
-        raise BadInputError(
-            f"adapter: {len(message.adapter)} characters; at most {MAX_ADAPTER_CHARS} are allowed"
-        )
+    check_adapter_name(message.adapter)
     if len(message.idempotency_key) > MAX_REQUEST_ID_CHARS:
         raise BadInputError(
             f"idempotency_key: {len(message.idempotency_key)} characters;"

@@ -13,6 +13,7 @@ DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024**2
 KEEPALIVE_TIME_S = 30.0
 KEEPALIVE_TIMEOUT_S = 10.0
 MAX_RECONNECT_BACKOFF_S = 2.0
+CONNECT_TIMEOUT_S = 0.1
 
 _COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
     # The peer's host may be unreachable through a proxy that the environment names.
@@ -36,7 +37,6 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # Each channel has a connection of its own, so that closing one never disturbs another.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", int(MAX_RECONNECT_BACKOFF_S * 1000)),
 )
 
@@ -61,9 +61,24 @@ def make_server(
     return grpc.aio.server(options=options, maximum_concurrent_rpcs=max_concurrent_rpcs)
 
 
-def make_channel(address: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """A plaintext channel to `host:port`; connecting happens on first use."""
-    options = (*_COMMON_OPTIONS, *_CHANNEL_OPTIONS, *_size_options(max_message_bytes))
+def make_channel(
+    address: str,
+    *,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
+) -> grpc.aio.Channel:
+    """A plaintext channel to `host:port`; connecting happens on first use.
+
+    A call to a peer that does not answer fails after `connect_timeout_s`; to a port that nobody listens
+    at, at once.
+    """
+    options = (
+        *_COMMON_OPTIONS,
+        *_CHANNEL_OPTIONS,
+        # gRPC's name for the least time that a connection attempt is given.
+        ("grpc.min_reconnect_backoff_ms", int(connect_timeout_s * 1000)),
+        *_size_options(max_message_bytes),
+    )
     return grpc.aio.insecure_channel(address, options=options)
 
 

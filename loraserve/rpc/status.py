@@ -15,6 +15,7 @@ from loraserve.errors import (
     NotFoundError,
     OverloadedError,
     StaleError,
+    SupersededError,
     UnavailableError,
     WorkFailedError,
 )
@@ -31,6 +32,7 @@ _CODES: tuple[tuple[type[LoraServeError], grpc.StatusCode], ...] = (
     (EngineDeadError, grpc.StatusCode.UNAVAILABLE),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (StaleError, grpc.StatusCode.FAILED_PRECONDITION),
+    (SupersededError, grpc.StatusCode.ABORTED),
     (WorkFailedError, grpc.StatusCode.INTERNAL),
 )
 
@@ -44,6 +46,7 @@ _ERRORS = MappingProxyType(
         grpc.StatusCode.UNAVAILABLE: UnavailableError,
         grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
         grpc.StatusCode.FAILED_PRECONDITION: StaleError,
+        grpc.StatusCode.ABORTED: SupersededError,
     }
 )
 
@@ -72,8 +75,12 @@ async def abort_with(
     raise AssertionError("abort returned")
 
 
-def error_of(rpc_error: grpc.aio.AioRpcError) -> LoraServeError:
-    """The error that a status stands for, with the server's message."""
-    code = rpc_error.code()
-    message = rpc_error.details() or code.name
+def error_for(code: grpc.StatusCode, message: str) -> LoraServeError:
+    """The error that a status stands for."""
     return _ERRORS.get(code, WorkFailedError)(message)
+
+
+def error_of(rpc_error: grpc.aio.AioRpcError) -> LoraServeError:
+    """The error that a call's status stands for, with the server's message."""
+    code = rpc_error.code()
+    return error_for(code, rpc_error.details() or code.name)

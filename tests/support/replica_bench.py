@@ -14,11 +14,10 @@ from loraserve.engines.base import AdapterFiles
 from loraserve.engines.emulated import EmulatedEngine
 from loraserve.errors import EngineDeadError, WorkFailedError
 from loraserve.replica.server import ReplicaServer
-from loraserve.rpc.codec import PROTOCOL_VERSION
-from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
-from loraserve.rpc.server import make_channel
+from loraserve.rpc.internal.v1 import internal_pb2
 from loraserve.rpc.v1 import inference_pb2
 from placement.types import ReplicaId, VersionId
+from tests.support.link_calls import LinkBench, LinkCall, linked
 
 WAIT_S = 10.0
 
@@ -92,25 +91,24 @@ class ReplicaBench:
 
     server: ReplicaServer
     engine: HeldEngine
-    stub: "internal_pb2_grpc.ReplicaAsyncStub"
+    router: LinkBench
 
     def message(
         self, request_id: str = "q", *, version: str = "", text: str = "hello", **sampling: Any
-    ) -> internal_pb2.ExecuteRequest:
+    ) -> internal_pb2.Start:
         """What a router sends."""
         generate = inference_pb2.GenerateRequest(
             text=text, sampling=inference_pb2.SamplingParams(ignore_eos=True, **sampling)
         )
-        return internal_pb2.ExecuteRequest(
-            protocol_version=PROTOCOL_VERSION,
+        return internal_pb2.Start(
             request_id=request_id,
             version_id=version,
             generate=generate.SerializeToString(),
         )
 
-    def execute(self, request_id: str = "q", **options: Any) -> Any:
-        """Begin a streamed request."""
-        return self.stub.Execute(self.message(request_id, **options), timeout=WAIT_S)
+    def execute(self, request_id: str = "q", *, unary: bool = False, **options: Any) -> LinkCall:
+        """Begin a request."""
+        return self.router.call(self.message(request_id, **options), unary=unary)
 
     async def running(self, request_id: str = "q", **options: Any) -> Any:
         """A streamed request that has given its first token and is then held in the engine."""
@@ -146,18 +144,17 @@ async def replica_bench(**sections: dict[str, Any]) -> AsyncIterator[ReplicaBenc
     engine = HeldEngine(config.engine, config.emulated, config.model)
     server = ReplicaServer(ReplicaId("r0"), config, engine)
     description = await server.start()
-    channel = make_channel(description.address)
     try:
-        yield ReplicaBench(server=server, engine=engine, stub=internal_pb2_grpc.ReplicaStub(channel))
-        await engine.allow()
-        await eventually(lambda: server.load_report().outstanding_tokens == 0)
+        async with linked(description.address) as router:
+            yield ReplicaBench(server=server, engine=engine, router=router)
+            await engine.allow()
+            await eventually(lambda: server.load_report().outstanding_tokens == 0)
         server.check_invariants(idle=True)
         engine.check_invariants()
         assert engine.load().running == engine.load().waiting == 0
         with suppress(EngineDeadError):  # one that a test has killed
             assert await engine.resident() == frozenset(server.pool.resident())
     finally:
-        await channel.close()
         await server.stop(0.0)
 
 

@@ -11,7 +11,8 @@ from loraserve.engines.base import EngineInfo
 from loraserve.errors import UnavailableError
 from loraserve.replica.server import ReplicaServer
 from loraserve.rpc.codec import PROTOCOL_VERSION
-from loraserve.rpc.internal.v1 import internal_pb2
+from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
+from loraserve.rpc.server import make_channel
 from loraserve.rpc.v1 import inference_pb2
 from placement.types import ReplicaId, VersionId
 from tests.support.engine_kit import adapter
@@ -34,7 +35,7 @@ async def test_the_unary_answer_is_the_joined_stream(bench: ReplicaBench) -> Non
     await bench.server.load_adapter(adapter("a"))
     options: dict[str, Any] = {"version": "a@0", "max_tokens": 40, "seed": 7, "logprobs": 2}
     parts = [part async for part in bench.execute("q1", **options)]
-    whole = await bench.stub.ExecuteUnary(bench.message("q2", **options))
+    whole = await bench.execute("q2", unary=True, **options)
     assert list(whole.token_ids) == [token for part in parts for token in part.token_ids]
     assert whole.text == "".join(part.text for part in parts)
     assert list(whole.logprobs) == [entry for part in parts for entry in part.logprobs]
@@ -48,20 +49,9 @@ async def test_the_unary_answer_is_the_joined_stream(bench: ReplicaBench) -> Non
 
 @pytest.mark.parametrize("unary", [False, True])
 async def test_a_version_that_is_not_here_is_refused(bench: ReplicaBench, unary: bool) -> None:
-    call = bench.stub.ExecuteUnary if unary else bench.stub.Execute
-    code, details = await status_of_call(call(bench.message(version="a@0")))
+    code, details = await status_of_call(bench.execute(version="a@0", unary=unary))
     assert code is CODE.FAILED_PRECONDITION
     assert details == "a@0 is not here on this replica; choose another holder"
-
-
-@pytest.mark.parametrize("unary", [False, True])
-async def test_another_protocol_version_is_refused(bench: ReplicaBench, unary: bool) -> None:
-    call = bench.stub.ExecuteUnary if unary else bench.stub.Execute
-    message = bench.message()
-    message.protocol_version = PROTOCOL_VERSION + 1
-    code, details = await status_of_call(call(message))
-    assert code is CODE.INVALID_ARGUMENT
-    assert f"the router speaks version {PROTOCOL_VERSION + 1} and this side {PROTOCOL_VERSION}" in details
 
 
 @pytest.mark.parametrize(
@@ -74,10 +64,11 @@ async def test_another_protocol_version_is_refused(bench: ReplicaBench, unary: b
 async def test_bytes_that_are_no_request_are_refused(
     bench: ReplicaBench, generate: bytes, details: str
 ) -> None:
-    message = bench.message()
-    message.generate = generate
-    assert await status_of_call(bench.stub.Execute(message)) == (CODE.INVALID_ARGUMENT, details)
-    assert await status_of_call(bench.stub.ExecuteUnary(message)) == (CODE.INVALID_ARGUMENT, details)
+    for unary in (False, True):
+        message = bench.message()
+        message.generate = generate
+        status = await status_of_call(bench.router.call(message, unary=unary))
+        assert status == (CODE.INVALID_ARGUMENT, details)
 
 
 async def test_a_request_id_in_flight_is_refused_and_free_again_afterwards(bench: ReplicaBench) -> None:
@@ -125,9 +116,8 @@ async def test_a_cancelled_stream_releases_all_it_held(bench: ReplicaBench, star
 async def test_a_deadline_that_passes_releases_all_it_held(bench: ReplicaBench, unary: bool) -> None:
     await bench.server.load_adapter(adapter("a"))
     await bench.engine.allow(steps=2)
-    call = bench.stub.ExecuteUnary if unary else bench.stub.Execute
     message = bench.message(version="a@0", max_tokens=1000)
-    code, _ = await status_of_call(call(message, timeout=0.05))
+    code, _ = await status_of_call(bench.router.call(message, unary=unary, timeout=0.05))
     assert code is CODE.DEADLINE_EXCEEDED
     await eventually(lambda: bench.server.load_report().outstanding_tokens == 0)
     bench.server.check_invariants(idle=True)
@@ -154,36 +144,32 @@ async def test_outstanding_tokens_shrink_as_they_are_sent(bench: ReplicaBench) -
 
 
 async def test_load_reports_tell_changes_at_once_and_beat_in_between(bench: ReplicaBench) -> None:
-    watch: Any = bench.stub.WatchLoad(
-        internal_pb2.WatchLoadRequest(protocol_version=PROTOCOL_VERSION, router_id="router"), timeout=10.0
-    )
-    reports = [await watch.read()]
+    reports = bench.router.reports
     call = await bench.running(max_tokens=10)
-    while reports[-1].outstanding_tokens != 9:
-        reports.append(await watch.read())
+    await eventually(lambda: reports[-1].outstanding_tokens == 9)
     call.cancel()
-    while reports[-1].outstanding_tokens:
-        reports.append(await watch.read())
-    begun_s = time.monotonic()
-    reports.append(await watch.read())
+    await eventually(lambda: reports[-1].outstanding_tokens == 0)
+    known, begun_s = len(reports), time.monotonic()
+    await eventually(lambda: len(reports) > known)
     # Nothing changes any more: this one is the heartbeat.
     assert time.monotonic() - begun_s > 0.5
-    assert (reports[-1].running, reports[-1].outstanding_tokens) == (0, 0)
-    assert reports[-2].running == 0
+    assert (reports[-1].running, reports[-1].outstanding_tokens, reports[-1].routers) == (0, 0, 1)
     sequence = [report.sequence for report in reports]
     assert sequence == sorted(set(sequence))
     assert {report.replica_id for report in reports} == {"r0"}
     assert {report.incarnation for report in reports} == {bench.server.incarnation}
-    watch.cancel()
 
 
-async def test_a_watcher_of_another_protocol_version_is_refused(bench: ReplicaBench) -> None:
-    watch = bench.stub.WatchLoad(
-        internal_pb2.WatchLoadRequest(protocol_version=PROTOCOL_VERSION + 1, router_id="router-7")
-    )
-    code, details = await status_of_call(watch)
+async def test_a_router_of_another_protocol_version_is_refused(bench: ReplicaBench) -> None:
+    async with make_channel(bench.server.describe().address) as channel:
+        call: Any = internal_pb2_grpc.ReplicaStub(channel).Connect()
+        hello = internal_pb2.Hello(protocol_version=PROTOCOL_VERSION + 1, router_id="router-7")
+        await call.write(internal_pb2.RouterFrame(hello=hello))
+        code, details = await status_of_call(call)
     assert code is CODE.INVALID_ARGUMENT
-    assert "router router-7 speaks version" in details
+    assert (
+        f"router router-7 speaks version {PROTOCOL_VERSION + 1} and this side {PROTOCOL_VERSION}" in details
+    )
 
 
 async def test_stopping_ends_running_streams(make_bench: MakeBench) -> None:

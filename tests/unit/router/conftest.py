@@ -28,7 +28,7 @@ async def make_bench() -> AsyncIterator[MakeBench]:
                 await fake.start()
                 stack.push_async_callback(fake.stop)
             router = Router(
-                msgspec.structs.replace(RouterSection(port=0), **config),
+                msgspec.structs.replace(RouterSection(port=0, holder_wait_s=0.3), **config),
                 router_id="router-t",
                 controller_address=controller.address,
                 cluster_name="test",

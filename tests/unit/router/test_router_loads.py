@@ -1,12 +1,15 @@
 """Load reports: newer ones only, and none that is too old."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loraserve.clock import ManualClock
-from loraserve.router.backoff import Backoff
 from loraserve.router.loads import STALE_AFTER_S, VIEW_PERIOD_S, LoadBook
+from loraserve.rpc.backoff import Backoff
 from loraserve.rpc.table_codec import LoadReport
 from placement.types import ReplicaId
 
@@ -48,6 +51,47 @@ def test_a_new_process_starts_counting_anew_and_the_old_one_is_not_heard_again()
     assert running(book) == 2
 
 
+histories = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 5)), max_size=40)
+
+
+@given(histories)
+def test_whatever_came_before_only_newer_reports_of_a_living_process_are_kept(
+    history: list[tuple[str, int]],
+) -> None:
+    book = LoadBook(clock=ManualClock(), in_flight={})
+    heard: list[str] = []
+    kept = -1
+    for number, (incarnation, sequence) in enumerate(history):
+        ended = incarnation in heard and heard[-1] != incarnation
+        newer = incarnation not in heard or sequence > kept
+        taken = book.record(report(sequence, incarnation=incarnation, running=number))
+        assert taken == (newer and not ended)
+        if taken:
+            kept = sequence
+            if incarnation not in heard:
+                heard.append(incarnation)
+            assert running(book) == number
+
+
+@given(st.lists(st.floats(0.0, 3.0), max_size=20), st.integers(0, 19), st.integers(0, 19))
+def test_a_router_cut_off_and_back_knows_what_one_that_never_was_knows(
+    gaps_s: list[float], cut_from: int, cut_for: int
+) -> None:
+    clock = ManualClock()
+    always, cut, late = (LoadBook(clock=clock, in_flight={}) for _ in range(3))
+    for number, gap_s in enumerate(gaps_s):
+        clock.advance(gap_s)
+        always.record(report(number, running=number))
+        if not cut_from <= number < cut_from + cut_for:
+            cut.record(report(number, running=number))
+        load = cut.view().loads.get(R0)
+        assert load is None or load.age_s <= STALE_AFTER_S
+    clock.advance(VIEW_PERIOD_S)
+    last = report(len(gaps_s), running=99)
+    assert all(book.record(last) for book in (always, cut, late))
+    assert always.view().loads == cut.view().loads == late.view().loads
+
+
 def test_a_stale_report_counts_as_none_by_the_receivers_clock() -> None:
     clock = ManualClock()
     book = LoadBook(clock=clock, in_flight={})
@@ -79,6 +123,20 @@ def test_the_routers_own_requests_are_not_counted_twice() -> None:
     load = book.view().loads[R0]
     assert load is not None
     assert load.others == 2
+
+
+def test_leases_and_peers_are_in_the_view() -> None:
+    leased = {R0: 2}
+    book = LoadBook(clock=ManualClock(), in_flight={R0: 1}, leased=leased)
+    book.record(replace(report(1, running=4), routers=3, starts_per_s=2.0, token_s=0.1, output_tokens=7.0))
+    view = book.view()
+    load = view.loads[R0]
+    assert load is not None
+    assert (load.routers, load.starts_per_s, load.token_s, load.output_tokens) == (3, 2.0, 0.1, 7.0)
+    assert view.peers == 2
+    assert view.sent_since(load) == 6
+    leased[R0] = 0
+    assert view.sent_since(load) == 0
 
 
 def test_a_replica_that_left_is_forgotten() -> None:

@@ -16,6 +16,7 @@ from loraserve.router.router import Router
 from loraserve.router.testing import table_of
 from loraserve.rpc.codec import PROTOCOL_VERSION
 from loraserve.rpc.v1 import management_pb2
+from placement.types import ReplicaId
 from tests.support.router_bench import Bench, MakeBench, ask, code_of, until
 
 Code = grpc.StatusCode
@@ -139,7 +140,12 @@ async def test_load_reports_steer_requests_away_from_the_busy_replica(bench: Ben
     for name, running in (("r0", 50), ("r1", 0)):
         await bench.replicas[name].watched.wait()
         bench.replicas[name].report(sequence=1, running=running)
-    await until(lambda: len(bench.router.loads.view().loads) == 2)
+
+    def is_known() -> bool:
+        load = bench.router.loads.view().loads.get(ReplicaId("r0"))
+        return load is not None and load.running == 50
+
+    await until(is_known)
     for _ in range(10):
         await bench.inference.Complete(ask("both"))
     assert len(bench.replicas["r0"].received) == 0

@@ -22,48 +22,43 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from loraserve.rpc.v1 import inference_pb2 as loraserve_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$loraserve/internal/v1/internal.proto\x12\x15loraserve.internal.v1\x1a\x1cloraserve/v1/inference.proto\"\xdc\x01\n\x0bRouterFrame\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.loraserve.internal.v1.Hello\x12,\n\x06starts\x18\x02 \x03(\x0b\x32\x1c.loraserve.internal.v1.Start\x12.\n\x07\x63redits\x18\x03 \x03(\x0b\x32\x1d.loraserve.internal.v1.Credit\x12\x0f\n\x07\x63\x61ncels\x18\x04 \x03(\x04\x12\x31\n\x06leases\x18\x05 \x03(\x0b\x32!.loraserve.internal.v1.LeaseGrant\"4\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\xd1\x01\n\x05Start\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nversion_id\x18\x03 \x01(\t\x12\x15\n\rtable_version\x18\x04 \x01(\x04\x12\x10\n\x08generate\x18\x05 \x01(\x0c\x12\x18\n\x10resume_token_ids\x18\x06 \x03(\r\x12\x13\n\x0bremaining_s\x18\x07 \x01(\x01\x12\x0e\n\x06\x63redit\x18\x08 \x01(\r\x12\r\n\x05unary\x18\t \x01(\x08\x12\x16\n\x0erouter_attempt\x18\n \x01(\r\"-\n\x06\x43redit\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x10\n\x08messages\x18\x02 \x01(\r\"C\n\nLeaseGrant\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x12\n\nversion_id\x18\x02 \x01(\t\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\"\xa4\x01\n\x0cReplicaFrame\x12/\n\x04load\x18\x01 \x01(\x0b\x32!.loraserve.internal.v1.LoadReport\x12\x14\n\x0cstep_streams\x18\x02 \x03(\x04\x12\r\n\x05steps\x18\x03 \x03(\x0c\x12(\n\x04\x65nds\x18\x04 \x03(\x0b\x32\x1a.loraserve.internal.v1.End\x12\x14\n\x0c\x65nded_leases\x18\x05 \x03(\t\"7\n\x03\x45nd\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x86\x02\n\nLoadReport\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x06 \x01(\x04\x12\x16\n\x0ekv_cache_usage\x18\x07 \x01(\x01\x12\x18\n\x10protocol_version\x18\x08 \x01(\r\x12\x0f\n\x07routers\x18\t \x01(\r\x12\x14\n\x0cstarts_per_s\x18\n \x01(\x01\x12\x0f\n\x07token_s\x18\x0b \x01(\x01\x12\x15\n\routput_tokens\x18\x0c \x01(\x01\"{\n\x0e\x45xecuteRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nversion_id\x18\x03 \x01(\t\x12\x15\n\rtable_version\x18\x04 \x01(\x04\x12\x10\n\x08generate\x18\x05 \x01(\x0c\"?\n\x10WatchLoadRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"@\n\x11WatchTableRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\xb8\x01\n\x0cRoutingTable\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x35\n\x08replicas\x18\x04 \x03(\x0b\x32#.loraserve.internal.v1.TableReplica\x12\x32\n\x07\x65ntries\x18\x05 \x03(\x0b\x32!.loraserve.internal.v1.TableEntry\"J\n\x0cTableReplica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x15\n\rmax_lora_rank\x18\x03 \x01(\r\"q\n\nTableEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nversion_id\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x33\n\x07holders\x18\x04 \x03(\x0b\x32\".loraserve.internal.v1.TableHolder\"0\n\x0bTableHolder\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\x32\xe7\x02\n\x07Replica\x12V\n\x07\x43onnect\x12\".loraserve.internal.v1.RouterFrame\x1a#.loraserve.internal.v1.ReplicaFrame(\x01\x30\x01\x12R\n\x07\x45xecute\x12%.loraserve.internal.v1.ExecuteRequest\x1a\x1e.loraserve.v1.GenerateResponse0\x01\x12U\n\x0c\x45xecuteUnary\x12%.loraserve.internal.v1.ExecuteRequest\x1a\x1e.loraserve.v1.GenerateResponse\x12Y\n\tWatchLoad\x12\'.loraserve.internal.v1.WatchLoadRequest\x1a!.loraserve.internal.v1.LoadReport0\x01\x32h\n\x07\x43ontrol\x12]\n\nWatchTable\x12(.loraserve.internal.v1.WatchTableRequest\x1a#.loraserve.internal.v1.RoutingTable0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$loraserve/internal/v1/internal.proto\x12\x15loraserve.internal.v1\"\xdc\x01\n\x0bRouterFrame\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.loraserve.internal.v1.Hello\x12,\n\x06starts\x18\x02 \x03(\x0b\x32\x1c.loraserve.internal.v1.Start\x12.\n\x07\x63redits\x18\x03 \x03(\x0b\x32\x1d.loraserve.internal.v1.Credit\x12\x0f\n\x07\x63\x61ncels\x18\x04 \x03(\x04\x12\x31\n\x06leases\x18\x05 \x03(\x0b\x32!.loraserve.internal.v1.LeaseGrant\"4\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\xd1\x01\n\x05Start\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nversion_id\x18\x03 \x01(\t\x12\x15\n\rtable_version\x18\x04 \x01(\x04\x12\x10\n\x08generate\x18\x05 \x01(\x0c\x12\x18\n\x10resume_token_ids\x18\x06 \x03(\r\x12\x13\n\x0bremaining_s\x18\x07 \x01(\x01\x12\x0e\n\x06\x63redit\x18\x08 \x01(\r\x12\r\n\x05unary\x18\t \x01(\x08\x12\x16\n\x0erouter_attempt\x18\n \x01(\r\"-\n\x06\x43redit\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x10\n\x08messages\x18\x02 \x01(\r\"C\n\nLeaseGrant\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x12\n\nversion_id\x18\x02 \x01(\t\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\"\xa4\x01\n\x0cReplicaFrame\x12/\n\x04load\x18\x01 \x01(\x0b\x32!.loraserve.internal.v1.LoadReport\x12\x14\n\x0cstep_streams\x18\x02 \x03(\x04\x12\r\n\x05steps\x18\x03 \x03(\x0c\x12(\n\x04\x65nds\x18\x04 \x03(\x0b\x32\x1a.loraserve.internal.v1.End\x12\x14\n\x0c\x65nded_leases\x18\x05 \x03(\t\"7\n\x03\x45nd\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x86\x02\n\nLoadReport\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x06 \x01(\x04\x12\x16\n\x0ekv_cache_usage\x18\x07 \x01(\x01\x12\x18\n\x10protocol_version\x18\x08 \x01(\r\x12\x0f\n\x07routers\x18\t \x01(\r\x12\x14\n\x0cstarts_per_s\x18\n \x01(\x01\x12\x0f\n\x07token_s\x18\x0b \x01(\x01\x12\x15\n\routput_tokens\x18\x0c \x01(\x01\"@\n\x11WatchTableRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\xb8\x01\n\x0cRoutingTable\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x35\n\x08replicas\x18\x04 \x03(\x0b\x32#.loraserve.internal.v1.TableReplica\x12\x32\n\x07\x65ntries\x18\x05 \x03(\x0b\x32!.loraserve.internal.v1.TableEntry\"J\n\x0cTableReplica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x15\n\rmax_lora_rank\x18\x03 \x01(\r\"q\n\nTableEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nversion_id\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x33\n\x07holders\x18\x04 \x03(\x0b\x32\".loraserve.internal.v1.TableHolder\"0\n\x0bTableHolder\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\x32\x61\n\x07Replica\x12V\n\x07\x43onnect\x12\".loraserve.internal.v1.RouterFrame\x1a#.loraserve.internal.v1.ReplicaFrame(\x01\x30\x01\x32h\n\x07\x43ontrol\x12]\n\nWatchTable\x12(.loraserve.internal.v1.WatchTableRequest\x1a#.loraserve.internal.v1.RoutingTable0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraserve.rpc.internal.v1.internal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUTERFRAME']._serialized_start=94
-  _globals['_ROUTERFRAME']._serialized_end=314
-  _globals['_HELLO']._serialized_start=316
-  _globals['_HELLO']._serialized_end=368
-  _globals['_START']._serialized_start=371
-  _globals['_START']._serialized_end=580
-  _globals['_CREDIT']._serialized_start=582
-  _globals['_CREDIT']._serialized_end=627
-  _globals['_LEASEGRANT']._serialized_start=629
-  _globals['_LEASEGRANT']._serialized_end=696
-  _globals['_REPLICAFRAME']._serialized_start=699
-  _globals['_REPLICAFRAME']._serialized_end=863
-  _globals['_END']._serialized_start=865
-  _globals['_END']._serialized_end=920
-  _globals['_LOADREPORT']._serialized_start=923
-  _globals['_LOADREPORT']._serialized_end=1185
-  _globals['_EXECUTEREQUEST']._serialized_start=1187
-  _globals['_EXECUTEREQUEST']._serialized_end=1310
-  _globals['_WATCHLOADREQUEST']._serialized_start=1312
-  _globals['_WATCHLOADREQUEST']._serialized_end=1375
-  _globals['_WATCHTABLEREQUEST']._serialized_start=1377
-  _globals['_WATCHTABLEREQUEST']._serialized_end=1441
-  _globals['_ROUTINGTABLE']._serialized_start=1444
-  _globals['_ROUTINGTABLE']._serialized_end=1628
-  _globals['_TABLEREPLICA']._serialized_start=1630
-  _globals['_TABLEREPLICA']._serialized_end=1704
-  _globals['_TABLEENTRY']._serialized_start=1706
-  _globals['_TABLEENTRY']._serialized_end=1819
-  _globals['_TABLEHOLDER']._serialized_start=1821
-  _globals['_TABLEHOLDER']._serialized_end=1869
-  _globals['_REPLICA']._serialized_start=1872
-  _globals['_REPLICA']._serialized_end=2231
-  _globals['_CONTROL']._serialized_start=2233
-  _globals['_CONTROL']._serialized_end=2337
+  _globals['_ROUTERFRAME']._serialized_start=64
+  _globals['_ROUTERFRAME']._serialized_end=284
+  _globals['_HELLO']._serialized_start=286
+  _globals['_HELLO']._serialized_end=338
+  _globals['_START']._serialized_start=341
+  _globals['_START']._serialized_end=550
+  _globals['_CREDIT']._serialized_start=552
+  _globals['_CREDIT']._serialized_end=597
+  _globals['_LEASEGRANT']._serialized_start=599
+  _globals['_LEASEGRANT']._serialized_end=666
+  _globals['_REPLICAFRAME']._serialized_start=669
+  _globals['_REPLICAFRAME']._serialized_end=833
+  _globals['_END']._serialized_start=835
+  _globals['_END']._serialized_end=890
+  _globals['_LOADREPORT']._serialized_start=893
+  _globals['_LOADREPORT']._serialized_end=1155
+  _globals['_WATCHTABLEREQUEST']._serialized_start=1157
+  _globals['_WATCHTABLEREQUEST']._serialized_end=1221
+  _globals['_ROUTINGTABLE']._serialized_start=1224
+  _globals['_ROUTINGTABLE']._serialized_end=1408
+  _globals['_TABLEREPLICA']._serialized_start=1410
+  _globals['_TABLEREPLICA']._serialized_end=1484
+  _globals['_TABLEENTRY']._serialized_start=1486
+  _globals['_TABLEENTRY']._serialized_end=1599
+  _globals['_TABLEHOLDER']._serialized_start=1601
+  _globals['_TABLEHOLDER']._serialized_end=1649
+  _globals['_REPLICA']._serialized_start=1651
+  _globals['_REPLICA']._serialized_end=1748
+  _globals['_CONTROL']._serialized_start=1750
+  _globals['_CONTROL']._serialized_end=1854
 # @@protoc_insertion_point(module_scope)

@@ -315,59 +315,6 @@ class LoadReport(_message.Message):
 Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
 
 @_typing.final
-class ExecuteRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    VERSION_ID_FIELD_NUMBER: _builtins.int
-    TABLE_VERSION_FIELD_NUMBER: _builtins.int
-    GENERATE_FIELD_NUMBER: _builtins.int
-    protocol_version: _builtins.int
-    request_id: _builtins.str
-    version_id: _builtins.str
-    table_version: _builtins.int
-    generate: _builtins.bytes
-    def __init__(
-        self,
-        *,
-        protocol_version: _builtins.int = ...,
-        request_id: _builtins.str = ...,
-        version_id: _builtins.str = ...,
-        table_version: _builtins.int = ...,
-        generate: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "protocol_version", b"protocol_version", "request_id", b"request_id", "table_version", b"table_version", "version_id", b"version_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ExecuteRequest: _TypeAlias = ExecuteRequest  # noqa: Y015
-
-@_typing.final
-class WatchLoadRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
-    ROUTER_ID_FIELD_NUMBER: _builtins.int
-    protocol_version: _builtins.int
-    router_id: _builtins.str
-    def __init__(
-        self,
-        *,
-        protocol_version: _builtins.int = ...,
-        router_id: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_version", b"protocol_version", "router_id", b"router_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchLoadRequest: _TypeAlias = WatchLoadRequest  # noqa: Y015
-
-@_typing.final
 class WatchTableRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -4,7 +4,6 @@ import grpc
 import warnings
 
 from loraserve.rpc.internal.v1 import internal_pb2 as loraserve_dot_internal_dot_v1_dot_internal__pb2
-from loraserve.rpc.v1 import inference_pb2 as loraserve_dot_v1_dot_inference__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -40,21 +39,6 @@ class ReplicaStub:
                 request_serializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.RouterFrame.SerializeToString,
                 response_deserializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.ReplicaFrame.FromString,
                 _registered_method=True)
-        self.Execute = channel.unary_stream(
-                '/loraserve.internal.v1.Replica/Execute',
-                request_serializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.ExecuteRequest.SerializeToString,
-                response_deserializer=loraserve_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
-                _registered_method=True)
-        self.ExecuteUnary = channel.unary_unary(
-                '/loraserve.internal.v1.Replica/ExecuteUnary',
-                request_serializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.ExecuteRequest.SerializeToString,
-                response_deserializer=loraserve_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
-                _registered_method=True)
-        self.WatchLoad = channel.unary_stream(
-                '/loraserve.internal.v1.Replica/WatchLoad',
-                request_serializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.WatchLoadRequest.SerializeToString,
-                response_deserializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.LoadReport.FromString,
-                _registered_method=True)
 
 
 class ReplicaServicer:
@@ -68,24 +52,6 @@ class ReplicaServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Execute(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def ExecuteUnary(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def WatchLoad(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_ReplicaServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,21 +59,6 @@ def add_ReplicaServicer_to_server(servicer, server):
                     servicer.Connect,
                     request_deserializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.RouterFrame.FromString,
                     response_serializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.ReplicaFrame.SerializeToString,
-            ),
-            'Execute': grpc.unary_stream_rpc_method_handler(
-                    servicer.Execute,
-                    request_deserializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.ExecuteRequest.FromString,
-                    response_serializer=loraserve_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
-            ),
-            'ExecuteUnary': grpc.unary_unary_rpc_method_handler(
-                    servicer.ExecuteUnary,
-                    request_deserializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.ExecuteRequest.FromString,
-                    response_serializer=loraserve_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
-            ),
-            'WatchLoad': grpc.unary_stream_rpc_method_handler(
-                    servicer.WatchLoad,
-                    request_deserializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.WatchLoadRequest.FromString,
-                    response_serializer=loraserve_dot_internal_dot_v1_dot_internal__pb2.LoadReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,87 +88,6 @@ class Replica:
             '/loraserve.internal.v1.Replica/Connect',
             loraserve_dot_internal_dot_v1_dot_internal__pb2.RouterFrame.SerializeToString,
             loraserve_dot_internal_dot_v1_dot_internal__pb2.ReplicaFrame.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Execute(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/loraserve.internal.v1.Replica/Execute',
-            loraserve_dot_internal_dot_v1_dot_internal__pb2.ExecuteRequest.SerializeToString,
-            loraserve_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ExecuteUnary(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/loraserve.internal.v1.Replica/ExecuteUnary',
-            loraserve_dot_internal_dot_v1_dot_internal__pb2.ExecuteRequest.SerializeToString,
-            loraserve_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def WatchLoad(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/loraserve.internal.v1.Replica/WatchLoad',
-            loraserve_dot_internal_dot_v1_dot_internal__pb2.WatchLoadRequest.SerializeToString,
-            loraserve_dot_internal_dot_v1_dot_internal__pb2.LoadReport.FromString,
             options,
             channel_credentials,
             insecure,

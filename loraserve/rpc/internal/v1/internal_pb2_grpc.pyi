@@ -8,7 +8,6 @@ another protocol_version, so this file may change with every release.
 from collections import abc as _abc
 from grpc import aio as _aio
 from loraserve.rpc.internal.v1 import internal_pb2 as _internal_pb2
-from loraserve.rpc.v1 import inference_pb2 as _inference_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -38,9 +37,6 @@ class ReplicaStub:
     """One per router and replica: all their requests, an engine step per message. When it breaks, or
     one side is silent for too long, the replica ends every request that came over it.
     """
-    Execute: _grpc.UnaryStreamMultiCallable[_internal_pb2.ExecuteRequest, _inference_pb2.GenerateResponse]
-    ExecuteUnary: _grpc.UnaryUnaryMultiCallable[_internal_pb2.ExecuteRequest, _inference_pb2.GenerateResponse]
-    WatchLoad: _grpc.UnaryStreamMultiCallable[_internal_pb2.WatchLoadRequest, _internal_pb2.LoadReport]
 
 @_typing.type_check_only
 class ReplicaAsyncStub(ReplicaStub):
@@ -49,9 +45,6 @@ class ReplicaAsyncStub(ReplicaStub):
     """One per router and replica: all their requests, an engine step per message. When it breaks, or
     one side is silent for too long, the replica ends every request that came over it.
     """
-    Execute: _aio.UnaryStreamMultiCallable[_internal_pb2.ExecuteRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    ExecuteUnary: _aio.UnaryUnaryMultiCallable[_internal_pb2.ExecuteRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    WatchLoad: _aio.UnaryStreamMultiCallable[_internal_pb2.WatchLoadRequest, _internal_pb2.LoadReport]  # type: ignore[assignment]
 
 class ReplicaServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -63,27 +56,6 @@ class ReplicaServicer(metaclass=_abc_1.ABCMeta):
         """One per router and replica: all their requests, an engine step per message. When it breaks, or
         one side is silent for too long, the replica ends every request that came over it.
         """
-
-    @_abc_1.abstractmethod
-    def Execute(
-        self,
-        request: _internal_pb2.ExecuteRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]: ...
-
-    @_abc_1.abstractmethod
-    def ExecuteUnary(
-        self,
-        request: _internal_pb2.ExecuteRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.GenerateResponse, _abc.Awaitable[_inference_pb2.GenerateResponse]]: ...
-
-    @_abc_1.abstractmethod
-    def WatchLoad(
-        self,
-        request: _internal_pb2.WatchLoadRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_internal_pb2.LoadReport], _abc.AsyncIterator[_internal_pb2.LoadReport]]: ...
 
 def add_ReplicaServicer_to_server(servicer: ReplicaServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

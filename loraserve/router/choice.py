@@ -1,0 +1,126 @@
+"""Choosing a replica for one request, and waiting for one when there is none at the moment."""
+
+import asyncio
+from dataclasses import dataclass
+
+from grpc import StatusCode
+
+from loraserve.clock import Clock
+from loraserve.errors import (
+    DeadlineError,
+    LoraServeError,
+    NotFoundError,
+    OverloadedError,
+    StaleError,
+    UnavailableError,
+)
+from loraserve.router.flight import Flight
+from loraserve.router.loads import LoadBook
+from loraserve.router.peers import Peers
+from loraserve.router.tables import TableFollower
+from placement.routing import (
+    Chooser,
+    Decision,
+    HoldersFullError,
+    NoHolderError,
+    RouteRequest,
+    UnknownAdapterError,
+)
+
+STALE_WAIT_S = 0.5
+"""How long a request waits for the table that must be on its way when every holder calls ours stale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The shell around `placement.routing.Chooser`: table, loads and links as they are now."""
+
+    clock: Clock
+    loads: LoadBook
+    peers: Peers
+    tables: TableFollower
+    chooser: Chooser
+    holder_wait_s: float
+
+    def now(self, flight: Flight) -> Decision | None:
+        """The holder for this request, or None when there is none at the moment.
+
+        NotFoundError, OverloadedError or UnavailableError when waiting would not help.
+        """
+        try:
+            return self._choose(flight)
+        except NoHolderError:
+            return None
+
+    async def later(self, flight: Flight) -> Decision:
+        """The holder, as soon as a table or a link brings one.
+
+        A replica that died may have been the last holder: its adapters are loaded elsewhere, or it is
+        started again, within `holder_wait_s` or not at all.
+        """
+        until_s = min(self.clock.now_s() + self._patience_s(flight), flight.deadline_s)
+        while True:
+            changed = self.peers.changes()
+            try:
+                return self._choose(flight)
+            except NoHolderError as error:
+                left_s = until_s - self.clock.now_s()
+                if left_s <= 0:
+                    raise _all_refused(flight, str(error)) from error
+            try:
+                async with asyncio.timeout(left_s):
+                    await changed.wait()
+            except TimeoutError:
+                continue
+            flight.excluded = frozenset()
+
+    def _patience_s(self, flight: Flight) -> float:
+        refusals = set(flight.refusals)
+        if refusals == {StatusCode.RESOURCE_EXHAUSTED}:
+            return 0.0
+        if StatusCode.UNAVAILABLE in refusals or not refusals:
+            return self.holder_wait_s
+        return STALE_WAIT_S
+
+    def _choose(self, flight: Flight) -> Decision:
+        table = self.tables.table
+        if table.version == 0:
+            raise UnavailableError("the router has no routing table yet; try again later")
+        if flight.excluded and flight.excluded_at != table.version:
+            flight.excluded = frozenset()
+        exclude = flight.excluded
+        if self.peers.down:
+            exclude |= self.peers.down
+        request = RouteRequest(adapter=flight.adapter, exclude=exclude)
+        try:
+            decision = self.chooser.choose(request, table, self.loads.view())
+        except UnknownAdapterError as error:
+            raise NotFoundError(f"adapter: {error}") from error
+        except HoldersFullError as error:
+            raise OverloadedError(f"{error}; try again later") from error
+        if flight.pinned_version is not None and flight.pinned_version != (decision.version_id or ""):
+            raise _replaced(flight, decision)
+        flight.decision = decision
+        return decision
+
+
+def check_deadline(flight: Flight, now_s: float) -> None:
+    """Note what is left of the request's time; DeadlineError if nothing is."""
+    flight.remaining_s = flight.deadline_s - now_s
+    if flight.remaining_s <= 0:
+        raise DeadlineError("the deadline passed before a replica took the request")
+
+
+def _replaced(flight: Flight, decision: Decision) -> LoraServeError:
+    now = decision.version_id or "the base model"
+    line = f"the request began with {flight.pinned_version} and adapter {flight.adapter!r} is {now} now"
+    if flight.messages:
+        return UnavailableError(f"{line}; its replica was lost after {len(flight.resumed_ids)} tokens")
+    return StaleError(f"resume.adapter_version: {line}; send it again from its beginning")
+
+
+def _all_refused(flight: Flight, why: str) -> LoraServeError:
+    """Full if every holder that was asked is full; else nobody can serve this now."""
+    if flight.refusals and set(flight.refusals) == {StatusCode.RESOURCE_EXHAUSTED}:
+        return OverloadedError(f"every holder is full: {why}")
+    return UnavailableError(why)
