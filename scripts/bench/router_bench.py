@@ -15,8 +15,11 @@ gRPC's settings of `loraserve.rpc.tuning`, so the floor has them too.
   router_cpu_us_per_message    64 streams, one message each every 20 ms, all in step
   tokens_per_message           in that run, as the client received them
   itl_added_p99_ms             in that run: p99 of the gaps through the router - p99 direct
+  pick_per_s, pick_cpu_us      look-aside: 64 callers of Pick in a closed loop, CPU of the router's process
+  lookaside_itl_added_p99_ms   streams as above, each after a Pick at the router, straight from the
+                               replica: p99 of the gaps - p99 direct
 
-The last four and the CPU figures are medians over the rounds; bare_* are the same for the floor.
+Rates and CPU figures are medians over the rounds; bare_* are the same for the floor.
 """
 
 import argparse
@@ -52,7 +55,9 @@ TARGETS = {
     "hop_added_p50_ms": (0.6, "max"),
     "unary_per_s": (2000.0, "min"),
     "router_cpu_us_per_request": (450.0, "max"),
-    "router_cpu_us_per_message": (90.0, "max"),
+    "router_cpu_us_per_message": (50.0, "max"),
+    "pick_per_s": (5000.0, "min"),
+    "pick_cpu_us": (200.0, "max"),
 }
 
 
@@ -80,6 +85,7 @@ class Route:
         self.channel = make_channel(f"127.0.0.1:{port}")
         self.complete: Any = self.channel.unary_unary("/loraserve.v1.Inference/Complete")
         self.generate: Any = self.channel.unary_stream("/loraserve.v1.Inference/Generate")
+        self.pick: Any = self.channel.unary_unary("/loraserve.v1.Inference/Pick")
         self.latencies_s: list[float] = []
         self.gaps_s: list[float] = []
         self.unary_per_s: list[float] = []
@@ -87,6 +93,8 @@ class Route:
         self.messages_per_s: list[float] = []
         self.cpu_us_per_message: list[float] = []
         self.tokens_per_message: list[float] = []
+        self.picks_per_s: list[float] = []
+        self.cpu_us_per_pick: list[float] = []
 
     def cpu_s(self) -> float:
         """CPU seconds of the process in the middle so far, user and system."""
@@ -134,14 +142,34 @@ async def measure_unary(path: Route, seconds: float) -> None:
     path.cpu_us_per_request.append((path.cpu_s() - cpu_s) / done * 1e6)
 
 
-async def measure_streams(path: Route, messages: int, *, paced: bool) -> None:
-    """`CALLERS` streams of so many messages each."""
+async def measure_picks(path: Route, seconds: float) -> None:
+    """`CALLERS` callers of Pick in a closed loop."""
+    request = inference_pb2.PickRequest(adapter=ADAPTER, max_tokens=64, remaining_s=60.0).SerializeToString()
+    done = 0
+    end_s = time.perf_counter() + seconds
+
+    async def call() -> None:
+        nonlocal done
+        while time.perf_counter() < end_s:
+            await path.pick(request)
+            done += 1
+
+    cpu_s, began_s = path.cpu_s(), time.perf_counter()
+    await asyncio.gather(*(call() for _ in range(CALLERS)))
+    path.picks_per_s.append(done / (time.perf_counter() - began_s))
+    path.cpu_us_per_pick.append((path.cpu_s() - cpu_s) / done * 1e6)
+
+
+async def measure_streams(path: Route, messages: int, *, paced: bool, picker: Route | None = None) -> None:
+    """`CALLERS` streams of so many messages each; with a `picker`, each after a pick there."""
     request = body(messages=messages, paced=paced)
     tokens = 0
 
     async def read() -> None:
         nonlocal tokens
         last_s: float | None = None
+        if picker is not None:
+            await picker.pick(inference_pb2.PickRequest(adapter=ADAPTER).SerializeToString())
         async for message in path.generate(request):
             if paced:
                 now_s = time.perf_counter()
@@ -160,8 +188,8 @@ async def measure_streams(path: Route, messages: int, *, paced: bool) -> None:
         path.messages_per_s.append(total / (time.perf_counter() - began_s))
 
 
-async def measure(paths: Sequence[Route], sizes: Sizes) -> None:
-    """All of it, the paths in turn within each round."""
+async def measure(paths: Sequence[Route], aside: Route, sizes: Sizes) -> None:
+    """All of it, the paths in turn within each round; `aside` is the direct path after a pick."""
     for path in paths:
         await asyncio.wait_for(_until_served(path), 10.0)
     for number in range(sizes.rounds):
@@ -172,6 +200,8 @@ async def measure(paths: Sequence[Route], sizes: Sizes) -> None:
                 await measure_unary(path, sizes.unary_s)
                 await measure_streams(path, sizes.fast_messages, paced=False)
             await measure_streams(path, sizes.paced_messages, paced=True)
+        await measure_picks(paths[-1], sizes.unary_s)
+        await measure_streams(aside, sizes.paced_messages, paced=True, picker=paths[-1])
 
 
 async def _until_served(path: Route) -> None:
@@ -229,7 +259,7 @@ def quantile_ms(values_s: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3
 
 
-def figures(direct: Route, bare: Route, router: Route) -> dict[str, float]:
+def figures(direct: Route, bare: Route, router: Route, aside: Route) -> dict[str, float]:
     """The keys of the module's docstring, for router and floor, and their ratios."""
     found: dict[str, float] = {}
     for prefix, cpu_prefix, path in (("", "router_", router), ("bare_", "bare_", bare)):
@@ -242,6 +272,9 @@ def figures(direct: Route, bare: Route, router: Route) -> dict[str, float]:
         found[f"{cpu_prefix}cpu_us_per_message"] = median(path.cpu_us_per_message)
         found[f"{prefix}tokens_per_message"] = median(path.tokens_per_message)
         found[f"{prefix}itl_added_p99_ms"] = quantile_ms(path.gaps_s, 0.99) - quantile_ms(direct.gaps_s, 0.99)
+    found["pick_per_s"] = median(router.picks_per_s)
+    found["pick_cpu_us"] = median(router.cpu_us_per_pick)
+    found["lookaside_itl_added_p99_ms"] = quantile_ms(aside.gaps_s, 0.99) - quantile_ms(direct.gaps_s, 0.99)
     found["direct_p50_ms"] = quantile_ms(direct.latencies_s, 0.5)
     for key in ("cpu_us_per_request", "cpu_us_per_message"):
         found[f"ratio_{key}"] = found[f"router_{key}"] / found[f"bare_{key}"]
@@ -280,8 +313,8 @@ def print_table(found: dict[str, float], told: dict[str, Any]) -> None:
         shown = (
             "" if bound is None else f"{'≤' if kind == 'max' else '≥'} {bound:g} {'met' if met else 'MISSED'}"
         )
-        bare = found["bare_" + key.removeprefix("router_")]
-        table.add_row(key, f"{value:,.2f}", f"{bare:,.2f}", shown)
+        bare = found.get("bare_" + key.removeprefix("router_"))
+        table.add_row(key, f"{value:,.2f}", "" if bare is None else f"{bare:,.2f}", shown)
     console = Console()
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in told.items()), highlight=False)
@@ -318,10 +351,11 @@ def main() -> int:
             direct = Route("direct", replica_port, None)
             bare = Route("bare", bare_port, bare_pid)
             router = Route("router", router_port, router_pid)
-            await measure((direct, bare, router), sizes)
-            for path in (direct, bare, router):
+            aside = Route("look-aside", replica_port, None)
+            await measure((direct, bare, router), aside, sizes)
+            for path in (direct, bare, router, aside):
                 await path.channel.close()
-            return figures(direct, bare, router)
+            return figures(direct, bare, router, aside)
 
         found = uvloop.run(run())
     if options.json:

@@ -8,7 +8,7 @@ and serves until its standard input closes.
 import asyncio
 import math
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from loraserve.rpc.tuning import tune_grpc
@@ -18,15 +18,16 @@ tune_grpc()
 import grpc  # noqa: E402
 import uvloop  # noqa: E402
 
+from loraserve.rpc.codec import PROTOCOL_VERSION  # noqa: E402
 from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc  # noqa: E402
+from loraserve.rpc.link_server import LinkServer  # noqa: E402
 from loraserve.rpc.server import bind, make_channel, make_server  # noqa: E402
-from loraserve.rpc.table_codec import LoadReport, encode_load, encode_table  # noqa: E402
+from loraserve.rpc.table_codec import encode_table  # noqa: E402
 from loraserve.rpc.v1 import inference_pb2  # noqa: E402
 from placement.table import RoutingTable, TableEntry, TableReplica  # noqa: E402
 from placement.types import AdapterName, Holder, ReplicaId, VersionId  # noqa: E402
 
 INFERENCE = "loraserve.v1.Inference"
-REPLICA = "loraserve.internal.v1.Replica"
 STEP_S = 0.02
 REPORT_PERIOD_S = 0.1
 ADAPTER = "tenant"
@@ -57,11 +58,12 @@ class StepClock:
         self._step = None
 
 
-class CannedReplica:
+class CannedReplica(internal_pb2_grpc.ReplicaServicer):
     """`max_tokens` messages per stream: one per step when `ignore_eos` is set, else at once."""
 
     def __init__(self) -> None:
         self._clock = StepClock()
+        self._sequence = 0
 
     async def stream(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         """Write the messages."""
@@ -70,14 +72,36 @@ class CannedReplica:
                 await self._clock.next_step()
             await context.write(MESSAGE)
 
-    async def execute(self, body: bytes, context: Context) -> None:
-        """`Replica.Execute`."""
-        await self.stream(_inner(body), context)
+    async def Connect(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        """A router's link."""
+        await LinkServer(self, context, report_interval_s=REPORT_PERIOD_S).serve()
 
-    async def execute_unary(self, body: bytes, context: Context) -> bytes:
-        """`Replica.ExecuteUnary`."""
-        _inner(body)
-        return MESSAGE
+    async def open(self, start: internal_pb2.Start) -> AsyncGenerator[bytes, None]:
+        """One request of the link."""
+        request = inference_pb2.GenerateRequest.FromString(start.generate)
+        if start.unary:
+            yield MESSAGE
+            return
+        for _ in range(request.sampling.max_tokens):
+            if request.sampling.ignore_eos:
+                await self._clock.next_step()
+            yield MESSAGE
+
+    def grant(self, lease: internal_pb2.LeaseGrant, ended: Callable[[str], None]) -> None:
+        """Over at once, as if the client had come."""
+        ended(lease.lease_id)
+
+    def load(self) -> internal_pb2.LoadReport:
+        """The same load every time."""
+        self._sequence += 1
+        return internal_pb2.LoadReport(
+            protocol_version=PROTOCOL_VERSION,
+            replica_id="r0",
+            incarnation="canned",
+            sequence=self._sequence,
+            running=self._sequence % 2,
+            routers=1,
+        )
 
     async def generate(self, body: bytes, context: Context) -> None:
         """`Inference.Generate`, for a client without a router."""
@@ -87,23 +111,6 @@ class CannedReplica:
         """`Inference.Complete`, for a client without a router."""
         inference_pb2.GenerateRequest.FromString(body)
         return MESSAGE
-
-    async def watch_load(self, body: bytes, context: Context) -> None:
-        """`Replica.WatchLoad`."""
-        sequence = 0
-        while True:
-            sequence += 1
-            report = LoadReport(
-                replica_id=ReplicaId("r0"),
-                incarnation="canned",
-                sequence=sequence,
-                running=1,
-                waiting=0,
-                outstanding_tokens=0,
-                kv_cache_usage=0.0,
-            )
-            await context.write(encode_load(report).SerializeToString())
-            await asyncio.sleep(REPORT_PERIOD_S)
 
 
 class CannedController(internal_pb2_grpc.ControlServicer):
@@ -137,18 +144,9 @@ async def serve_replica() -> None:
     server = make_server()
     replica = CannedReplica()
     stream, unary = grpc.unary_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
-    internal: dict[str, Any] = {
-        "Execute": stream(replica.execute),
-        "ExecuteUnary": unary(replica.execute_unary),
-        "WatchLoad": stream(replica.watch_load),
-    }
     public: dict[str, Any] = {"Generate": stream(replica.generate), "Complete": unary(replica.complete)}
-    server.add_generic_rpc_handlers(
-        (
-            grpc.method_handlers_generic_handler(REPLICA, internal),
-            grpc.method_handlers_generic_handler(INFERENCE, public),
-        )
-    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(INFERENCE, public),))
+    internal_pb2_grpc.add_ReplicaServicer_to_server(replica, server)
     port = bind(server, "127.0.0.1", 0)
     internal_pb2_grpc.add_ControlServicer_to_server(CannedController(f"127.0.0.1:{port}"), server)
     await _serve(server, port)
@@ -182,10 +180,6 @@ async def _serve(server: grpc.aio.Server, port: int) -> None:
     print(f'{{"port": {port}}}', flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await server.stop(None)
-
-
-def _inner(body: bytes) -> inference_pb2.GenerateRequest:
-    return inference_pb2.GenerateRequest.FromString(internal_pb2.ExecuteRequest.FromString(body).generate)
 
 
 if __name__ == "__main__":
