@@ -79,7 +79,8 @@ class EngineSection(Section, frozen=True):
 class EmulatedSection(Section, frozen=True):
     """The emulated engine's latency model: step = base + per_token·prefill tokens + per_seq·running
     + per_rank·running·(largest rank in the batch); `speed` divides every step.
-    `kv_bytes_per_token` sizes the KV cache in tokens."""
+    `kv_bytes_per_token` sizes the KV cache in tokens. With `engine_process` the engine dies with a child
+    process of its own, as vLLM does with its."""
 
     base_step_ms: Cost = 4.0
     prefill_token_ms: Cost = 0.02
@@ -88,6 +89,7 @@ class EmulatedSection(Section, frozen=True):
     load_bytes_per_s: Rate = 1e9
     kv_bytes_per_token: Positive = 4096
     speed: Rate = 1.0
+    engine_process: bool = False
 
 
 class PlacementSection(Section, frozen=True):
@@ -221,6 +223,8 @@ def _expected(kind: inspect.Type) -> str:
             return description
         case inspect.LiteralType(values=values):
             return f"one of {', '.join(map(str, values))}"
+        case inspect.BoolType():
+            return "true or false"
         case inspect.IntType():
             return f"an integer{_range(kind)}"
         case inspect.FloatType():

@@ -13,6 +13,7 @@ from loraserve.clock import Clock
 from loraserve.config import EmulatedSection, EngineSection, ModelSection
 from loraserve.engines import batching
 from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, check_resumed
+from loraserve.engines.emulated_process import StandInProcess
 from loraserve.engines.outputs import Output
 from loraserve.engines.tokenizer import PromptRenderer
 from loraserve.errors import (
@@ -84,16 +85,19 @@ class EmulatedEngine:
         self._loading: dict[VersionId, asyncio.Lock] = {}
         self._work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._process: StandInProcess | None = None
         self._dead: str | None = "the engine has not been started"
         self._renderer: PromptRenderer
         self._words: Sequence[int]
 
     async def start(self) -> EngineInfo:
-        """Read the tokenizer and begin to step."""
+        """Read the tokenizer, start the process if one is asked for, and begin to step."""
         self._renderer = await asyncio.to_thread(PromptRenderer.load, self._model.path)
         self._words = await asyncio.to_thread(self._renderer.clean_ids)
         if not self._words:
             raise ConfigError(f"model.path: the tokenizer of {self._model.path} has no plain tokens")
+        if self._latency.engine_process:
+            self._process = await StandInProcess.start(self.crash)
         self._dead = None
         self._task = asyncio.create_task(self._run(), name="emulated-engine")
         return EngineInfo(
@@ -103,6 +107,7 @@ class EmulatedEngine:
             adapter_slots=self._config.adapter_slots,
             max_model_len_tokens=self._config.max_model_len_tokens,
             vocab_size=self._renderer.vocab_size,
+            pids=() if self._process is None else (self._process.pid,),
         )
 
     async def load_adapter(self, adapter: AdapterFiles) -> None:
@@ -187,7 +192,10 @@ class EmulatedEngine:
     async def close(self) -> None:
         """Stop stepping and fail what still runs."""
         task, self._task = self._task, None
+        process, self._process = self._process, None
         self._die("the engine was closed")
+        if process is not None:
+            await process.close()
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

@@ -42,6 +42,7 @@ MISTAKES = [
     ("model.path = 1979-05-27", 'model.path: "1979-05-27"; expected a string'),
     ('adapters.allow_urls = ["a", 1]', "adapters.allow_urls[1]: 1; expected a string"),
     ('adapters.allow_urls = "a"', 'adapters.allow_urls: "a"; expected a list, each item a string'),
+    ("emulated.engine_process = 1", "emulated.engine_process: 1; expected true or false"),
     ("router = 1", "router: 1; expected a table"),
     ("engine.extra = 1", "engine.extra: 1; expected a table"),
     (
@@ -129,6 +130,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.fixed_dictionaries({}, optional={one.name: values(one.type) for one in fields})
         case inspect.LiteralType(values=allowed):
             return st.sampled_from(allowed)
+        case inspect.BoolType():
+            return st.booleans()
         case inspect.IntType(ge=low, le=high):
             return st.integers(low, high)
         case inspect.FloatType(ge=low, gt=above, le=high):
