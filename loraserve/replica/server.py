@@ -27,6 +27,7 @@ from loraserve.errors import (
     WorkFailedError,
 )
 from loraserve.replica.leases import LeaseBook
+from loraserve.replica.meter import Meter
 from loraserve.replica.pool import AdapterPool, Residency
 from loraserve.request import FinishReason, GenerationRequest, GenerationStep
 from loraserve.rpc import server as rpc_server
@@ -85,7 +86,9 @@ class ReplicaServer:
         self.config = config
         self.engine = engine
         self.pool = AdapterPool(slots=config.engine.adapter_slots, capacity_bytes=config.engine.pool_bytes)
-        self.leases = LeaseBook(self.pool, clock or WallClock())
+        clock = clock or WallClock()
+        self.leases = LeaseBook(self.pool, clock)
+        self.meter = Meter(clock)
         self.routers = 0
         self._host = host
         self._node_id = NodeId(node_id)
@@ -222,6 +225,7 @@ class ReplicaServer:
         """The next load report for routers."""
         self._sequence += 1
         load = self.engine.load()
+        rates = self.meter.rates(running=load.running, waiting=load.waiting)
         return LoadReport(
             replica_id=self.replica_id,
             incarnation=self.incarnation,
@@ -231,6 +235,9 @@ class ReplicaServer:
             outstanding_tokens=sum(entry.remaining_tokens for entry in self._in_flight.values()),
             kv_cache_usage=load.kv_cache_usage,
             routers=self.routers,
+            starts_per_s=rates.starts_per_s,
+            token_s=rates.token_s,
+            output_tokens=rates.output_tokens,
         )
 
     async def generate(
@@ -245,6 +252,7 @@ class ReplicaServer:
         await self._supersede(request.request_id, turn)
         # The engine lets go of the request before its pin does.
         with self._admitted(request, turn) as accounted:
+            progress = self.meter.begin()
             try:
                 async with aclosing(self.engine.generate(request)) as steps:
                     async for step in steps:
@@ -254,6 +262,9 @@ class ReplicaServer:
                                 " while draining"
                             )
                         accounted.remaining_tokens = max(0, request.sampling.max_tokens - step.output_tokens)
+                        progress.step(len(step.token_ids))
+                        if step.finish_reason is not None:
+                            progress.finish(step.output_tokens)
                         yield step
             except asyncio.CancelledError:
                 if not accounted.superseded or accounted.task is None:

@@ -18,6 +18,7 @@ from loraserve.router.flight import Flight
 from loraserve.router.loads import LoadBook
 from loraserve.router.peers import Peers
 from loraserve.router.tables import TableFollower
+from placement.admission import Demand, TooLateError, choose_in_time
 from placement.routing import (
     Chooser,
     Decision,
@@ -41,6 +42,7 @@ class Choice:
     tables: TableFollower
     chooser: Chooser
     holder_wait_s: float
+    early_refusal: bool = True
 
     def now(self, flight: Flight) -> Decision | None:
         """The holder for this request, or None when there is none at the moment.
@@ -92,14 +94,28 @@ class Choice:
         if self.peers.down:
             exclude |= self.peers.down
         request = RouteRequest(adapter=flight.adapter, exclude=exclude)
+        view = self.loads.view()
         try:
-            decision = self.chooser.choose(request, table, self.loads.view())
+            if self.early_refusal and flight.pinned_version is None:
+                left_s = flight.deadline_s - self.clock.now_s()
+                decision = choose_in_time(
+                    self.chooser, request, table, view, Demand(flight.max_tokens, left_s)
+                )
+            else:
+                # Who has part of an answer gets the rest, late or not.
+                decision = self.chooser.choose(request, table, view)
+        except TooLateError as error:
+            flight.retry_after_s = error.retry_after_s
+            raise OverloadedError(f"{error}; try again in {error.retry_after_s:.1f} s") from error
         except UnknownAdapterError as error:
             raise NotFoundError(f"adapter: {error}") from error
         except HoldersFullError as error:
             raise OverloadedError(f"{error}; try again later") from error
         if flight.pinned_version is not None and flight.pinned_version != (decision.version_id or ""):
             raise _replaced(flight, decision)
+        if not flight.refusals and decision.reason.startswith("retry:"):
+            # Excluded were only replicas that cannot be reached.
+            decision = decision._replace(reason=decision.reason.removeprefix("retry:"))
         flight.decision = decision
         return decision
 

@@ -69,13 +69,14 @@ class Router:
         self._run_id = run_id or secrets.token_hex(4)
         self._rng = Random(f"{router_id}/{self._run_id}")
         self._ledger = Ledger(max_in_flight=config.max_in_flight)
+        self._leases = LeaseCounter(
+            prefix=f"{router_id}-{self._run_id}-", lease_s=config.lease_s, clock=self._clock
+        )
         self._loads = LoadBook(
             clock=self._clock,
             in_flight=self._ledger.in_flight,
+            leased=self._leases.per_replica,
             max_waiting=config.max_waiting_per_replica,
-        )
-        self._leases = LeaseCounter(
-            prefix=f"{router_id}-{self._run_id}-", lease_s=config.lease_s, clock=self._clock
         )
         try:
             self._chooser = Chooser(config.routing, self._rng.getrandbits(64))
@@ -182,6 +183,7 @@ class Router:
                     tables=tables,
                     chooser=self._chooser,
                     holder_wait_s=config.holder_wait_s,
+                    early_refusal=config.early_refusal,
                 ),
                 default_deadline_s=config.default_deadline_s,
             )

@@ -23,6 +23,7 @@ from loraserve.errors import (
     OverloadedError,
     UnavailableError,
 )
+from loraserve.request import SamplingParams
 from loraserve.router.choice import Choice, check_deadline
 from loraserve.router.flight import Flight
 from loraserve.router.leases import LeaseCounter
@@ -38,6 +39,7 @@ from placement.types import ReplicaId
 logger = logging.getLogger(__name__)
 
 SERVICE = "loraserve.v1.Inference"
+DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 MAX_RETRIES = 2
 MAX_LOSSES = 16
 """How often one request goes elsewhere because a replica was lost; its deadline bounds it as well."""
@@ -193,7 +195,7 @@ class InferenceService:
             deadline_s=now_s + remaining_s,
         )
         flight.attempt = message.attempt
-        flight.max_tokens = message.sampling.max_tokens
+        flight.max_tokens = message.sampling.max_tokens or DEFAULT_MAX_TOKENS
         flight.task = asyncio.current_task()
         if message.HasField("resume"):
             flight.pinned_version = message.resume.adapter_version
@@ -297,7 +299,10 @@ class InferenceService:
         """Who decided what, for the client's records."""
         decision = flight.decision
         if decision is None:
-            return (("loraserve-router", self._parts.router_id),)
+            first = ("loraserve-router", self._parts.router_id)
+            if flight.retry_after_s is None:
+                return (first,)
+            return (first, ("loraserve-retry-after-ms", str(int(flight.retry_after_s * 1e3))))
         trailers: tuple[tuple[str, str], ...] = (
             ("loraserve-router", self._parts.router_id),
             ("loraserve-replica", decision.replica_id),
@@ -329,7 +334,9 @@ class InferenceService:
             deadline_s=now_s + (parts.default_deadline_s if given_s is None else given_s),
         )
         flight.max_tokens = message.max_tokens
-        flight.remaining_s = message.remaining_s
+        if message.remaining_s > 0:
+            # The request's own deadline; that of the pick may be shorter and ends it by itself.
+            flight.deadline_s = now_s + message.remaining_s
         if message.exclude_replicas:
             flight.excluded = frozenset(map(ReplicaId, message.exclude_replicas))
             flight.excluded_at = parts.choice.tables.table.version

@@ -256,10 +256,10 @@ class Link:
         for end in frame.ends:
             if (stream := streams.pop(end.stream_id, None)) is not None:
                 stream.end(None if end.code == OK else _ended(end))
-        if frame.ended_leases:
-            self._on_leases_ended(list(frame.ended_leases))
         if frame.HasField("load"):
             self._on_load(frame.load)
+        if frame.ended_leases:
+            self._on_leases_ended(list(frame.ended_leases))
         if not self.up:
             self.up = True
             self._backoff.reset()

@@ -195,8 +195,8 @@ class LinkServer:
     # -- out -------------------------------------------------------------------------------------
 
     def _lease_ended(self, lease_id: str) -> None:
+        # Told with the next report, which counts the request itself: in between it is counted once.
         self._ended_leases.append(lease_id)
-        self._dirty.set()
 
     async def _write(self) -> None:
         write = self._context.write
@@ -216,7 +216,7 @@ class LinkServer:
                 if size >= MAX_FRAME_BYTES:
                     count = index + 1
                     break
-        if not (count or self._ends or self._ended_leases or self._load is not None):
+        if not (count or self._ends or self._load is not None):
             return None
         whole = count == len(self._steps)
         frame = internal_pb2.ReplicaFrame(
@@ -224,11 +224,12 @@ class LinkServer:
             steps=self._steps[:count],
             # A stream's end must not overtake its messages.
             ends=self._ends if whole else (),
-            ended_leases=self._ended_leases,
+            ended_leases=self._ended_leases if self._load is not None else (),
             load=self._load,
         )
-        self._load = None
-        self._ended_leases.clear()
+        if self._load is not None:
+            self._load = None
+            self._ended_leases.clear()
         if whole:
             self._ends.clear()
             self._step_streams.clear()
@@ -249,7 +250,8 @@ class LinkServer:
                 logger.warning("router %s has been silent for %g s", self.router_id, SILENCE_S)
                 return
             report = self._handler.load()
-            if last is None or now_s - said_s >= HEARTBEAT_S or _differs(report, last):
+            overdue = now_s - said_s >= HEARTBEAT_S or bool(self._ended_leases)
+            if last is None or overdue or _differs(report, last):
                 self._load = report
                 self._dirty.set()
                 last, said_s = report, now_s
