@@ -1,0 +1,79 @@
+"""A whole cluster in the test's own event loop: controller, emulated replicas, a router; real gRPC."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraserve.clock import WallClock
+from loraserve.cluster.local_fleet import LocalFleet
+from loraserve.config import parse_config
+from loraserve.controller.controller import Controller
+from loraserve.controller.library import open_library
+from loraserve.controller.service import add_controller_services
+from loraserve.controller.store import Store
+from loraserve.engines.base import Engine
+from loraserve.engines.emulated import EmulatedEngine
+from loraserve.router.router import Router
+from loraserve.rpc.server import bind, make_server
+from loraserve.samples import SampleSet
+from placement.types import ReplicaId
+from tests.support.router_bench import until
+
+START_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalCluster:
+    """What a test talks to; `address` is the router's."""
+
+    address: str
+    router: Router
+    controller: Controller
+
+
+@asynccontextmanager
+async def local_cluster(folder: Path, samples: SampleSet) -> AsyncIterator[LocalCluster]:
+    """Two replicas that serve the sample adapters; ends with a check that nothing is in flight."""
+    config = parse_config(
+        {
+            "model": {"path": str(samples.model)},
+            "engine": {"kind": "emulated", "adapter_slots": 8},
+            "emulated": {"speed": 50.0, "load_bytes_per_s": 1e12},
+            "replica": {"check_interval_s": 0.02, "drain_timeout_s": 2.0},
+            "router": {"port": 0},
+        }
+    )
+
+    def engine(replica: ReplicaId) -> Engine:
+        return EmulatedEngine(config.engine, config.emulated, config.model, clock=WallClock())
+
+    async with AsyncExitStack() as stack:
+        fleet = LocalFleet(config, engine)
+        stack.push_async_callback(fleet.close)
+        store = Store(folder / "controller.sqlite")
+        recovering = store.begin_life("run", config.model.path)
+        library = open_library(folder / "adapters", config)
+        controller = Controller(config, store=store, fleet=fleet, library=library, recovering=recovering)
+        controller.start()
+        stack.push_async_callback(controller.stop)
+        await controller.wait_until(controller.is_ready, START_S)
+        server = make_server()
+        add_controller_services(controller, server)
+        port = bind(server, "127.0.0.1", 0)
+        await server.start()
+        stack.push_async_callback(server.stop, None)
+        for name, adapter in samples.adapters.items():
+            await controller.register(name, str(adapter), replace=False)
+        router = Router(
+            config.router,
+            router_id="router-0",
+            controller_address=f"127.0.0.1:{port}",
+            cluster_name="test",
+        )
+        address = f"127.0.0.1:{await router.start()}"
+        stack.push_async_callback(router.stop, 0.0)
+        await until(lambda: router.serving and len(router.table.entries) == len(samples.adapters), START_S)
+        yield LocalCluster(address=address, router=router, controller=controller)
+        await until(lambda: router.counters.in_flight == 0, START_S)
+        router.check_invariants(idle=True)
