@@ -29,7 +29,8 @@ class RequestRecord:
     """One finished request.
 
     `message_times_s` says when each message with tokens came, `message_tokens` how many it carried;
-    the first one holds the first token. `rank` None with an adapter is an unknown rank.
+    the first one holds the first token. `rank` None with an adapter is an unknown rank. `attempts` is how
+    often it was sent, and `resumed` whether it went on elsewhere after some of its output.
     """
 
     index: int
@@ -49,6 +50,8 @@ class RequestRecord:
     replica_id: str | None = None
     adapter_version: str | None = None
     warmup: bool = False
+    attempts: int = 1
+    resumed: bool = False
 
     def __post_init__(self) -> None:
         if len(self.message_times_s) != len(self.message_tokens):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loraserve.cli.common import command, echo_json, resolve_address, run_async
+from loraserve.cli.common import command, echo_json, resolve_addresses, run_async
 
 if TYPE_CHECKING:
     from loraserve.client import Client
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 adapter_app = typer.Typer(help="Register, remove and list adapters.", no_args_is_help=True)
 
 CLUSTER = typer.Option("default", help="The cluster's name on this machine.")
-ADDRESS = typer.Option(None, help="A router's HOST:PORT, instead of --cluster.")
+ADDRESS = typer.Option(None, help="A router's HOST:PORT, instead of --cluster; may be repeated.")
 JSON = typer.Option(False, "--json", help="Print one JSON object.")
 REGISTER_TIMEOUT_S = 900.0
 
 
-def _client(address: str | None, cluster: str) -> "Client":
+def _client(address: list[str] | None, cluster: str) -> "Client":
     from loraserve.client import Client
 
-    return Client(resolve_address(address, cluster))
+    return Client(resolve_addresses(address, cluster))
 
 
 @adapter_app.command("add")
@@ -31,7 +31,7 @@ def add(
     source: str = typer.Argument(help="A PEFT folder, file:// URL, Hugging Face id or allowed URL."),
     replace: bool = typer.Option(False, "--replace", help="Replace the weights of a registered name."),
     cluster: str = CLUSTER,
-    address: str = ADDRESS,
+    address: list[str] = ADDRESS,
     json: bool = JSON,
 ) -> None:
     """Register an adapter; returns once a replica has loaded it and requests may name it."""
@@ -53,7 +53,7 @@ def add(
 def remove(
     name: str = typer.Argument(help="The adapter's name."),
     cluster: str = CLUSTER,
-    address: str = ADDRESS,
+    address: list[str] = ADDRESS,
     json: bool = JSON,
 ) -> None:
     """Take an adapter out of service; its running requests end first."""
@@ -71,7 +71,7 @@ def remove(
 
 @adapter_app.command("list")
 @command
-def list_adapters(cluster: str = CLUSTER, address: str = ADDRESS, json: bool = JSON) -> None:
+def list_adapters(cluster: str = CLUSTER, address: list[str] = ADDRESS, json: bool = JSON) -> None:
     """List the registered adapters and their holders."""
 
     async def run() -> Any:

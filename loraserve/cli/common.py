@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from loraserve.errors import BadInputError, LoraServeError
@@ -80,13 +80,16 @@ def run_async(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     return result
 
 
-def resolve_address(address: str | None, cluster: str) -> str:
-    """The given address, or that of the running cluster's router."""
-    if address is None:
-        from loraserve.cluster.state import router_address
+def resolve_addresses(given: Sequence[str] | None, cluster: str) -> tuple[str, ...]:
+    """The given addresses, each of which may be several with commas between, or those of all routers of
+    the running cluster."""
+    if not given:
+        from loraserve.cluster.state import router_addresses
 
-        return router_address(cluster)
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise BadInputError(f"--address: {address} is not HOST:PORT, such as 127.0.0.1:50051")
-    return address
+        return router_addresses(cluster)
+    addresses = tuple(one.strip() for text in given for one in text.split(","))
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise BadInputError(f"--address: {address} is not HOST:PORT, such as 127.0.0.1:50051")
+    return addresses

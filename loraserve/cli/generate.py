@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraserve.cli.common import command, echo_json, resolve_address, run_async
+from loraserve.cli.common import command, echo_json, resolve_addresses, run_async
 from loraserve.errors import BadInputError
 from loraserve.request import ChatTurn, GenerationStep, SamplingParams
 
@@ -33,7 +33,8 @@ def generate(
         bool, typer.Option("--json", help="Print one JSON object when the answer is complete.")
     ] = False,
     address: Annotated[
-        str | None, typer.Option(help="A router, HOST:PORT; by default the running cluster's.")
+        list[str] | None,
+        typer.Option(help="A router, HOST:PORT; may be repeated; by default all of the running cluster."),
     ] = None,
     cluster: Annotated[str, typer.Option(help="Which cluster of this machine.")] = "default",
 ) -> None:
@@ -55,7 +56,7 @@ def generate(
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
     )
-    where = resolve_address(address, cluster)
+    where = resolve_addresses(address, cluster)
 
     async def run() -> None:
         from loraserve.client import Client
@@ -100,6 +101,8 @@ async def _show(stream: "GenerationStream", *, quiet: bool) -> dict[str, Any]:
         "replica": stream.served_by.replica,
         "table_version": stream.served_by.table_version,
         "reason": stream.served_by.reason,
+        "attempts": stream.attempts,
+        "resumed": stream.resumed,
     }
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from loraserve.cli.common import EXIT_INTERRUPTED, command, resolve_address, run_async
+from loraserve.cli.common import EXIT_INTERRUPTED, command, resolve_addresses, run_async
 from loraserve.errors import BadInputError, WorkFailedError
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ def replay(
         Path | None, typer.Option(help="Write records, plots and an HTML report into this folder.")
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
-    address: Annotated[Text, typer.Option(help="A router, HOST:PORT; else the running cluster's.")] = None,
+    address: Annotated[
+        list[str] | None,
+        typer.Option(help="A router, HOST:PORT; may be repeated; else all of the running cluster."),
+    ] = None,
     cluster: Annotated[str, typer.Option(help="Which cluster of this machine.")] = "default",
 ) -> None:
     """Replay a trace, open loop: arrivals never wait for answers."""
@@ -81,19 +84,21 @@ def replay(
         vocab_size=vocab_size,
         slo=_slo(slo_ttft_ms, slo_tbt_ms),
     )
-    _run(options, resolve_address(address, cluster), out, json_output=json_output)
+    _run(options, resolve_addresses(address, cluster), out, json_output=json_output)
 
 
-def _run(options: "ReplayOptions", address: str, out: Path | None, *, json_output: bool) -> None:
+def _run(
+    options: "ReplayOptions", addresses: tuple[str, ...], out: Path | None, *, json_output: bool
+) -> None:
     from loraserve.cli import replay_output
 
     if out is not None:
         # Before the run: an hour of measurements must not end in a folder that cannot be made.
         _make_folder(out)
-    result = run_async(lambda: _replay(options, address))
+    result = run_async(lambda: _replay(options, addresses))
     files = replay_output.write_files(result, out) if out is not None else ()
     if json_output:
-        replay_output.print_json(result, options, address, files)
+        replay_output.print_json(result, options, ",".join(addresses), files)
     else:
         replay_output.print_tables(result, options, files)
     if result.interrupted:
@@ -103,7 +108,7 @@ def _run(options: "ReplayOptions", address: str, out: Path | None, *, json_outpu
         raise WorkFailedError(f"no request was answered in full; the first: {status}")
 
 
-async def _replay(options: "ReplayOptions", address: str) -> "ReplayResult":
+async def _replay(options: "ReplayOptions", addresses: tuple[str, ...]) -> "ReplayResult":
     """Run with a progress display; the first Ctrl-C ends the replay, a second one the program."""
     import asyncio
     import signal
@@ -123,7 +128,7 @@ async def _replay(options: "ReplayOptions", address: str) -> "ReplayResult":
         loop.add_signal_handler(number, interrupt)
     try:
         async with ProgressDisplay() as display:
-            return await run_replay(address, options, stop=stop, on_start=display.follow)
+            return await run_replay(addresses, options, stop=stop, on_start=display.follow)
     finally:
         interrupt()
 

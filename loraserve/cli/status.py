@@ -4,20 +4,22 @@ from typing import Any
 
 import typer
 
-from loraserve.cli.common import command, echo_json, resolve_address, run_async
+from loraserve.cli.common import command, echo_json, resolve_addresses, run_async
+
+ADDRESS = typer.Option(None, help="A router's HOST:PORT, instead of --cluster; may be repeated.")
 
 
 @command
 def status(
     cluster: str = typer.Option("default", help="The cluster's name on this machine."),
-    address: str = typer.Option(None, help="A router's HOST:PORT, instead of --cluster."),
+    address: list[str] = ADDRESS,
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Show replicas, adapters and the router's counters."""
     from loraserve.client import Client
 
     async def run() -> Any:
-        async with Client(resolve_address(address, cluster)) as client:
+        async with Client(resolve_addresses(address, cluster)) as client:
             return await client.status()
 
     state = run_async(run)

@@ -75,8 +75,8 @@ def is_alive(running: RunningCluster) -> bool:
     return start_ticks(running.head_pid) == running.head_start_ticks
 
 
-def router_address(name: str, state_dir: str = "") -> str:
-    """The first router of the running cluster of this name; NotFoundError if none runs."""
+def router_addresses(name: str, state_dir: str = "") -> tuple[str, ...]:
+    """The routers of the running cluster of this name; NotFoundError if none runs."""
     running = read_running(cluster_dir(name, state_dir))
     if running is None or not is_alive(running):
         raise NotFoundError(
@@ -85,4 +85,4 @@ def router_address(name: str, state_dir: str = "") -> str:
         )
     if not running.router_addresses:
         raise NotFoundError(f"cluster {name} is still starting; wait until its `loraserve up` has returned")
-    return running.router_addresses[0]
+    return running.router_addresses

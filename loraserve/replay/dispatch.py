@@ -23,8 +23,17 @@ Sleep = Callable[[float], Awaitable[None]]
 class Answer(Protocol):
     """The stream of one request, as `loraserve.client.GenerationStream` is one."""
 
-    adapter_version: str | None
-    served_by: ServedBy
+    @property
+    def adapter_version(self) -> str | None: ...
+
+    @property
+    def served_by(self) -> ServedBy: ...
+
+    @property
+    def attempts(self) -> int: ...
+
+    @property
+    def resumed(self) -> bool: ...
 
     def __aiter__(self) -> AsyncIterator[GenerationStep]: ...
 
@@ -237,5 +246,7 @@ class _Measurement:
             message_tokens=tuple(self._tokens),
             replica_id=answer.served_by.replica if answer else None,
             adapter_version=answer.adapter_version if answer else None,
+            attempts=answer.attempts if answer else 0,
+            resumed=answer is not None and answer.resumed,
             warmup=self._warmup,
         )

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from loraserve.client import Client
@@ -24,7 +24,8 @@ LEAD_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayOptions:
-    """What to send, when, and what it is judged by; `timeout_s` is each request's deadline."""
+    """What to send, when, and what it is judged by; `timeout_s` is each request's deadline, `look_aside`
+    the client's."""
 
     workload: WorkloadOptions
     speedup: float = 1.0
@@ -34,6 +35,7 @@ class ReplayOptions:
     max_in_flight: int = 8192
     vocab_size: int = SAFE_VOCAB_SIZE
     ready_timeout_s: float = 30.0
+    look_aside: bool | None = None
     slo: Slo = field(default_factory=Slo)
 
     def __post_init__(self) -> None:
@@ -63,19 +65,19 @@ class ReplayResult:
 
 
 async def run_replay(
-    address: str,
+    addresses: str | Sequence[str],
     options: ReplayOptions,
     *,
     stop: asyncio.Event,
     on_start: Callable[[Progress], None] = lambda progress: None,
     clock: Clock | None = None,
 ) -> ReplayResult:
-    """Replay the workload; `on_start` gets the counts, which then move while the replay runs.
+    """Replay the workload through these routers; `on_start` gets the counts, which then move while it runs.
 
     BadInputError for a workload that cannot be sent, UnavailableError if no router is ready.
     """
     trace = await asyncio.to_thread(read_workload, options.workload)
-    async with Client(address, timeout_s=options.timeout_s) as client:
+    async with Client(addresses, look_aside=options.look_aside, timeout_s=options.timeout_s) as client:
         await client.wait_ready(options.ready_timeout_s)
         registered = [AdapterRef(name=one.name, rank=one.rank) for one in await client.list_adapters()]
         trace, shortened = shorten(give_adapters(trace, options.workload, registered), options.workload)

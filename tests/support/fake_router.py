@@ -1,23 +1,25 @@
-"""A router in this process: the public protocol over real gRPC, answered by one emulated engine."""
+"""Routers in this process: the public protocol over real gRPC, answered by one emulated engine."""
 
-import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+import grpc
 
 from loraserve.clock import WallClock
 from loraserve.config import EmulatedSection, EngineSection, ModelSection
 from loraserve.engines.base import AdapterFiles, EngineLoad
 from loraserve.engines.emulated import EmulatedEngine
-from loraserve.errors import AlreadyExistsError, LoraServeError, NotFoundError
-from loraserve.rpc import codec
-from loraserve.rpc.server import Health, bind, make_server
+from loraserve.errors import AlreadyExistsError, LoraServeError, NotFoundError, UnavailableError
+from loraserve.rpc.server import Health
 from loraserve.rpc.status import abort_with
 from loraserve.rpc.v1 import inference_pb2 as inference
-from loraserve.rpc.v1 import inference_pb2_grpc, management_pb2_grpc
 from loraserve.rpc.v1 import management_pb2 as management
+from loraserve.rpc.v1 import management_pb2_grpc
 from placement.types import AdapterName, VersionId, version_id
+from tests.support.fake_replica import FakeAnswers, FakeReplica
 
 TRAILER = (
     ("loraserve-replica", "replica-0"),
@@ -26,24 +28,28 @@ TRAILER = (
 )
 
 
-class FakeRouter(inference_pb2_grpc.InferenceServicer, management_pb2_grpc.ManagementServicer):
-    """Serves its engine's adapters by name; with `refusal` set it refuses every request so."""
+class FakeRouter(FakeAnswers, management_pb2_grpc.ManagementServicer):
+    """Serves its engine's adapters by name; with `refusal` set it refuses every request so.
+
+    Picks the first of `replicas` that is not excluded, and knows no Pick as long as it has none.
+    """
+
+    trailers = TRAILER
 
     def __init__(self, engine: EmulatedEngine) -> None:
-        self.engine = engine
-        self.refusal: LoraServeError | None = None
         self.adapters: dict[str, tuple[VersionId, int]] = {}
-        self.requests: list[inference.GenerateRequest] = []
+        super().__init__(engine, self.adapters)
+        self.refusal: LoraServeError | None = None
         self.health: Health
-        self.address = ""
-        self._active = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self.replicas: list[FakeReplica] = []
+        self.picks: list[inference.PickRequest] = []
+        self.pick_script: deque[LoraServeError | None] = deque()
 
     async def wait_idle(self) -> None:
         """Return when no request runs here any more; TimeoutError and AssertionError if one leaked."""
-        async with asyncio.timeout(10):
-            await self._idle.wait()
+        for one in self.replicas:
+            await one.wait_idle()
+        await super().wait_idle()
         assert self.engine.load() == EngineLoad(running=0, waiting=0, kv_cache_usage=0.0)
         self.engine.check_invariants()
 
@@ -55,40 +61,43 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, management_pb2_grpc.Manag
         self.adapters[name] = (version, rank)
         return version
 
-    async def Generate(  # noqa: N802
-        self, request: inference.GenerateRequest, context: Any
-    ) -> AsyncIterator[inference.GenerateResponse]:
-        """Stream the engine's steps."""
-        self.requests.append(request)
-        name = request.request_id or f"fake-{len(self.requests)}"
-        context.set_trailing_metadata(TRAILER)
-        self._active += 1
-        self._idle.clear()
-        try:
-            if self.refusal is not None:
-                raise self.refusal
-            version = self._version(request.adapter)
-            value = codec.parse_generate(request, request_id=name, version_id=version)
-            first = True
-            async with aclosing(self.engine.generate(value)) as steps:
-                async for step in steps:
-                    yield codec.encode_step(step, first=first, request_id=name, version_id=version)
-                    first = False
-        except LoraServeError as error:
-            await abort_with(context, error, TRAILER)
-        finally:
-            self._active -= 1
-            if self._active == 0:
-                self._idle.set()
+    def check(self, request: inference.GenerateRequest) -> None:
+        """Refuse as told; a lease is not for routers."""
+        assert not request.HasField("lease")
+        if self.refusal is not None:
+            raise self.refusal
 
-    async def Complete(  # noqa: N802
-        self, request: inference.GenerateRequest, context: Any
-    ) -> inference.GenerateResponse:
-        """The same as one message."""
-        parts = [part async for part in self.Generate(request, context)]
-        whole = codec.join_steps(codec.decode_step(part) for part in parts)
-        return codec.encode_step(
-            whole, first=True, request_id=parts[0].request_id, version_id=self._version(request.adapter)
+    def add_services(self, server: grpc.aio.Server) -> None:
+        """All that a router serves."""
+        super().add_services(server)
+        management_pb2_grpc.add_ManagementServicer_to_server(self, server)
+        self.health = Health(server, ())
+
+    async def come_back(self) -> None:
+        """Listen and serve again."""
+        await super().come_back()
+        await self.health.set_serving(True)
+
+    async def Pick(self, request: inference.PickRequest, context: Any) -> inference.PickResponse:  # noqa: N802
+        """The first replica that may be picked."""
+        if not self.replicas:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no Pick here")
+        self.picks.append(request)
+        failure = self.pick_script.popleft() if self.pick_script else None
+        free = [one for one in self.replicas if one.replica_id not in request.exclude_replicas]
+        try:
+            if failure is not None:
+                raise failure
+            if not free:
+                raise UnavailableError("no holder")
+            version = self.version(request.adapter) or ""
+        except LoraServeError as error:
+            await abort_with(context, error)
+        lease = inference.Lease(
+            lease_id=f"{len(self.picks)} {free[0].replica_id}", adapter_version=version, table_version=7
+        )
+        return inference.PickResponse(
+            replica_id=free[0].replica_id, address=free[0].address, lease=lease, lease_s=5, reason="picked"
         )
 
     async def RegisterAdapter(  # noqa: N802
@@ -131,13 +140,6 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, management_pb2_grpc.Manag
             router=management.RouterStats(router_id="router-0", requests=len(self.requests)),
         )
 
-    def _version(self, name: str) -> VersionId | None:
-        if not name:
-            return None
-        if name not in self.adapters:
-            raise NotFoundError(f"adapter {name} is not registered")
-        return self.adapters[name][0]
-
     def _adapter(self, name: str) -> management.Adapter:
         version, rank = self.adapters[name]
         holder = management.Holder(replica_id="replica-0", share=1.0)
@@ -147,20 +149,33 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, management_pb2_grpc.Manag
 @asynccontextmanager
 async def fake_router(*, speed: float = 20.0, serving: bool = True) -> AsyncIterator[FakeRouter]:
     """A running fake; its engine's conservation laws are checked when it ends."""
+    async with fake_routers(1, speed=speed, serving=serving) as (router,):
+        yield router
+
+
+@asynccontextmanager
+async def fake_routers(
+    count: int, *, replicas: int = 0, speed: float = 20.0, serving: bool = True
+) -> AsyncIterator[tuple[FakeRouter, ...]]:
+    """Routers of one cluster, which share one engine, their adapters and their replicas."""
     config = EngineSection(kind="emulated", max_num_seqs=256, adapter_slots=8)
     engine = EmulatedEngine(config, EmulatedSection(speed=speed), ModelSection(), clock=WallClock())
     await engine.start()
-    router = FakeRouter(engine)
-    server = make_server()
-    inference_pb2_grpc.add_InferenceServicer_to_server(router, server)
-    management_pb2_grpc.add_ManagementServicer_to_server(router, server)
-    router.health = Health(server, ())
-    router.address = f"127.0.0.1:{bind(server, '127.0.0.1', 0)}"
-    await server.start()
-    await router.health.set_serving(serving)
+    routers = tuple(FakeRouter(engine) for _ in range(count))
+    shared = [FakeReplica(f"r{index}", engine, routers[0].adapters) for index in range(replicas)]
+    for replica in shared:
+        await replica.listen()
+    for router in routers:
+        router.adapters = routers[0].adapters
+        router.served = routers[0].adapters
+        router.replicas = shared
+        await router.listen()
+        await router.health.set_serving(serving)
     try:
-        yield router
-        await router.wait_idle()
+        yield routers
+        for router in routers:
+            await router.wait_idle()
     finally:
-        await server.stop(0)
+        for one in (*routers, *shared):
+            await one.server.stop(0)
         await engine.close()

@@ -31,7 +31,7 @@ async def router() -> AsyncIterator[FakeRouter]:
 
 @pytest.fixture
 async def client(router: FakeRouter) -> AsyncIterator[Client]:
-    async with Client(router.address) as client:
+    async with Client(router.address, reconnect_s=0.2) as client:
         yield client
 
 

@@ -18,7 +18,7 @@ from loraserve.cluster.state import (
     cluster_dir,
     is_alive,
     read_running,
-    router_address,
+    router_addresses,
     start_ticks,
     write_running,
 )
@@ -102,7 +102,7 @@ def test_garbage_is_no_cluster(tmp_path: Path, content: bytes) -> None:
     (folder / "cluster.json").write_bytes(content)
     assert read_running(folder) is None
     with pytest.raises(NotFoundError, match="no cluster named c is running"):
-        router_address("c", str(tmp_path))
+        router_addresses("c", str(tmp_path))
 
 
 def test_keys_of_a_later_release_do_not_hide_a_cluster(tmp_path: Path) -> None:
@@ -111,11 +111,12 @@ def test_keys_of_a_later_release_do_not_hide_a_cluster(tmp_path: Path) -> None:
     assert read_running(tmp_path) == running_here()
 
 
-def test_the_first_router_of_a_live_cluster_is_its_address(tmp_path: Path) -> None:
+def test_the_routers_of_a_live_cluster_are_its_addresses(tmp_path: Path) -> None:
     folder = cluster_dir("c", str(tmp_path))
     folder.mkdir()
-    write_running(folder, running_here())
-    assert router_address("c", str(tmp_path)) == "127.0.0.1:1"
+    addresses = ("127.0.0.1:1", "127.0.0.1:2")
+    write_running(folder, running_here(router_addresses=addresses))
+    assert router_addresses("c", str(tmp_path)) == addresses
 
 
 def test_a_cluster_that_starts_has_no_address_yet(tmp_path: Path) -> None:
@@ -123,12 +124,12 @@ def test_a_cluster_that_starts_has_no_address_yet(tmp_path: Path) -> None:
     folder.mkdir()
     write_running(folder, running_here(router_addresses=()))
     with pytest.raises(NotFoundError, match=r"cluster c is still starting"):
-        router_address("c", str(tmp_path))
+        router_addresses("c", str(tmp_path))
 
 
 def test_a_cluster_that_never_was_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"no cluster named c .*`loraserve up`.*--address"):
-        router_address("c", str(tmp_path))
+        router_addresses("c", str(tmp_path))
 
 
 def test_a_dead_head_is_no_cluster(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_dead_head_is_no_cluster(tmp_path: Path) -> None:
     folder.mkdir()
     write_running(folder, one)
     with pytest.raises(NotFoundError, match="no cluster named c is running"):
-        router_address("c", str(tmp_path))
+        router_addresses("c", str(tmp_path))
 
 
 def test_another_process_under_the_old_pid_is_no_cluster() -> None:

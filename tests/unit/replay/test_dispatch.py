@@ -28,6 +28,8 @@ class FakeAnswer:
         self.sampling: SamplingParams = request["sampling"]
         self.adapter_version: str | None = "a@0"
         self.served_by = ServedBy(replica="replica-0")
+        self.attempts = 2
+        self.resumed = True
         self.cancelled = False
         self._script = script
 
@@ -134,6 +136,7 @@ async def test_each_request_asks_for_what_the_trace_says() -> None:
     assert [record.request_id for record in records] == [first["request_id"], second["request_id"]]
     assert records[0].message_tokens == (1, 1, 1)
     assert (records[0].replica_id, records[0].adapter_version) == ("replica-0", "a@0")
+    assert (records[0].attempts, records[0].resumed) == (2, True)
 
 
 @pytest.mark.parametrize(
