@@ -1,16 +1,18 @@
 """The cluster's state machine: events in, commands out, no I/O and no clock.
 
 It knows which adapters are registered, which copies each replica holds, and what the routers have been
-told. The live controller and the simulator run this same object.
+told. The live controller and the simulator run this same object. How tables follow from copies is in
+`cluster_table`, how replicas are drained in `cluster_drain`.
 
 A copy's life: (none) → LOADING → HELD → RETIRING → (none). A copy is in the routing table only while it
 is HELD; it is retired only after a table without it was published; the last copy of a version that the
 table still names is never retired.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
+from placement import cluster_drain
 from placement.cluster_messages import (
     AdapterLoaded,
     AdapterLoadFailed,
@@ -20,25 +22,29 @@ from placement.cluster_messages import (
     AdapterWithdrawn,
     Command,
     DeleteAdapter,
+    DrainRequested,
     EpochElapsed,
     Event,
     LoadAdapter,
     PublishTable,
+    ReplicaDrained,
     ReplicaGivenUp,
     ReplicaLost,
     ReplicaReady,
     SaveAdapter,
     SavePlan,
     StartReplica,
+    StopReplica,
+    UndrainRequested,
     UnloadAdapter,
 )
-from placement.cluster_records import Copy, CopyPhase, ReplicaPhase, ReplicaRecord
+from placement.cluster_records import Copy, CopyPhase, DrainOrder, Holdings, ReplicaPhase, ReplicaRecord
+from placement.cluster_table import table_of
 from placement.policies.base import PlacementPolicy
-from placement.table import RoutingTable, TableEntry, TableReplica
+from placement.table import RoutingTable
 from placement.types import (
     AdapterName,
     AdapterVersion,
-    Holder,
     Placement,
     ReplicaId,
     Snapshot,
@@ -60,6 +66,7 @@ class ClusterState:
         adapters: Iterable[AdapterVersion] = (),
         plan: Placement | None = None,
         table_version: int = 0,
+        drains: Mapping[ReplicaId, DrainOrder] = MappingProxyType({}),
         recovering: bool = False,
     ) -> None:
         """Start empty, or from what a store remembers (`adapters` in order of registration).
@@ -82,6 +89,11 @@ class ClusterState:
         self.demand_tokens_per_s: Mapping[VersionId, float] = MappingProxyType({})
         for adapter in adapters:
             self._adopt(adapter)
+        for replica in drains.keys() & self.replicas.keys():
+            record = self.replicas[replica]
+            record.drain = drains[replica]
+            if record.drain.done:
+                record.phase = ReplicaPhase.DRAINED
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event in and say what is to be done about it."""
@@ -100,7 +112,8 @@ class ClusterState:
                 return self._on_replica_lost(event)
             case ReplicaGivenUp(replica_id=replica_id, reason=reason):
                 record = self.replicas[replica_id]
-                record.phase, record.reason = ReplicaPhase.FAILED, reason
+                if record.phase is ReplicaPhase.STARTING:
+                    record.phase, record.reason = ReplicaPhase.FAILED, reason
             case AdapterRegistered(adapter=adapter):
                 self._adopt(adapter)
                 return [SaveAdapter(adapter)]
@@ -118,13 +131,30 @@ class ClusterState:
             case EpochElapsed(demand_tokens_per_s=demand):
                 self.demand_tokens_per_s = demand
                 return self._on_epoch_elapsed()
+            case DrainRequested(replica_id=replica_id, order=order):
+                return cluster_drain.request(self.replicas[replica_id], order)
+            case ReplicaDrained(replica_id=replica_id):
+                return cluster_drain.drained(self.replicas[replica_id])
+            case UndrainRequested(replica_id=replica_id):
+                return cluster_drain.take_back(self.replicas[replica_id])
         return []
 
     # -- what others ask -----------------------------------------------------------------------
 
+    @property
+    def holdings(self) -> Holdings:
+        """Who holds what, as it is now and as it changes."""
+        return Holdings(
+            replicas=self.replicas,
+            adapters=self.adapters,
+            active=self.active,
+            superseded=self.superseded,
+            plan=self.plan,
+        )
+
     def holders(self, version: VersionId) -> tuple[ReplicaId, ...]:
         """The replicas that acknowledged this version and are not dropping it."""
-        return tuple(record.replica_id for record in self.replicas.values() if record.holds(version))
+        return self.holdings.holders(version)
 
     def is_served(self, version: VersionId) -> bool:
         """Whether the published table names this version."""
@@ -141,28 +171,71 @@ class ClusterState:
         if reasons:
             return "; ".join(reasons)
         phases = {copy.phase for record in records for copy in record.copies.values()}
-        if CopyPhase.RETIRING in phases and self.plan.replicas_of(version):
+        if phases & {CopyPhase.LOADING, CopyPhase.RETIRING} and self.plan.replicas_of(version):
             return None
         return "no replica has a free slot and enough memory for it"
+
+    def drain_problem(self, leaving: Collection[ReplicaId]) -> str | None:
+        """What would be lost if these replicas were drained now, or None: no replica would be left, or
+        adapters that are held now would find no room on the others."""
+        staying = [record for record in self._ready() if record.replica_id not in leaving]
+        if not staying:
+            return "no replica would be left that is ready"
+        names = cluster_drain.homeless(self.holdings, self._planned_on(staying).holders)
+        return None if names is None else f"no other replica has room for {names}"
+
+    def drain_waits_for(self, replica: ReplicaId) -> tuple[VersionId, ...]:
+        """The versions that keep a draining replica from leaving: no other replica holds them yet."""
+        record = self.replicas[replica]
+        if record.gone:
+            return cluster_drain.missing(self.holdings)
+        if record.phase is not ReplicaPhase.DRAINING or record.leaving:
+            return ()
+        return tuple(
+            entry.version_id
+            for entry in self.table.entries.values()
+            if any(holder.replica_id == replica for holder in entry.holders)
+        )
 
     # -- events --------------------------------------------------------------------------------
 
     def _on_replica_ready(self, event: ReplicaReady) -> list[Command]:
         replica_id = event.spec.replica_id
         record = self.replicas.setdefault(replica_id, ReplicaRecord(replica_id, ReplicaPhase.READY))
+        if record.phase is ReplicaPhase.DRAINED:
+            return [StopReplica(replica_id)]
         record.phase, record.spec, record.address = ReplicaPhase.READY, event.spec, event.address
-        record.reason = ""
+        record.reason, record.leaving, record.gone = "", False, False
         record.copies = {
             version: Copy(CopyPhase.HELD, self._size_bytes(version)) for version in sorted(event.resident)
         }
         record.refused.clear()
-        return []
+        return self._resume(record, event) + cluster_drain.ready(record, is_draining=event.draining)
+
+    def _resume(self, record: ReplicaRecord, event: ReplicaReady) -> list[Command]:
+        """Ask again for what an earlier controller had asked for, to hear how it ends."""
+        commands: list[Command] = []
+        for version in sorted(event.loading | event.dropping):
+            adapter = self.adapters.get(version)
+            record.copies[version] = Copy(CopyPhase.RETIRING, self._size_bytes(version))
+            if adapter is None or version in event.dropping:
+                commands.append(UnloadAdapter(record.replica_id, version))
+            else:
+                record.copies[version].phase = CopyPhase.LOADING
+                commands.append(LoadAdapter(record.replica_id, adapter))
+        return commands
 
     def _on_replica_lost(self, event: ReplicaLost) -> list[Command]:
         record = self.replicas[event.replica_id]
+        if record.phase is ReplicaPhase.DRAINED:
+            return []
         record.copies.clear()
         record.refused.clear()
         record.reason = event.reason
+        if record.drain is not None:
+            cluster_drain.lost(record)
+            return []
+        record.leaving = False
         if record.restarts >= self.max_restarts:
             record.phase = ReplicaPhase.FAILED
             return []
@@ -232,91 +305,41 @@ class ClusterState:
         return any(record.phase in waiting_for for record in self.replicas.values())
 
     def _replan(self) -> list[Command]:
-        plan = self.policy.plan(
-            Snapshot(
-                adapters=tuple(self.adapters[version] for _, version in sorted(self.active.items())),
-                replicas=tuple(record.spec for record in self._ready() if record.spec is not None),
-                current=self.plan,
-                demand_tokens_per_s=self.demand_tokens_per_s,
-                seed=self.seed,
-            )
-        )
+        plan = self._planned_on(self._ready())
         if plan == self.plan:
             return []
         self.plan = plan
         return [SavePlan(plan)]
 
+    def _planned_on(self, records: Iterable[ReplicaRecord]) -> Placement:
+        """What the policy makes of these replicas; draining ones are never among them."""
+        return self.policy.plan(
+            Snapshot(
+                adapters=tuple(self.adapters[version] for _, version in sorted(self.active.items())),
+                replicas=tuple(record.spec for record in records if record.spec is not None),
+                current=self.plan,
+                demand_tokens_per_s=self.demand_tokens_per_s,
+                seed=self.seed,
+            )
+        )
+
     def _settle(self) -> list[Command]:
-        """Publish what is true now, retire what nobody is sent to, load what is planned."""
+        """Publish what is true now, let go of what nobody is sent to, load what is planned."""
         commands = self._forget_superseded()
         table = self._next_table()
         if table is not None:
             self.table, self.published = table, True
             commands.append(PublishTable(table))
+        commands += cluster_drain.leave(self.replicas.values(), self.table)
+        commands += cluster_drain.close(self.holdings)
         commands += self._retire()
         commands += self._load()
         return commands
 
     def _next_table(self) -> RoutingTable | None:
         """The table that follows from the copies held now, or None if it is the one published."""
-        replicas = {
-            record.replica_id: TableReplica(
-                replica_id=record.replica_id,
-                address=record.address,
-                max_lora_rank=record.spec.max_lora_rank,
-            )
-            for record in self._ready()
-            if record.spec is not None
-        }
-        entries = {name: entry for name in sorted(self.active) if (entry := self._entry(name)) is not None}
-        table = RoutingTable(
-            version=self.table.version + 1,
-            base_model=self.base_model,
-            replicas=MappingProxyType(replicas),
-            entries=MappingProxyType(entries),
-        )
+        table = table_of(self.holdings, version=self.table.version + 1, base_model=self.base_model)
         return None if self.published and table.same_content(self.table) else table
-
-    def _entry(self, name: AdapterName) -> TableEntry | None:
-        """The newest version of the name that somebody holds, and by whom."""
-        for version in [self.active[name], *reversed(self.superseded.get(name, []))]:
-            if self.holders(version):
-                return TableEntry(
-                    name=name,
-                    version_id=version,
-                    rank=self.adapters[version].rank,
-                    holders=self._shares(version),
-                )
-        return None
-
-    def _shares(self, version: VersionId) -> tuple[Holder, ...]:
-        """The planned shares of those that hold it already; equal ones if none of them is planned."""
-        held = self.holders(version)
-        shares = {
-            holder.replica_id: holder.share
-            for holder in self.plan.holders.get(version, ())
-            if holder.replica_id in held and holder.share > 0
-        }
-        if not shares:
-            released = self._released_for_newer(version)
-            shares = {replica: 1.0 for replica in held if replica not in released}
-        total = sum(shares.values())
-        return tuple(Holder(replica_id=key, share=share / total) for key, share in sorted(shares.items()))
-
-    def _released_for_newer(self, version: VersionId) -> frozenset[ReplicaId]:
-        """The holders of an old version that must give up its slot for the new one, never all of them."""
-        newer = self.adapters[self.active[self.adapters[version].name]]
-        if newer.version_id == version:
-            return frozenset()
-        held = self.holders(version)
-        full = [
-            replica
-            for replica in held
-            if replica in self.plan.replicas_of(newer.version_id)
-            and newer.version_id not in self.replicas[replica].copies
-            and not self.replicas[replica].has_room(newer)
-        ]
-        return frozenset(full[: len(held) - 1])
 
     def _forget_superseded(self) -> list[Command]:
         """Drop from the registry the old versions that a newer one with a holder has replaced."""

@@ -4,17 +4,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from placement.cluster_records import DrainOrder
 from placement.table import RoutingTable
 from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, ReplicaSpec, VersionId
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReady:
-    """A replica is up (or was found again) and says what it holds."""
+    """A replica is up (or was found again) and says what it holds.
+
+    One that was found again may be in the middle of what an earlier controller asked for: loading or
+    dropping a copy, or draining.
+    """
 
     spec: ReplicaSpec
     address: str
     resident: frozenset[VersionId] = frozenset()
+    loading: frozenset[VersionId] = frozenset()
+    dropping: frozenset[VersionId] = frozenset()
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,28 @@ class EpochElapsed:
     demand_tokens_per_s: Mapping[VersionId, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """An operator wants a replica to end in order and stay away; see `ClusterState.drain_problem`."""
+
+    replica_id: ReplicaId
+    order: DrainOrder
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDrained:
+    """A replica that was told to drain has nothing in flight any more."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class UndrainRequested:
+    """An operator wants a drained, draining or failed replica back; any other is left as it is."""
+
+    replica_id: ReplicaId
+
+
 Event = (
     ReplicaReady
     | ReplicaLost
@@ -97,6 +127,9 @@ Event = (
     | AdapterLoadFailed
     | AdapterUnloaded
     | EpochElapsed
+    | DrainRequested
+    | ReplicaDrained
+    | UndrainRequested
 )
 
 
@@ -152,4 +185,39 @@ class SavePlan:
     plan: Placement
 
 
-Command = StartReplica | LoadAdapter | UnloadAdapter | PublishTable | SaveAdapter | DeleteAdapter | SavePlan
+@dataclass(frozen=True, slots=True)
+class SaveDrain:
+    """Remember durably that the replica is to drain or has drained; None: that it is not to."""
+
+    replica_id: ReplicaId
+    order: DrainOrder | None
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReplica:
+    """Have this replica refuse new work and finish what it has, aborting what is left after
+    `deadline_s`, and answer with ReplicaDrained."""
+
+    replica_id: ReplicaId
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StopReplica:
+    """End this replica's process, or its start; that it is lost then is no news."""
+
+    replica_id: ReplicaId
+
+
+Command = (
+    StartReplica
+    | StopReplica
+    | LoadAdapter
+    | UnloadAdapter
+    | DrainReplica
+    | PublishTable
+    | SaveAdapter
+    | DeleteAdapter
+    | SavePlan
+    | SaveDrain
+)

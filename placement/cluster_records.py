@@ -1,18 +1,22 @@
 """What the cluster's state machine keeps of each replica and each copy."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from placement.types import AdapterVersion, ReplicaId, ReplicaSpec, VersionId
+from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, ReplicaSpec, VersionId
 
 
 class ReplicaPhase(Enum):
     """Where a replica stands. UNKNOWN: a restarted controller has not looked for it yet; STARTING
-    also covers one that is being started again."""
+    also covers one that is being started again. DRAINING: it gets no new copies and leaves the table as
+    soon as no adapter depends on it; DRAINED: it was ended and stays so until it is undrained."""
 
     UNKNOWN = "unknown"
     STARTING = "starting"
     READY = "ready"
+    DRAINING = "draining"
+    DRAINED = "drained"
     FAILED = "failed"
 
 
@@ -32,11 +36,23 @@ class Copy:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainOrder:
+    """An operator's wish that a replica be drained: what running work gets once the replica takes no
+    more, whether adapters that have no other home may be lost, and whether it is done."""
+
+    deadline_s: float
+    force: bool = False
+    done: bool = False
+
+
 @dataclass(slots=True)
 class ReplicaRecord:
     """What is known of one replica. `spec` is None and `address` empty until it was ready once.
 
-    `refused` holds the versions that it would not load, with the reason, until the next epoch.
+    `refused` holds the versions that it would not load, with the reason, until the next epoch. `drain`
+    is set from the request to drain until it is taken back; `leaving` once the replica is out of the
+    table for it and finishes its work; `gone` if its process ended in the middle.
     """
 
     replica_id: ReplicaId
@@ -47,11 +63,19 @@ class ReplicaRecord:
     reason: str = ""
     copies: dict[VersionId, Copy] = field(default_factory=dict)
     refused: dict[VersionId, str] = field(default_factory=dict)
+    drain: DrainOrder | None = None
+    leaving: bool = False
+    gone: bool = False
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it takes requests: ready, or draining and still needed."""
+        return self.phase is ReplicaPhase.READY or (self.phase is ReplicaPhase.DRAINING and not self.leaving)
 
     def holds(self, version: VersionId) -> bool:
-        """Whether this replica acknowledged the version and is not dropping it."""
+        """Whether this replica acknowledged the version, is not dropping it, and takes requests."""
         copy = self.copies.get(version)
-        return self.phase is ReplicaPhase.READY and copy is not None and copy.phase is CopyPhase.HELD
+        return self.is_serving and copy is not None and copy.phase is CopyPhase.HELD
 
     def has_room(self, adapter: AdapterVersion) -> bool:
         """Whether the adapter can be loaded now; what is loading and what is draining counts as taken."""
@@ -74,3 +98,31 @@ class ReplicaRecord:
         else:
             copy.phase = after
         return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """Who holds what under which names, and the plan: a view of the state machine's own records."""
+
+    replicas: Mapping[ReplicaId, ReplicaRecord]
+    adapters: Mapping[VersionId, AdapterVersion]
+    active: Mapping[AdapterName, VersionId]
+    superseded: Mapping[AdapterName, Sequence[VersionId]]
+    plan: Placement
+
+    def holders(self, version: VersionId) -> tuple[ReplicaId, ...]:
+        """The replicas that acknowledged this version and are not dropping it."""
+        return tuple(record.replica_id for record in self.replicas.values() if record.holds(version))
+
+    def may_come(self, version: VersionId) -> bool:
+        """Whether a planned replica has not refused this version, so that it may hold it yet."""
+        planned = self.plan.replicas_of(version)
+        return any(
+            record.replica_id in planned and version not in record.refused
+            for record in self.replicas.values()
+            if record.phase is ReplicaPhase.READY
+        )
+
+    def versions_of(self, name: AdapterName) -> tuple[VersionId, ...]:
+        """The versions of a registered name, newest first."""
+        return (self.active[name], *reversed(self.superseded.get(name, ())))

@@ -1,14 +1,15 @@
 """What must hold of a cluster's state after every event; checkers for tests and for the paranoid."""
 
 from placement.cluster import ClusterState
-from placement.cluster_records import ReplicaPhase
+from placement.cluster_records import ReplicaPhase, ReplicaRecord
 from placement.types import SHARE_TOLERANCE, Placement, Snapshot
 
 
 def check_cluster(state: ClusterState) -> None:
     """AssertionError unless slots, bytes, ranks, the published table and the registry agree."""
     for record in state.replicas.values():
-        if record.phase is not ReplicaPhase.READY:
+        _check_drain(state, record)
+        if record.phase not in (ReplicaPhase.READY, ReplicaPhase.DRAINING) or record.gone:
             _require(not record.copies, f"{record.replica_id} is {record.phase.value} and has copies")
             continue
         spec = record.spec
@@ -35,7 +36,7 @@ def _check_table(state: ClusterState) -> None:
     if not state.published:
         return
     for replica in state.table.replicas:
-        _require(state.replicas[replica].phase is ReplicaPhase.READY, f"the table names lost {replica}")
+        _require(state.replicas[replica].is_serving, f"the table names {replica}, which takes no requests")
     for entry in state.table.entries.values():
         _require(bool(entry.holders), f"{entry.name} is in the table without holders")
         total = sum(holder.share for holder in entry.holders)
@@ -45,6 +46,28 @@ def _check_table(state: ClusterState) -> None:
                 state.replicas[holder.replica_id].holds(entry.version_id),
                 f"the table sends {entry.version_id} to {holder.replica_id}, which has not acknowledged it",
             )
+
+
+def _check_drain(state: ClusterState, record: ReplicaRecord) -> None:
+    """A draining replica is in the table for what nobody else holds, or it is leaving and is not."""
+    replica = record.replica_id
+    is_draining = record.phase is ReplicaPhase.DRAINING
+    _require(is_draining or not (record.leaving or record.gone), f"{replica} leaves without being drained")
+    done = record.drain is not None and record.drain.done
+    _require(done == (record.phase is ReplicaPhase.DRAINED), f"{replica}: its drain and its phase disagree")
+    if not is_draining:
+        return
+    _require(record.leaving or record.drain is not None, f"{replica} drains for nobody")
+    if not state.published:
+        return
+    _require(record.leaving != (replica in state.table.replicas), f"{replica} neither serves nor leaves")
+    for entry in state.table.entries.values():
+        holders = {holder.replica_id for holder in entry.holders}
+        settled = {one for one in holders if state.replicas[one].phase is ReplicaPhase.READY}
+        _require(
+            replica not in holders or not settled,
+            f"the table sends {entry.name} to draining {replica}, and others hold it",
+        )
 
 
 def check_placement(snapshot: Snapshot, placement: Placement) -> None:

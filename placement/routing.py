@@ -306,7 +306,11 @@ class Chooser:
         table = self._table
         version: VersionId | None = None
         if adapter is None:
-            everyone = tuple(Holder(replica_id=name, share=1.0) for name in table.replicas)
+            # One that is draining is left to the adapters that have no other, unless there is no other.
+            everyone = tuple(
+                Holder(replica_id=name, share=0.0 if replica.draining else 1.0)
+                for name, replica in table.replicas.items()
+            )
         else:
             entry = table.entries.get(adapter)
             if entry is None:

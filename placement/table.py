@@ -12,11 +12,13 @@ from placement.types import AdapterName, Holder, ReplicaId, VersionId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableReplica:
-    """A ready replica and where its gRPC server listens (host:port)."""
+    """A replica that takes requests and where its gRPC server listens (host:port); one that is
+    draining is there only for the adapters that name it."""
 
     replica_id: ReplicaId
     address: str
     max_lora_rank: int
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,7 @@ class TableEntry:
 class RoutingTable:
     """Version 0 is the empty table that nobody has published; versions only grow.
 
-    Every replica of the table serves the base model.
+    Every replica of the table that is not draining serves the base model.
     """
 
     version: int = 0

@@ -68,6 +68,11 @@ class RayLink:
         """Drain and drop."""
         await answer(self._actor.unload_adapter.remote(version))
 
+    async def drain(self, deadline_s: float) -> int:
+        """Finish what runs, take nothing new."""
+        moved: int = await answer(self._actor.drain.remote(deadline_s))
+        return moved
+
     async def wait_lost(self) -> str:
         """Ray fails the pending call as soon as the process dies."""
         try:

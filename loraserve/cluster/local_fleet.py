@@ -5,7 +5,8 @@ event loop. `lose` ends one as abruptly as one process allows.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from loraserve.config import Config
 from loraserve.controller.fleet import ReplicaLink
@@ -15,6 +16,8 @@ from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError
 from loraserve.replica.server import ReplicaServer
 from placement.types import ReplicaId, VersionId
 
+T = TypeVar("T")
+
 
 class LocalLink:
     """A link to a replica server of this process."""
@@ -22,6 +25,7 @@ class LocalLink:
     def __init__(self, server: ReplicaServer) -> None:
         self.server = server
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._calls: set[asyncio.Task[Any]] = set()
 
     async def describe(self) -> ReplicaDescription:
         """What the replica is and holds."""
@@ -35,19 +39,45 @@ class LocalLink:
 
     async def load_adapter(self, files: AdapterFiles) -> None:
         """Load and acknowledge."""
-        self._check()
-        await self.server.load_adapter(files)
-        self._check()
+        await self._call(self.server.load_adapter(files))
 
     async def unload_adapter(self, version: VersionId) -> None:
         """Drain and drop."""
-        self._check()
-        await self.server.unload_adapter(version)
-        self._check()
+        await self._call(self.server.unload_adapter(version))
+
+    async def drain(self, deadline_s: float) -> int:
+        """Finish what runs, take nothing new."""
+        return await self._call(self.server.drain(deadline_s))
 
     async def wait_lost(self) -> str:
         """Returns once `LocalFleet.lose` has hit this replica."""
         return await asyncio.shield(self.lost)
+
+    async def end(self, reason: str) -> None:
+        """End the server; whoever waits for an answer of it hears why."""
+        if not self.lost.done():
+            self.lost.set_result(reason)
+        await self.server.stop(0.0)
+        for call in self._calls:
+            call.cancel()
+
+    async def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """As over Ray, the call goes on when its caller is cancelled, and fails when the replica is lost."""
+        if self.lost.done():
+            work.close()
+            self._check()
+        call = asyncio.ensure_future(work)
+        self._calls.add(call)
+        call.add_done_callback(self._called)
+        either: set[asyncio.Future[Any]] = {call, self.lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        self._check()
+        return call.result()
+
+    def _called(self, call: "asyncio.Task[Any]") -> None:
+        self._calls.discard(call)
+        if not call.cancelled():
+            call.exception()
 
     def _check(self) -> None:
         if self.lost.done():
@@ -60,18 +90,29 @@ class LocalFleet:
     def __init__(self, config: Config, make_engine: Callable[[ReplicaId], Engine]) -> None:
         self.links: dict[ReplicaId, LocalLink] = {}
         self.starts: list[ReplicaId] = []
+        self._starting: dict[ReplicaId, asyncio.Task[LocalLink]] = {}
         self._config = config
         self._make_engine = make_engine
 
     async def start(self, replica_id: ReplicaId) -> ReplicaLink:
         """A new server, ready; ReplicaStartError if its engine does not start."""
+        await self.kill(replica_id)
         self.starts.append(replica_id)
+        start = self._starting[replica_id] = asyncio.ensure_future(self._start(replica_id))
+        await asyncio.wait({start})
+        if start.cancelled():
+            raise ReplicaStartError(replica_id, "it was killed")
+        return start.result()
+
+    async def _start(self, replica_id: ReplicaId) -> LocalLink:
         server = ReplicaServer(replica_id, self._config, self._make_engine(replica_id))
         try:
             await server.start()
-        except LoraServeError as error:
+        except BaseException as error:
             await server.stop(0.0)
-            raise ReplicaStartError(replica_id, str(error)) from error
+            if isinstance(error, LoraServeError):
+                raise ReplicaStartError(replica_id, str(error)) from error
+            raise
         link = self.links[replica_id] = LocalLink(server)
         return link
 
@@ -80,24 +121,25 @@ class LocalFleet:
         return self.links.get(replica_id)
 
     async def kill(self, replica_id: ReplicaId) -> None:
-        """End the server, aborting its requests."""
+        """End the server, or its start, aborting its requests."""
+        start = self._starting.pop(replica_id, None)
+        if start is not None and not start.done():
+            start.cancel()
+            await asyncio.wait({start})
         link = self.links.pop(replica_id, None)
         if link is not None:
-            await self._end(link, "it was killed")
+            await link.end("it was killed")
 
     async def lose(self, replica_id: ReplicaId, reason: str = "it crashed") -> None:
         """What a crash looks like to the controller and to routers."""
-        await self._end(self.links.pop(replica_id), reason)
+        await self.links.pop(replica_id).end(reason)
 
     async def close(self) -> None:
         """End every server and check that its accounts are even."""
+        for start in self._starting.values():
+            start.cancel()
+        await asyncio.gather(*self._starting.values(), return_exceptions=True)
         for replica_id in list(self.links):
             link = self.links.pop(replica_id)
             await link.server.stop(0.0)
             link.server.check_invariants()
-
-    @staticmethod
-    async def _end(link: LocalLink, reason: str) -> None:
-        if not link.lost.done():
-            link.lost.set_result(reason)
-        await link.server.stop(0.0)

@@ -60,6 +60,10 @@ class ReplicaActor:
         """Drain and drop."""
         await self._server.unload_adapter(version)
 
+    async def drain(self, deadline_s: float) -> int:
+        """Finish what runs, take nothing new."""
+        return await self._server.drain(deadline_s)
+
     async def wait_stopped(self) -> None:
         """Returns when the replica was told to stop; a caller sees the actor die before that."""
         await self._stopped.wait()

@@ -30,6 +30,10 @@ class ReplicaLink(Protocol):
         """Returns when the copy is drained and gone."""
         ...
 
+    async def drain(self, deadline_s: float) -> int:
+        """Take no new requests, return when nothing is in flight; how many were ended at the deadline."""
+        ...
+
     async def wait_lost(self) -> str:
         """Returns, with the reason, when the process is gone; not before."""
         ...

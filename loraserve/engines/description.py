@@ -8,7 +8,10 @@ from placement.types import ReplicaSpec, VersionId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaDescription:
-    """What a ready replica says of itself to the controller; `pid` is its own process."""
+    """What a ready replica says of itself to the controller; `pid` is its own process.
+
+    `loading` and `dropping` are on their way in and out, `draining` that it takes no new requests.
+    """
 
     spec: ReplicaSpec
     address: str
@@ -16,6 +19,9 @@ class ReplicaDescription:
     engine: EngineInfo
     pid: int
     incarnation: str
+    loading: tuple[VersionId, ...] = ()
+    dropping: tuple[VersionId, ...] = ()
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,11 +54,11 @@ class AdapterPool:
 
     def resident(self) -> tuple[VersionId, ...]:
         """The versions that may be named by requests."""
-        return tuple(
-            version
-            for version, entry in sorted(self._entries.items())
-            if entry.residency is Residency.RESIDENT
-        )
+        return self.versions(Residency.RESIDENT)
+
+    def versions(self, residency: Residency) -> tuple[VersionId, ...]:
+        """The versions that stand so."""
+        return tuple(version for version, one in sorted(self._entries.items()) if one.residency is residency)
 
     def residency(self, version: VersionId) -> Residency | None:
         """Where the version stands; None if it is not here."""

@@ -5,6 +5,7 @@ over gRPC. A request pins its adapter from before the engine sees it until its l
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import uuid
@@ -36,6 +37,9 @@ from placement.types import NodeId, ReplicaId, ReplicaSpec, VersionId
 
 logger = logging.getLogger(__name__)
 
+
+ABORT_TIMEOUT_S = 5.0
+"""What requests that a drain has ended get to let go."""
 
 SUPERSEDE_TIMEOUT_S = 10.0
 """How long a request waits for the earlier attempt that it ends to let go."""
@@ -100,6 +104,7 @@ class ReplicaServer:
         self._server: grpc.aio.Server | None = None
         self._changing = asyncio.Lock()
         self._drops: dict[VersionId, asyncio.Task[None]] = {}
+        self._draining = False
 
     async def start(self) -> ReplicaDescription:
         """Bring the engine up, then listen on a port that the system picks."""
@@ -133,6 +138,9 @@ class ReplicaServer:
             engine=self._info,
             pid=os.getpid(),
             incarnation=self.incarnation,
+            loading=self.pool.versions(Residency.LOADING),
+            dropping=self.pool.versions(Residency.DRAINING),
+            draining=self._draining,
         )
 
     async def load_adapter(self, files: AdapterFiles) -> None:
@@ -292,6 +300,34 @@ class ReplicaServer:
                 f"request {request_id}: its earlier attempt did not end within {SUPERSEDE_TIMEOUT_S:g} s"
             ) from None
 
+    async def drain(self, deadline_s: float) -> int:
+        """Take no new requests, but for those that were leased, and wait until nothing is in flight.
+
+        After `deadline_s` what still runs ends with UnavailableError, for routers to go on with elsewhere;
+        returns how many those were. It cannot be taken back, and may be repeated.
+        """
+        self._draining = True
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._wait_idle()
+            return 0
+        except TimeoutError:
+            left = sorted(self._in_flight)
+        logger.warning("%d requests outlast the drain of replica %s", len(left), self.replica_id)
+        for request_id in left:
+            await self.engine.abort(request_id)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_TIMEOUT_S):
+                while self._in_flight:
+                    await next(iter(self._in_flight.values())).released.wait()
+        return len(left)
+
+    async def _wait_idle(self) -> None:
+        while self._in_flight or self.leases.num_open:
+            for entry in list(self._in_flight.values()):
+                await entry.released.wait()
+            await self.leases.wait_none()
+
     @contextmanager
     def _admitted(self, request: GenerationRequest, turn: Turn) -> Iterator[InFlight]:
         if request.request_id in self._in_flight:
@@ -299,6 +335,8 @@ class ReplicaServer:
         if len(self._in_flight) >= self.config.replica.max_in_flight:
             raise OverloadedError(f"replica {self.replica_id} has {len(self._in_flight)} requests, its limit")
         promised = bool(turn.lease_id) and self.leases.is_open(turn.lease_id)
+        if self._draining and not promised:
+            raise UnavailableError(f"replica {self.replica_id} is draining; choose another")
         with self.pool.pinned(request.version_id, request.request_id, promised=promised):
             if turn.lease_id:
                 self.leases.use(turn.lease_id)

@@ -39,7 +39,10 @@ def encode_table(table: RoutingTable) -> internal_pb2.RoutingTable:
         base_model=table.base_model,
         replicas=[
             internal_pb2.TableReplica(
-                replica_id=replica.replica_id, address=replica.address, max_lora_rank=replica.max_lora_rank
+                replica_id=replica.replica_id,
+                address=replica.address,
+                max_lora_rank=replica.max_lora_rank,
+                draining=replica.draining,
             )
             for replica in table.replicas.values()
         ],
@@ -66,6 +69,7 @@ def decode_table(message: internal_pb2.RoutingTable) -> RoutingTable:
             replica_id=ReplicaId(replica.replica_id),
             address=replica.address,
             max_lora_rank=replica.max_lora_rank,
+            draining=replica.draining,
         )
         for replica in message.replicas
     }

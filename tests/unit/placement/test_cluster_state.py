@@ -1,55 +1,14 @@
-"""The cluster's state machine under random events, and the rules it must never break."""
+"""The cluster's state machine: what each event asks for, one rule per test."""
 
 from dataclasses import replace
 
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
 from placement import cluster_messages as messages
 from placement.cluster import ClusterState
-from placement.cluster_records import CopyPhase, ReplicaPhase
+from placement.cluster_records import ReplicaPhase
 from placement.invariants import check_cluster
-from placement.policies import POLICIES, policy
-from placement.types import AdapterName, AdapterVersion, ReplicaId, ReplicaSpec, VersionId, version_id
-
-R0, R1 = ReplicaId("replica-0"), ReplicaId("replica-1")
-
-
-def spec(replica: ReplicaId, *, slots: int = 4, max_rank: int = 128, pool_bytes: int = 1000) -> ReplicaSpec:
-    return ReplicaSpec(replica_id=replica, max_lora_rank=max_rank, adapter_slots=slots, pool_bytes=pool_bytes)
-
-
-def adapter(name: str, *, digest: str = "0" * 64, rank: int = 8, size_bytes: int = 10) -> AdapterVersion:
-    key = AdapterName(name)
-    return AdapterVersion(
-        version_id=version_id(key, digest), name=key, sha256=digest, rank=rank, size_bytes=size_bytes
-    )
-
-
-def cluster(*, slots: int = 4, replicas: tuple[ReplicaId, ...] = (R0, R1)) -> ClusterState:
-    """A cluster whose replicas are all up."""
-    state = ClusterState(replica_ids=replicas, policy=policy("least-loaded"), base_model="m")
-    for replica in replicas:
-        state.handle(messages.ReplicaReady(spec(replica, slots=slots), f"127.0.0.1:{replica[-1]}"))
-    return state
-
-
-def acknowledge(state: ClusterState, commands: list[messages.Command]) -> list[messages.Command]:
-    """Answer every load and drop with success until the state machine asks for nothing more."""
-    seen = list(commands)
-    queue = list(commands)
-    while queue:
-        command = queue.pop(0)
-        more: list[messages.Command] = []
-        if isinstance(command, messages.LoadAdapter):
-            more = state.handle(messages.AdapterLoaded(command.replica_id, command.adapter.version_id))
-        elif isinstance(command, messages.UnloadAdapter):
-            more = state.handle(messages.AdapterUnloaded(command.replica_id, command.version_id))
-        queue += more
-        seen += more
-        check_cluster(state)
-    return seen
+from placement.policies import policy
+from placement.types import AdapterName, VersionId
+from tests.support.cluster_kit import R0, R1, acknowledge, adapter, cluster, spec
 
 
 def test_the_first_table_waits_for_every_replica() -> None:
@@ -190,139 +149,6 @@ def test_a_late_answer_of_a_lost_replica_changes_nothing() -> None:
     state.handle(messages.AdapterUnloaded(R0, adapter("a").version_id))
     assert state.table == before
     check_cluster(state)
-
-
-class ClusterMachine(RuleBasedStateMachine):
-    """Random registrations, losses, answers and epochs; invariants after each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names = [f"a{index}" for index in range(4)]
-        self.state: ClusterState | None = None
-        self.pending: list[messages.Command] = []
-
-    @precondition(lambda self: self.state is None)
-    @rule(
-        policy_name=st.sampled_from(sorted(POLICIES)),
-        slots=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-        ranks=st.lists(st.sampled_from([8, 64, 128]), min_size=3, max_size=3),
-    )
-    def begin(self, policy_name: str, slots: list[int], ranks: list[int]) -> None:
-        ids = [ReplicaId(f"replica-{index}") for index in range(len(slots))]
-        self.specs = {
-            key: spec(key, slots=count, max_rank=rank, pool_bytes=45)
-            for key, count, rank in zip(ids, slots, ranks, strict=False)
-        }
-        self.state = ClusterState(replica_ids=ids, policy=policy(policy_name))
-
-    def tell(self, event: messages.Event) -> None:
-        assert self.state is not None
-        before = self.state.table
-        commands = self.state.handle(event)
-        tables = [command.table for command in commands if isinstance(command, messages.PublishTable)]
-        assert [table.version for table in tables] == [before.version + 1] * len(tables)
-        lost_one = isinstance(event, messages.ReplicaLost)
-        removed = {event.name} if isinstance(event, messages.AdapterRemoved) else set()
-        if not lost_one:
-            assert set(before.entries) - removed <= set(self.state.table.entries) | self.withdrawn(event)
-        self.pending += commands
-
-    def withdrawn(self, event: messages.Event) -> set[AdapterName]:
-        if isinstance(event, messages.AdapterWithdrawn):
-            return {AdapterName(event.version_id.partition("@")[0])}
-        return set()
-
-    @precondition(lambda self: self.state is not None)
-    @rule(data=st.data())
-    def register(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(self.names))
-        digest = data.draw(st.sampled_from("123")) * 64
-        shape = int(digest[0])
-        new = adapter(name, digest=digest, rank=(8, 64, 128)[shape - 1], size_bytes=5 * shape)
-        self.tell(messages.AdapterRegistered(new))
-
-    @precondition(lambda self: self.state is not None)
-    @rule(data=st.data())
-    def remove(self, data: st.DataObject) -> None:
-        self.tell(messages.AdapterRemoved(AdapterName(data.draw(st.sampled_from(self.names)))))
-
-    @precondition(lambda self: self.state is not None and bool(self.state.active))
-    @rule(data=st.data())
-    def withdraw(self, data: st.DataObject) -> None:
-        assert self.state is not None
-        self.tell(messages.AdapterWithdrawn(data.draw(st.sampled_from(sorted(self.state.active.values())))))
-
-    @precondition(lambda self: self.state is not None)
-    @rule(data=st.data())
-    def come_up(self, data: st.DataObject) -> None:
-        assert self.state is not None
-        down = [
-            record.replica_id
-            for record in self.state.replicas.values()
-            if record.phase is not ReplicaPhase.READY
-        ]
-        if down:
-            replica = data.draw(st.sampled_from(down))
-            self.tell(messages.ReplicaReady(self.specs[replica], f"{replica}:1"))
-
-    @precondition(lambda self: self.state is not None)
-    @rule(data=st.data())
-    def lose(self, data: st.DataObject) -> None:
-        assert self.state is not None
-        replica = data.draw(st.sampled_from(sorted(self.specs)))
-        if self.state.replicas[replica].phase is ReplicaPhase.READY:
-            self.pending = [c for c in self.pending if getattr(c, "replica_id", None) != replica]
-            self.tell(messages.ReplicaLost(replica, "killed"))
-
-    @precondition(lambda self: bool(self.pending))
-    @rule(data=st.data(), succeeds=st.booleans())
-    def answer(self, data: st.DataObject, succeeds: bool) -> None:
-        index = data.draw(st.integers(0, len(self.pending) - 1))
-        command = self.pending.pop(index)
-        match command:
-            case messages.LoadAdapter(replica_id=replica, adapter=wanted):
-                if succeeds:
-                    self.tell(messages.AdapterLoaded(replica, wanted.version_id))
-                else:
-                    self.tell(messages.AdapterLoadFailed(replica, wanted.version_id, "refused"))
-            case messages.UnloadAdapter(replica_id=replica, version_id=version):
-                if succeeds:
-                    self.tell(messages.AdapterUnloaded(replica, version))
-            case _:
-                pass
-
-    @precondition(lambda self: self.state is not None)
-    @rule()
-    def epoch(self) -> None:
-        self.tell(messages.EpochElapsed())
-
-    @invariant()
-    def holds(self) -> None:
-        if self.state is not None:
-            check_cluster(self.state)
-
-    def teardown(self) -> None:
-        """Answered in full, the cluster comes to rest with every active adapter served or refused."""
-        if self.state is None:
-            return
-        state = self.state
-        for record in list(state.replicas.values()):
-            if record.phase is not ReplicaPhase.READY:
-                self.pending += state.handle(
-                    messages.ReplicaReady(self.specs[record.replica_id], f"{record.replica_id}:1")
-                )
-        self.pending += state.handle(messages.EpochElapsed())
-        acknowledge(
-            state, [c for c in self.pending if isinstance(c, messages.LoadAdapter | messages.UnloadAdapter)]
-        )
-        for version in state.active.values():
-            assert state.is_served(version) or state.refusal(version) is not None
-        for record in state.replicas.values():
-            assert all(copy.phase is CopyPhase.HELD for copy in record.copies.values())
-
-
-TestClusterMachine = ClusterMachine.TestCase
-TestClusterMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_the_same_events_give_the_same_commands() -> None:

@@ -376,19 +376,23 @@ class TableReplica(_message.Message):
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     MAX_LORA_RANK_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     address: _builtins.str
     max_lora_rank: _builtins.int
+    draining: _builtins.bool
+    """Only for the adapters that name it, until others hold them."""
     def __init__(
         self,
         *,
         replica_id: _builtins.str = ...,
         address: _builtins.str = ...,
         max_lora_rank: _builtins.int = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "max_lora_rank", b"max_lora_rank", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "draining", b"draining", "max_lora_rank", b"max_lora_rank", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

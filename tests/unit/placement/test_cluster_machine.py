@@ -1,0 +1,319 @@
+"""The cluster's state machine under random events beside a model of the replicas it commands.
+
+The model does what commands say and keeps what a controller's death leaves behind, so that the rules are
+checked against what replicas really hold and not against what the state machine believes.
+"""
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from placement import cluster_messages as messages
+from placement.cluster import ClusterState
+from placement.cluster_records import CopyPhase, DrainOrder, ReplicaPhase
+from placement.invariants import check_cluster
+from placement.policies import POLICIES, policy
+from placement.table import RoutingTable
+from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, VersionId
+from tests.support.cluster_kit import adapter, spec
+
+NAMES = tuple(AdapterName(f"a{index}") for index in range(4))
+
+
+@dataclass(slots=True)
+class Process:
+    """What one replica's process really has: versions by `loading`, `held` or `dropping`."""
+
+    copies: dict[VersionId, str] = field(default_factory=dict)
+    draining: bool = False
+
+    def of(self, residency: str) -> frozenset[VersionId]:
+        return frozenset(version for version, one in self.copies.items() if one == residency)
+
+
+@dataclass(slots=True)
+class Disk:
+    """What the store keeps, in the order of registration."""
+
+    adapters: dict[VersionId, AdapterVersion] = field(default_factory=dict)
+    drains: dict[ReplicaId, DrainOrder] = field(default_factory=dict)
+    plan: Placement = field(default_factory=Placement)
+    table_version: int = 0
+
+
+class ClusterMachine(RuleBasedStateMachine):
+    """Random registrations, losses, drains, answers, epochs and controller deaths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: ClusterState | None = None
+        self.disk = Disk()
+        self.processes: dict[ReplicaId, Process] = {}
+        self.pending: list[messages.Command] = []
+        self.table = RoutingTable()
+        """What routers serve by: the last one published, across controllers."""
+
+    # -- the model -----------------------------------------------------------------------------
+
+    def tell(self, event: messages.Event, *, may_vanish: frozenset[AdapterName] = frozenset()) -> None:
+        assert self.state is not None
+        before, may_vanish = set(self.state.table.entries), may_vanish | self.forced()
+        commands = self.state.handle(event)
+        for command in commands:
+            self.execute(command)
+        gone = before - set(self.state.table.entries)
+        assert gone <= may_vanish, f"{gone} lost their last copy through {event}"
+
+    def execute(self, command: messages.Command) -> None:
+        assert self.state is not None
+        match command:
+            case messages.SaveAdapter(adapter=new):
+                self.disk.adapters.pop(new.version_id, None)
+                self.disk.adapters[new.version_id] = new
+            case messages.DeleteAdapter(version_id=version):
+                self.disk.adapters.pop(version, None)
+            case messages.SavePlan(plan=plan):
+                self.disk.plan = plan
+            case messages.SaveDrain(replica_id=replica, order=None):
+                self.disk.drains.pop(replica, None)
+            case messages.SaveDrain(replica_id=replica, order=order):
+                assert order is not None
+                self.disk.drains[replica] = order
+            case messages.PublishTable(table=table):
+                assert table.version == self.disk.table_version + 1
+                self.disk.table_version, self.table = table.version, table
+            case messages.LoadAdapter(replica_id=replica, adapter=wanted):
+                assert self.state.replicas[replica].phase is ReplicaPhase.READY or (
+                    self.processes[replica].copies.get(wanted.version_id) == "loading"
+                ), "a replica that drains gets no new copies"
+                self.processes[replica].copies.setdefault(wanted.version_id, "loading")
+                self.pending.append(command)
+            case messages.UnloadAdapter(replica_id=replica, version_id=version):
+                if version in self.processes[replica].copies:
+                    self.processes[replica].copies[version] = "dropping"
+                # The shell does not ask twice at a time.
+                if command not in self.pending:
+                    self.pending.append(command)
+            case messages.DrainReplica(replica_id=replica):
+                assert replica not in self.table.replicas
+                self.processes[replica].draining = True
+                self.pending.append(command)
+            case messages.StopReplica(replica_id=replica):
+                assert replica not in self.table.replicas
+                self.end(replica)
+            case messages.StartReplica(replica_id=replica):
+                assert replica not in self.processes, "its process before has ended"
+
+    def end(self, replica: ReplicaId) -> None:
+        self.processes.pop(replica, None)
+        self.pending = [command for command in self.pending if getattr(command, "replica_id", "") != replica]
+
+    def ready(self, replica: ReplicaId) -> messages.ReplicaReady:
+        process = self.processes.setdefault(replica, Process())
+        return messages.ReplicaReady(
+            self.specs[replica],
+            f"{replica}:1",
+            resident=process.of("held"),
+            loading=process.of("loading"),
+            dropping=process.of("dropping"),
+            draining=process.draining,
+        )
+
+    def lost_with(self, replica: ReplicaId) -> frozenset[AdapterName]:
+        """The names whose every holder is this replica."""
+        assert self.state is not None
+        entries = self.state.table.entries.values()
+        return frozenset(e.name for e in entries if {h.replica_id for h in e.holders} == {replica})
+
+    def in_phase(self, *phases: ReplicaPhase) -> list[ReplicaId]:
+        assert self.state is not None
+        return [record.replica_id for record in self.state.replicas.values() if record.phase in phases]
+
+    # -- what happens --------------------------------------------------------------------------
+
+    @initialize(
+        policy_name=st.sampled_from(sorted(POLICIES)),
+        slots=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+        ranks=st.lists(st.sampled_from([8, 64, 128]), min_size=3, max_size=3),
+        shapes=st.lists(st.integers(1, 3), max_size=4),
+    )
+    def begin(self, policy_name: str, slots: list[int], ranks: list[int], shapes: list[int]) -> None:
+        ids = [ReplicaId(f"replica-{index}") for index in range(len(slots))]
+        self.specs = {
+            key: spec(key, slots=count, max_rank=rank, pool_bytes=45)
+            for key, count, rank in zip(ids, slots, ranks, strict=False)
+        }
+        self.policy = policy(policy_name)
+        self.state = ClusterState(replica_ids=ids, policy=self.policy)
+        if not shapes:
+            return
+        for replica in ids:
+            self.tell(self.ready(replica))
+        for name, shape in zip(NAMES, shapes, strict=False):
+            self.register(name, shape)
+        self.answer_all()
+
+    @rule(name=st.sampled_from(NAMES), shape=st.integers(1, 3))
+    def register_one(self, name: AdapterName, shape: int) -> None:
+        self.register(name, shape)
+
+    def register(self, name: AdapterName, shape: int) -> None:
+        rank = (8, 64, 128)[shape - 1]
+        new = adapter(name, digest=str(shape) * 64, rank=rank, size_bytes=5 * shape)
+        self.tell(messages.AdapterRegistered(new))
+
+    @rule(name=st.sampled_from(NAMES))
+    def remove(self, name: AdapterName) -> None:
+        self.tell(messages.AdapterRemoved(name), may_vanish=frozenset({name}))
+
+    @precondition(lambda self: bool(self.state.active))
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        assert self.state is not None
+        version = data.draw(st.sampled_from(sorted(self.state.active.values())))
+        name = self.state.adapters[version].name
+        self.tell(messages.AdapterWithdrawn(version), may_vanish=frozenset({name}))
+
+    @rule(data=st.data(), succeeds=st.booleans())
+    def come_up(self, data: st.DataObject, succeeds: bool) -> None:
+        starting = self.in_phase(ReplicaPhase.STARTING)
+        if not starting:
+            return
+        replica = data.draw(st.sampled_from(starting))
+        self.tell(self.ready(replica) if succeeds else messages.ReplicaLost(replica, "no memory"))
+
+    @precondition(lambda self: bool(self.processes))
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        running = [
+            one for one in self.in_phase(ReplicaPhase.READY, ReplicaPhase.DRAINING) if one in self.processes
+        ]
+        if running:
+            replica = data.draw(st.sampled_from(running))
+            vanishing = self.lost_with(replica)
+            self.end(replica)
+            self.tell(messages.ReplicaLost(replica, "killed"), may_vanish=vanishing)
+
+    @rule(data=st.data(), force=st.sampled_from([False, False, True]))
+    def drain(self, data: st.DataObject, force: bool) -> None:
+        assert self.state is not None
+        replica = data.draw(st.sampled_from(sorted(self.specs)))
+        if force or self.state.drain_problem([replica]) is None:
+            order = DrainOrder(deadline_s=1.0, force=force)
+            vanishing = self.lost_with(replica) if force else frozenset()
+            self.tell(messages.DrainRequested(replica, order), may_vanish=vanishing)
+
+    @rule(data=st.data())
+    def undrain(self, data: st.DataObject) -> None:
+        self.tell(messages.UndrainRequested(data.draw(st.sampled_from(sorted(self.specs)))))
+
+    @precondition(lambda self: bool(self.pending))
+    @rule(data=st.data(), succeeds=st.booleans())
+    def answer(self, data: st.DataObject, succeeds: bool) -> None:
+        self.settle(self.pending.pop(data.draw(st.integers(0, len(self.pending) - 1))), succeeds=succeeds)
+
+    @precondition(lambda self: bool(self.pending))
+    @rule()
+    def answer_all_that_wait(self) -> None:
+        self.answer_all()
+
+    def answer_all(self) -> None:
+        while self.pending:
+            self.settle(self.pending.pop(0))
+
+    def settle(self, command: messages.Command, *, succeeds: bool = True) -> None:
+        """One answer: what it does to the replica, then the news of it."""
+        match command:
+            case messages.LoadAdapter(replica_id=replica, adapter=wanted) if succeeds:
+                self.processes[replica].copies[wanted.version_id] = "held"
+                self.tell(messages.AdapterLoaded(replica, wanted.version_id))
+            case messages.LoadAdapter(replica_id=replica, adapter=wanted):
+                del self.processes[replica].copies[wanted.version_id]
+                self.tell(messages.AdapterLoadFailed(replica, wanted.version_id, "refused"))
+            case messages.UnloadAdapter(replica_id=replica, version_id=version):
+                if succeeds:
+                    self.processes[replica].copies.pop(version, None)
+                    self.tell(messages.AdapterUnloaded(replica, version))
+            case messages.DrainReplica(replica_id=replica):
+                self.tell(messages.ReplicaDrained(replica))
+            case _:
+                raise AssertionError(f"{command} is not answered")
+
+    def forced(self) -> frozenset[AdapterName]:
+        """What a forced drain may give up once no other replica can be hoped for."""
+        assert self.state is not None
+        forced = [one for one in self.state.replicas.values() if one.drain is not None and one.drain.force]
+        return frozenset(name for one in forced for name in self.lost_with(one.replica_id))
+
+    @rule()
+    def epoch(self) -> None:
+        self.tell(messages.EpochElapsed())
+
+    @precondition(lambda self: self.state.published)
+    @rule()
+    def restart_controller(self) -> None:
+        """It dies and comes back with the store, among the replicas as they are."""
+        self.pending.clear()
+        self.state = ClusterState(
+            replica_ids=sorted(self.specs),
+            policy=self.policy,
+            adapters=list(self.disk.adapters.values()),
+            plan=self.disk.plan,
+            drains=dict(self.disk.drains),
+            table_version=self.disk.table_version,
+            recovering=True,
+        )
+        for replica in self.in_phase(ReplicaPhase.UNKNOWN):
+            if replica in self.processes:
+                self.tell(self.ready(replica))
+            else:
+                self.tell(messages.ReplicaLost(replica, "it was gone"))
+
+    # -- what holds ----------------------------------------------------------------------------
+
+    @invariant()
+    def holds(self) -> None:
+        if self.state is None:
+            return
+        check_cluster(self.state)
+        if not self.state.published:
+            return
+        for entry in self.table.entries.values():
+            for holder in entry.holders:
+                process = self.processes[holder.replica_id]
+                assert process.copies[entry.version_id] == "held"
+                assert not process.draining
+        for replica, process in self.processes.items():
+            assert len(process.copies) <= self.specs[replica].adapter_slots
+
+    def teardown(self) -> None:
+        """Answered in full, it comes to rest: every adapter served or refused, every drain done or held
+        up by an adapter that nobody else can take."""
+        if self.state is None:
+            return
+        state = self.state
+        for _ in range(3):
+            for replica in self.in_phase(ReplicaPhase.STARTING):
+                self.tell(self.ready(replica))
+            while self.pending:
+                self.settle(self.pending.pop(0))
+                self.holds()
+            self.tell(messages.EpochElapsed())
+        for version in state.active.values():
+            assert state.is_served(version) or state.refusal(version) is not None
+        for record in state.replicas.values():
+            if record.phase is ReplicaPhase.READY:
+                assert all(copy.phase is CopyPhase.HELD for copy in record.copies.values())
+                held = self.processes[record.replica_id].of("held")
+                assert set(record.copies) == held, "the state and the replica agree"
+            elif record.phase is ReplicaPhase.DRAINING:
+                assert state.drain_waits_for(record.replica_id)
+                assert not record.leaving
+
+
+TestClusterMachine = ClusterMachine.TestCase
+TestClusterMachine.settings = settings(
+    max_examples=300, stateful_step_count=30, deadline=None, report_multiple_bugs=False
+)
