@@ -109,7 +109,7 @@ class OpenInferenceService(GRPCInferenceServiceServicer):
             return Answers(call).take(message)
         except CallEndedError as ended:
             await _abort(context, ended)
-        except (LoraServeError, TimeoutError) as error:
+        except Exception as error:
             await abort_with(context, error)
 
     # The generated base class knows servers that yield; this one writes.
