@@ -289,3 +289,26 @@ async def test_tritons_timeout_and_grpcs_deadline_end_a_request(bench: Bench) ->
     assert await code_of(stub(bench).ModelInfer(infer(), timeout=0.2)) is Code.DEADLINE_EXCEEDED
     await bench.idle()
     assert [one.status for one in bench.router.outcomes] == ["DEADLINE_EXCEEDED"] * 2
+
+
+async def test_a_stream_goes_on_at_another_holder_when_its_replica_is_lost(bench: Bench) -> None:
+    async def first(request: Any) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        yield inference_pb2.GenerateResponse(token_ids=[1], text="a", output_tokens=1)
+        await asyncio.Event().wait()
+
+    async def rest(request: Any) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        assert list(request.resume_token_ids) == [1]
+        stop = inference_pb2.FINISH_REASON_STOP
+        yield inference_pb2.GenerateResponse(token_ids=[2], text="b", output_tokens=2, finish_reason=stop)
+
+    bench.replicas["r0"].script, bench.replicas["r1"].script = first, rest
+    # r1 looks busy, so that r0 is chosen.
+    bench.replicas["r1"].report(sequence=1, running=50)
+    loads = bench.router.loads
+    await until(lambda: any(load is not None and load.running == 50 for load in loads.view().loads.values()))
+    call = stub(bench).ModelStreamInfer(iter([infer("both", id="a", streaming=True)]))
+    texts = [outputs_of((await call.read()).infer_response)["text_output"]]
+    await bench.replicas["r0"].stop()
+    answers = await read_until(call, {"a"})
+    texts += [outputs_of(answer.infer_response)["text_output"] for answer in answers["a"]]
+    assert texts == ["a", "b"]
