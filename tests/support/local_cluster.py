@@ -25,15 +25,20 @@ START_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalCluster:
-    """What a test talks to; `address` is the router's."""
+    """What a test talks to; `address` is the first router's."""
 
     address: str
     router: Router
     controller: Controller
+    fleet: LocalFleet
+    addresses: tuple[str, ...]
+    routers: tuple[Router, ...]
 
 
 @asynccontextmanager
-async def local_cluster(folder: Path, samples: SampleSet) -> AsyncIterator[LocalCluster]:
+async def local_cluster(
+    folder: Path, samples: SampleSet, *, num_routers: int = 1
+) -> AsyncIterator[LocalCluster]:
     """Two replicas that serve the sample adapters; ends with a check that nothing is in flight."""
     config = parse_config(
         {
@@ -65,15 +70,30 @@ async def local_cluster(folder: Path, samples: SampleSet) -> AsyncIterator[Local
         stack.push_async_callback(server.stop, None)
         for name, adapter in samples.adapters.items():
             await controller.register(name, str(adapter), replace=False)
-        router = Router(
-            config.router,
-            router_id="router-0",
-            controller_address=f"127.0.0.1:{port}",
-            cluster_name="test",
+        routers, addresses = [], []
+        for index in range(num_routers):
+            router = Router(
+                config.router,
+                router_id=f"router-{index}",
+                controller_address=f"127.0.0.1:{port}",
+                cluster_name="test",
+            )
+            addresses.append(f"127.0.0.1:{await router.start()}")
+            routers.append(router)
+            stack.push_async_callback(router.stop, 0.0)
+        await until(lambda: all(_knows_all(router, samples) for router in routers), START_S)
+        yield LocalCluster(
+            address=addresses[0],
+            router=routers[0],
+            controller=controller,
+            fleet=fleet,
+            addresses=tuple(addresses),
+            routers=tuple(routers),
         )
-        address = f"127.0.0.1:{await router.start()}"
-        stack.push_async_callback(router.stop, 0.0)
-        await until(lambda: router.serving and len(router.table.entries) == len(samples.adapters), START_S)
-        yield LocalCluster(address=address, router=router, controller=controller)
-        await until(lambda: router.counters.in_flight == 0, START_S)
-        router.check_invariants(idle=True)
+        await until(lambda: all(router.counters.in_flight == 0 for router in routers), START_S)
+        for router in routers:
+            router.check_invariants(idle=True)
+
+
+def _knows_all(router: Router, samples: SampleSet) -> bool:
+    return router.serving and len(router.table.entries) == len(samples.adapters)
