@@ -112,7 +112,7 @@ class ClusterState:
                 return self._on_replica_lost(event)
             case ReplicaGivenUp(replica_id=replica_id, reason=reason):
                 record = self.replicas[replica_id]
-                if record.phase is ReplicaPhase.STARTING:
+                if record.phase in (ReplicaPhase.STARTING, ReplicaPhase.UNKNOWN):
                     record.phase, record.reason = ReplicaPhase.FAILED, reason
             case AdapterRegistered(adapter=adapter):
                 self._adopt(adapter)

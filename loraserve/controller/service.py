@@ -3,25 +3,28 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
 
+from loraserve.controller import drains
 from loraserve.controller.controller import Controller
-from loraserve.errors import LoraServeError
+from loraserve.errors import LoraServeError, WorkFailedError
 from loraserve.rpc import server as rpc_server
 from loraserve.rpc.codec import check_protocol
 from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
 from loraserve.rpc.status import abort_with
 from loraserve.rpc.table_codec import encode_table
 from loraserve.rpc.v1 import management_pb2, management_pb2_grpc
-from placement.cluster_records import ReplicaRecord
-from placement.types import VersionId
+from placement.cluster_records import DrainOrder, ReplicaRecord
+from placement.types import AdapterName, ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)
 
 TABLE_POLL_S = 3600.0
+PROGRESS_S = 0.5
+REMOVE_TIMEOUT_S = 30.0
 
 
 class ControlService(internal_pb2_grpc.ControlServicer):
@@ -38,16 +41,16 @@ class ControlService(internal_pb2_grpc.ControlServicer):
             check_protocol(request.protocol_version, f"router {request.router_id}")
         except LoraServeError as error:
             await abort_with(context, error)
-        state, sent = self._controller.state, 0
+        controller, sent = self._controller, 0
 
         def is_newer() -> bool:
-            # A recovered state has a version, but nothing to show before it has found its replicas.
-            return state.published and state.table.version > sent
+            return controller.table.version > sent
 
         while True:
             if is_newer():
-                sent = state.table.version
-                yield encode_table(state.table)
+                table = controller.table
+                sent = table.version
+                yield encode_table(table)
             with contextlib.suppress(TimeoutError):
                 await self._controller.wait_until(is_newer, TABLE_POLL_S)
 
@@ -73,18 +76,32 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
         except Exception as error:
             await abort_with(context, error)
         return management_pb2.RegisterAdapterResponse(
-            adapter=self._adapter(version), table_version=self._controller.state.table.version
+            adapter=self._adapter(version), table_version=self._controller.table.version
         )
 
     async def RemoveAdapter(
         self, request: management_pb2.RemoveAdapterRequest, context: Any
     ) -> management_pb2.RemoveAdapterResponse:
-        """Remove the name."""
+        """Remove the name; answered once a table without it is out."""
+        controller = self._controller
         try:
-            self._controller.remove(request.name)
+            controller.remove(request.name)
+            await self._out_of_table(request.name)
         except LoraServeError as error:
             await abort_with(context, error)
-        return management_pb2.RemoveAdapterResponse(table_version=self._controller.state.table.version)
+        return management_pb2.RemoveAdapterResponse(table_version=controller.table.version)
+
+    async def _out_of_table(self, name: str) -> None:
+        controller = self._controller
+        try:
+            await controller.wait_until(
+                lambda: AdapterName(name) not in controller.table.entries or name in controller.state.active,
+                REMOVE_TIMEOUT_S,
+            )
+        except TimeoutError:
+            raise WorkFailedError(
+                f"adapter {name} is removed, but routers still have it: {controller.problem}"
+            ) from None
 
     async def ListAdapters(
         self, request: management_pb2.ListAdaptersRequest, context: Any
@@ -102,11 +119,61 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             cluster=controller.config.cluster.name,
             base_model=controller.config.model.path,
             policy=controller.config.placement.policy,
-            table_version=controller.state.table.version,
+            table_version=controller.table.version,
+            problems=[] if controller.problem is None else [controller.problem],
             replicas=[self._replica(record) for record in controller.state.replicas.values()],
             adapters=self._adapters(),
             controller_reachable=True,
         )
+
+    async def DrainReplicas(
+        self, request: management_pb2.DrainReplicasRequest, context: Any
+    ) -> AsyncIterator[management_pb2.DrainProgress]:
+        """Drain; a client that hangs up does not stop it."""
+        try:
+            replicas = drains.select(self._controller, request.replica_ids, request.node_id)
+            default_s = self._controller.config.replica.drain_timeout_s
+            deadline_s = request.deadline_s if request.HasField("deadline_s") else default_s
+            order = DrainOrder(deadline_s=deadline_s, force=request.force)
+            drains.begin_drain(self._controller, replicas, order)
+            async for message in self._progress(replicas, drains.drain_is_done):
+                yield message
+        except LoraServeError as error:
+            await abort_with(context, error)
+
+    async def UndrainReplicas(
+        self, request: management_pb2.UndrainReplicasRequest, context: Any
+    ) -> AsyncIterator[management_pb2.DrainProgress]:
+        """Take drains back; a client that hangs up does not stop it."""
+        try:
+            replicas = drains.select(self._controller, request.replica_ids, request.node_id)
+            drains.begin_undrain(self._controller, replicas)
+            async for message in self._progress(replicas, drains.undrain_is_done):
+                yield message
+        except LoraServeError as error:
+            await abort_with(context, error)
+
+    async def _progress(
+        self, replicas: Sequence[ReplicaId], is_done: Callable[[Controller, Sequence[ReplicaId]], bool]
+    ) -> AsyncIterator[management_pb2.DrainProgress]:
+        """Each news of these replicas, the last one included."""
+        controller = self._controller
+        sent = management_pb2.DrainProgress()
+        while True:
+            done = is_done(controller, replicas)
+            message = drains.progress(controller, replicas)
+            if message != sent:
+                yield message
+            if done:
+                return
+            sent = message
+
+            def has_news(known: management_pb2.DrainProgress = sent) -> bool:
+                return drains.progress(controller, replicas) != known
+
+            # How many requests run changes without an event.
+            with contextlib.suppress(TimeoutError):
+                await controller.wait_until(has_news, PROGRESS_S)
 
     def _adapters(self) -> list[management_pb2.Adapter]:
         return [self._adapter(version) for _, version in sorted(self._controller.state.active.items())]
@@ -114,7 +181,7 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
     def _adapter(self, version: VersionId) -> management_pb2.Adapter:
         registration = self._controller.registrations[version]
         adapter = registration.adapter
-        entry = self._controller.state.table.entries.get(adapter.name)
+        entry = self._controller.table.entries.get(adapter.name)
         holders = entry.holders if entry is not None and entry.version_id == version else ()
         return management_pb2.Adapter(
             name=adapter.name,
@@ -138,8 +205,10 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             resident=controller.copies(replica),
             restarts=record.restarts,
             pid=controller.pids.get(replica, 0),
+            reason=record.reason,
         )
         if record.spec is not None:
+            message.node_id = record.spec.node_id
             message.max_lora_rank = record.spec.max_lora_rank
             message.adapter_slots = record.spec.adapter_slots
         if (engine := controller.engines.get(replica)) is not None:

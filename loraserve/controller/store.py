@@ -1,19 +1,26 @@
-"""What a controller remembers: adapters, the last plan, the table's version. SQLite, one file.
+"""What a controller remembers: adapters, drains, the last plan, the table's version. SQLite, one file.
 
 Every write is durable before it returns, so that a killed controller comes back with all that anyone
-was told.
+was told. Every row carries a checksum, because SQLite itself does not notice damage inside a value.
 """
 
+import hashlib
 import json
 import sqlite3
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import quote
 
 from loraserve.errors import BadInputError, WorkFailedError
+from placement.cluster_records import DrainOrder
 from placement.types import AdapterName, AdapterVersion, Holder, Placement, ReplicaId, VersionId
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, SCHEMA_VERSION)
+BUSY_TIMEOUT_S = 5.0
 
 _SCHEMA = """
 CREATE TABLE adapters (
@@ -24,10 +31,20 @@ CREATE TABLE adapters (
     rank INTEGER NOT NULL,
     size_bytes INTEGER NOT NULL,
     source TEXT NOT NULL,
-    target_modules TEXT NOT NULL
+    target_modules TEXT NOT NULL,
+    checksum TEXT NOT NULL DEFAULT ''
 ) STRICT;
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL DEFAULT '') STRICT;
+CREATE TABLE drains (replica_id TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) STRICT;
 """
+
+_TO_VERSION_2 = """
+ALTER TABLE adapters ADD COLUMN checksum TEXT NOT NULL DEFAULT '';
+ALTER TABLE meta ADD COLUMN checksum TEXT NOT NULL DEFAULT '';
+CREATE TABLE drains (replica_id TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) STRICT;
+"""
+
+_ADAPTER_COLUMNS = "version_id, name, sha256, rank, size_bytes, source, target_modules"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,55 +56,111 @@ class StoredRegistration:
     target_modules: tuple[str, ...]
 
 
+@dataclass(slots=True, kw_only=True)
+class Changes:
+    """What is to be written at once: the last plan, the table's version, what is forgotten, drains."""
+
+    plan: Placement | None = None
+    table_version: int | None = None
+    deleted: set[VersionId] = field(default_factory=set)
+    drains: dict[ReplicaId, DrainOrder | None] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return self.plan is not None or self.table_version is not None or bool(self.deleted or self.drains)
+
+
 class Store:
     """Not thread-safe: one controller, one loop, one store."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create; BadInputError if the file is not a store of this version."""
+        """Open or create.
+
+        BadInputError, with the file left as it was, if it is not a sound store of a readable version;
+        WorkFailedError if a new one cannot be written.
+        """
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        is_new = not path.exists()
+        if not is_new:
+            self._check()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(
+                path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S
+            )
+        except (sqlite3.Error, OSError) as error:
+            raise BadInputError(f"{path}: the store cannot be created: {error}") from error
         try:
             self._open()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, WorkFailedError) as error:
             self._db.close()
+            if is_new:
+                # An empty file would be refused as a damaged store the next time.
+                path.unlink(missing_ok=True)
+            if isinstance(error, WorkFailedError):
+                raise
+            raise WorkFailedError(f"{path}: {_explained(error)}") from error
+
+    def _check(self) -> None:
+        """Refuse a file that is damaged, without a write to it."""
+        try:
+            with closing(_open_unchanged(self.path)) as db:
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version == 0 and not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+                    raise BadInputError(
+                        f"{self.path}: the store is empty; restore it, or start with --fresh to forget it"
+                    )
+                if version not in READABLE_VERSIONS:
+                    raise BadInputError(
+                        f"{self.path}: the store has schema version {version}, this release reads"
+                        f" {' and '.join(map(str, READABLE_VERSIONS))};"
+                        " use the release that wrote it, or move the file away"
+                    )
+                problems = db.execute("PRAGMA integrity_check").fetchone()[0].splitlines()
+                if problems != ["ok"]:
+                    raise BadInputError(
+                        f"{self.path}: the store is corrupt ({problems[0]}); restore it or move it away"
+                    )
+                if version == SCHEMA_VERSION:
+                    _check_rows(db)
+        except (sqlite3.Error, ValueError, TypeError) as error:
             raise BadInputError(
-                f"{path}: not a readable store ({error}); restore it or move it away"
+                f"{self.path}: not a readable store ({error}); restore it or move it away"
             ) from error
-        except BadInputError:
-            self._db.close()
-            raise
 
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            self._create()
-        elif version != SCHEMA_VERSION:
-            raise BadInputError(
-                f"{self.path}: the store has schema version {version}, this release reads {SCHEMA_VERSION};"
-                " use the release that wrote it, or move the file away"
-            )
-        problems = self._db.execute("PRAGMA quick_check").fetchone()[0]
-        if problems != "ok":
-            raise BadInputError(f"{self.path}: the store is corrupt ({problems}); restore it or move it away")
-
-    def _create(self) -> None:
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            for statement in _SCHEMA.split(";"):
+        if version == SCHEMA_VERSION:
+            return
+        with self._transaction():
+            for statement in (_SCHEMA if version == 0 else _TO_VERSION_2).split(";"):
                 self._db.execute(statement)
+            for registration in self.adapters():
+                self._put_adapter(registration)
+            for key, value in self._db.execute("SELECT key, value FROM meta").fetchall():
+                self._set(key, value)
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def limit_pages(self, max_pages: int) -> None:
+        """Let the file grow to so many pages; what needs more fails as on a full disk."""
+        self._db.execute(f"PRAGMA max_page_count={max_pages}")
 
     def begin_life(self, run_id: str, base_model: str) -> bool:
         """Note that a controller starts; True if an earlier one of the same run has been here, whose
-        replicas may still be running. BadInputError if the store belongs to another base model."""
+        replicas may still be running. A new run forgets the drains of the one before.
+
+        BadInputError if the store belongs to another base model.
+        """
         self.check_base_model(base_model)
-        recovering = self._get("run_id") == run_id
-        self._set("base_model", base_model)
-        self._set("run_id", run_id)
-        return recovering
+        if self._get("run_id") == run_id and self._get("base_model") == base_model:
+            # Writes nothing, so that a full disk does not keep a controller from coming back.
+            return True
+        with self._transaction():
+            self._set("base_model", base_model)
+            self._set("run_id", run_id)
+            self._db.execute("DELETE FROM drains")
+        return False
 
     def check_base_model(self, base_model: str) -> None:
         """BadInputError if adapters are registered here for another base model."""
@@ -100,33 +173,25 @@ class Store:
 
     def save_adapter(self, registration: StoredRegistration) -> None:
         """Remember a registration; the same version again moves to the end of the order."""
-        adapter = registration.adapter
-        row = (
-            adapter.version_id,
-            adapter.name,
-            adapter.sha256,
-            adapter.rank,
-            adapter.size_bytes,
-            registration.source,
-            json.dumps(registration.target_modules),
-        )
-        self._write(
-            "INSERT OR REPLACE INTO adapters"
-            " (version_id, name, sha256, rank, size_bytes, source, target_modules)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            row,
-        )
+        with self._transaction():
+            self._db.execute("DELETE FROM adapters WHERE version_id = ?", (registration.adapter.version_id,))
+            self._put_adapter(registration)
 
-    def delete_adapter(self, version: VersionId) -> None:
-        """Forget a registration; an unknown one is no error."""
-        self._write("DELETE FROM adapters WHERE version_id = ?", (version,))
+    def write(self, changes: Changes) -> None:
+        """Write all of it or, with WorkFailedError, nothing."""
+        with self._transaction():
+            for version in sorted(changes.deleted):
+                self._db.execute("DELETE FROM adapters WHERE version_id = ?", (version,))
+            if changes.plan is not None:
+                self._set("plan", _dump_plan(changes.plan))
+            if changes.table_version is not None:
+                self._set("table_version", str(changes.table_version))
+            for replica, order in changes.drains.items():
+                self._put_drain(replica, order)
 
     def adapters(self) -> list[StoredRegistration]:
         """All registrations in their order."""
-        rows = self._db.execute(
-            "SELECT version_id, name, sha256, rank, size_bytes, source, target_modules"
-            " FROM adapters ORDER BY sequence"
-        )
+        rows = self._db.execute(f"SELECT {_ADAPTER_COLUMNS} FROM adapters ORDER BY sequence")
         return [
             StoredRegistration(
                 adapter=AdapterVersion(
@@ -139,16 +204,8 @@ class Store:
                 source=source,
                 target_modules=tuple(json.loads(modules)),
             )
-            for version, name, sha256, rank, size_bytes, source, modules in rows
+            for version, name, sha256, rank, size_bytes, source, modules in rows.fetchall()
         ]
-
-    def save_plan(self, plan: Placement) -> None:
-        """Remember the last plan."""
-        tree = {
-            version: {holder.replica_id: holder.share for holder in holders}
-            for version, holders in plan.holders.items()
-        }
-        self._set("plan", json.dumps(tree))
 
     def plan(self) -> Placement:
         """The last plan, or an empty one."""
@@ -165,27 +222,101 @@ class Store:
             )
         )
 
-    def save_table_version(self, version: int) -> None:
-        """Remember the highest table version that any router may have seen."""
-        self._set("table_version", str(version))
+    def drains(self) -> dict[ReplicaId, DrainOrder]:
+        """The replicas of this run that are to drain or have drained."""
+        rows = self._db.execute("SELECT replica_id, value FROM drains")
+        return {ReplicaId(replica): DrainOrder(**json.loads(value)) for replica, value in rows}
 
     def table_version(self) -> int:
-        """The highest table version so far; 0 if none was published."""
+        """The highest table version that any router may have seen; 0 if none was published."""
         return int(self._get("table_version") or "0")
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
 
+    def _put_adapter(self, registration: StoredRegistration) -> None:
+        adapter = registration.adapter
+        row = (
+            adapter.version_id,
+            adapter.name,
+            adapter.sha256,
+            adapter.rank,
+            adapter.size_bytes,
+            registration.source,
+            json.dumps(registration.target_modules),
+        )
+        self._db.execute(
+            f"INSERT INTO adapters ({_ADAPTER_COLUMNS}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (version_id) DO UPDATE SET checksum = excluded.checksum",
+            (*row, _checksum(row)),
+        )
+
+    def _put_drain(self, replica: ReplicaId, order: DrainOrder | None) -> None:
+        if order is None:
+            self._db.execute("DELETE FROM drains WHERE replica_id = ?", (replica,))
+            return
+        tree = {"deadline_s": order.deadline_s, "force": order.force, "done": order.done}
+        row = (replica, json.dumps(tree))
+        self._db.execute("INSERT OR REPLACE INTO drains VALUES (?, ?, ?)", (*row, _checksum(row)))
+
     def _set(self, key: str, value: str) -> None:
-        self._write("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
+        row = (key, value)
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (*row, _checksum(row)))
 
     def _get(self, key: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
-    def _write(self, statement: str, values: tuple[object, ...]) -> None:
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         try:
-            self._db.execute(statement, values)
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+            self._db.execute("COMMIT")
         except sqlite3.Error as error:
-            raise WorkFailedError(f"{self.path}: cannot write the store: {error}") from error
+            raise WorkFailedError(f"{self.path}: {_explained(error)}") from error
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+
+def _open_unchanged(path: Path) -> sqlite3.Connection:
+    """The file for reading. Only a log that a killed controller has left needs SQLite's shared memory
+    beside it, which a full disk may not take."""
+    log = path.with_name(f"{path.name}-wal")
+    is_whole = not log.exists() or log.stat().st_size == 0
+    mode = "immutable=1" if is_whole else "mode=ro"
+    return sqlite3.connect(f"file:{quote(str(path))}?{mode}", uri=True)
+
+
+def _dump_plan(plan: Placement) -> str:
+    return json.dumps(
+        {
+            version: {holder.replica_id: holder.share for holder in holders}
+            for version, holders in plan.holders.items()
+        }
+    )
+
+
+def _checksum(row: tuple[object, ...]) -> str:
+    return hashlib.blake2b(json.dumps(row).encode(), digest_size=12).hexdigest()
+
+
+def _check_rows(db: sqlite3.Connection) -> None:
+    """ValueError for a row that is not as it was written."""
+    for table, columns in (
+        ("adapters", _ADAPTER_COLUMNS),
+        ("meta", "key, value"),
+        ("drains", "replica_id, value"),
+    ):
+        for *row, checksum in db.execute(f"SELECT {columns}, checksum FROM {table}"):
+            if _checksum(tuple(row)) != checksum:
+                raise ValueError(f"a row of {table} is damaged")
+
+
+def _explained(error: Exception) -> str:
+    """What went wrong with a write, and what to do."""
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return "the disk is full; free some space on it"
+    return f"cannot be written ({error}); check its disk"

@@ -3,6 +3,7 @@
 Status alone is answered without the controller, from the router's last table and load reports.
 """
 
+from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 import grpc
@@ -81,6 +82,35 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             answer = self._local_status.from_table(self._tables.table)
         answer.router.CopyFrom(self._local_status.router())
         return answer
+
+    async def DrainReplicas(
+        self, request: management_pb2.DrainReplicasRequest, context: Context
+    ) -> AsyncIterator[management_pb2.DrainProgress]:
+        """Forwarded."""
+        async for message in self._forward_stream(self._controller.DrainReplicas, request, context):
+            yield message
+
+    async def UndrainReplicas(
+        self, request: management_pb2.UndrainReplicasRequest, context: Context
+    ) -> AsyncIterator[management_pb2.DrainProgress]:
+        """Forwarded."""
+        async for message in self._forward_stream(self._controller.UndrainReplicas, request, context):
+            yield message
+
+    async def _forward_stream(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[Request, Response],
+        request: Request,
+        context: Context,
+    ) -> AsyncIterator[Response]:
+        remaining_s: float | None = context.time_remaining()
+        try:
+            async for message in method(
+                request, timeout=self._default_deadline_s if remaining_s is None else remaining_s
+            ):
+                yield message
+        except grpc.aio.AioRpcError as rpc_error:
+            await abort_with(context, self._explained(error_of(rpc_error)))
 
     async def _forward(
         self,

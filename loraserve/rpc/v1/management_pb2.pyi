@@ -232,6 +232,7 @@ class GetStatusResponse(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     ROUTER_FIELD_NUMBER: _builtins.int
     CONTROLLER_REACHABLE_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     base_model: _builtins.str
     policy: _builtins.str
@@ -244,6 +245,10 @@ class GetStatusResponse(_message.Message):
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]: ...
     @_builtins.property
     def router(self) -> Global___RouterStats: ...
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What keeps the controller from its work, one line each: a full disk, for one."""
+
     def __init__(
         self,
         *,
@@ -255,10 +260,11 @@ class GetStatusResponse(_message.Message):
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
         router: Global___RouterStats | None = ...,
         controller_reachable: _builtins.bool = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["router", b"router"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_model", b"base_model", "cluster", b"cluster", "controller_reachable", b"controller_reachable", "policy", b"policy", "replicas", b"replicas", "router", b"router", "table_version", b"table_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_model", b"base_model", "cluster", b"cluster", "controller_reachable", b"controller_reachable", "policy", b"policy", "problems", b"problems", "replicas", b"replicas", "router", b"router", "table_version", b"table_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -281,6 +287,8 @@ class Replica(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     RESTARTS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     state: _builtins.str
     address: _builtins.str
@@ -293,6 +301,9 @@ class Replica(_message.Message):
     engine: _builtins.str
     pid: _builtins.int
     restarts: _builtins.int
+    reason: _builtins.str
+    """Why it is not ready, where that is known."""
+    node_id: _builtins.str
     @_builtins.property
     def resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -311,10 +322,12 @@ class Replica(_message.Message):
         engine: _builtins.str = ...,
         pid: _builtins.int = ...,
         restarts: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        node_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_slots", b"adapter_slots", "address", b"address", "engine", b"engine", "kv_cache_usage", b"kv_cache_usage", "max_lora_rank", b"max_lora_rank", "pid", b"pid", "replica_id", b"replica_id", "resident", b"resident", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "running", b"running", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_slots", b"adapter_slots", "address", b"address", "engine", b"engine", "kv_cache_usage", b"kv_cache_usage", "max_lora_rank", b"max_lora_rank", "node_id", b"node_id", "pid", b"pid", "reason", b"reason", "replica_id", b"replica_id", "resident", b"resident", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "running", b"running", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -356,3 +369,120 @@ class RouterStats(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RouterStats: _TypeAlias = RouterStats  # noqa: Y015
+
+@_typing.final
+class DrainReplicasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_IDS_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    deadline_s: _builtins.float
+    """What running work gets once a replica takes no more; the replica's drain timeout by default."""
+    force: _builtins.bool
+    """Go on although adapters that have no other home, or the last replica, are lost."""
+    @_builtins.property
+    def replica_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """These replicas, or with none given all of the node."""
+
+    def __init__(
+        self,
+        *,
+        replica_ids: _abc.Iterable[_builtins.str] | None = ...,
+        node_id: _builtins.str = ...,
+        deadline_s: _builtins.float | None = ...,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "deadline_s", b"deadline_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "deadline_s", b"deadline_s", "force", b"force", "node_id", b"node_id", "replica_ids", b"replica_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+
+Global___DrainReplicasRequest: _TypeAlias = DrainReplicasRequest  # noqa: Y015
+
+@_typing.final
+class UndrainReplicasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_IDS_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    @_builtins.property
+    def replica_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        replica_ids: _abc.Iterable[_builtins.str] | None = ...,
+        node_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_id", b"node_id", "replica_ids", b"replica_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndrainReplicasRequest: _TypeAlias = UndrainReplicasRequest  # noqa: Y015
+
+@_typing.final
+class DrainProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaDrain]: ...
+    def __init__(
+        self,
+        *,
+        replicas: _abc.Iterable[Global___ReplicaDrain] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainProgress: _TypeAlias = DrainProgress  # noqa: Y015
+
+@_typing.final
+class ReplicaDrain(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    MOVED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    state: _builtins.str
+    """As in Replica."""
+    running: _builtins.int
+    moved: _builtins.int
+    """Requests that were ended at the deadline, for routers to go on with elsewhere."""
+    reason: _builtins.str
+    @_builtins.property
+    def waiting_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Adapter versions that no other replica holds yet."""
+
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        state: _builtins.str = ...,
+        waiting_for: _abc.Iterable[_builtins.str] | None = ...,
+        running: _builtins.int = ...,
+        moved: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moved", b"moved", "reason", b"reason", "replica_id", b"replica_id", "running", b"running", "state", b"state", "waiting_for", b"waiting_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaDrain: _TypeAlias = ReplicaDrain  # noqa: Y015

@@ -54,6 +54,16 @@ class ManagementStub:
                 request_serializer=loraserve_dot_v1_dot_management__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=loraserve_dot_v1_dot_management__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.DrainReplicas = channel.unary_stream(
+                '/loraserve.v1.Management/DrainReplicas',
+                request_serializer=loraserve_dot_v1_dot_management__pb2.DrainReplicasRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_management__pb2.DrainProgress.FromString,
+                _registered_method=True)
+        self.UndrainReplicas = channel.unary_stream(
+                '/loraserve.v1.Management/UndrainReplicas',
+                request_serializer=loraserve_dot_v1_dot_management__pb2.UndrainReplicasRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_management__pb2.DrainProgress.FromString,
+                _registered_method=True)
 
 
 class ManagementServicer:
@@ -85,6 +95,23 @@ class ManagementServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainReplicas(self, request, context):
+        """Ends replicas in order: what only they hold is copied first, then they get no new work, then
+        running work ends or, at the deadline, goes on elsewhere. Streams how far it is and ends when
+        all are drained; a caller that goes away does not stop it. FAILED_PRECONDITION before anything
+        is done if adapters or all replicas would be lost, and later if the drain was taken back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndrainReplicas(self, request, context):
+        """Takes a drain back: replicas that were ended are started again. Ends when all are ready.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ManagementServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -107,6 +134,16 @@ def add_ManagementServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=loraserve_dot_v1_dot_management__pb2.GetStatusRequest.FromString,
                     response_serializer=loraserve_dot_v1_dot_management__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'DrainReplicas': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrainReplicas,
+                    request_deserializer=loraserve_dot_v1_dot_management__pb2.DrainReplicasRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_management__pb2.DrainProgress.SerializeToString,
+            ),
+            'UndrainReplicas': grpc.unary_stream_rpc_method_handler(
+                    servicer.UndrainReplicas,
+                    request_deserializer=loraserve_dot_v1_dot_management__pb2.UndrainReplicasRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_management__pb2.DrainProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -217,6 +254,60 @@ class Management:
             '/loraserve.v1.Management/GetStatus',
             loraserve_dot_v1_dot_management__pb2.GetStatusRequest.SerializeToString,
             loraserve_dot_v1_dot_management__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraserve.v1.Management/DrainReplicas',
+            loraserve_dot_v1_dot_management__pb2.DrainReplicasRequest.SerializeToString,
+            loraserve_dot_v1_dot_management__pb2.DrainProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndrainReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraserve.v1.Management/UndrainReplicas',
+            loraserve_dot_v1_dot_management__pb2.UndrainReplicasRequest.SerializeToString,
+            loraserve_dot_v1_dot_management__pb2.DrainProgress.FromString,
             options,
             channel_credentials,
             insecure,

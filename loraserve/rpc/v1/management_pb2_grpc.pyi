@@ -37,6 +37,14 @@ class ManagementStub:
     """Answers once the name is out of the routing table; copies are dropped as their requests end."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_management_pb2.ListAdaptersRequest, _management_pb2.ListAdaptersResponse]
     GetStatus: _grpc.UnaryUnaryMultiCallable[_management_pb2.GetStatusRequest, _management_pb2.GetStatusResponse]
+    DrainReplicas: _grpc.UnaryStreamMultiCallable[_management_pb2.DrainReplicasRequest, _management_pb2.DrainProgress]
+    """Ends replicas in order: what only they hold is copied first, then they get no new work, then
+    running work ends or, at the deadline, goes on elsewhere. Streams how far it is and ends when
+    all are drained; a caller that goes away does not stop it. FAILED_PRECONDITION before anything
+    is done if adapters or all replicas would be lost, and later if the drain was taken back.
+    """
+    UndrainReplicas: _grpc.UnaryStreamMultiCallable[_management_pb2.UndrainReplicasRequest, _management_pb2.DrainProgress]
+    """Takes a drain back: replicas that were ended are started again. Ends when all are ready."""
 
 @_typing.type_check_only
 class ManagementAsyncStub(ManagementStub):
@@ -47,6 +55,14 @@ class ManagementAsyncStub(ManagementStub):
     """Answers once the name is out of the routing table; copies are dropped as their requests end."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_management_pb2.ListAdaptersRequest, _management_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     GetStatus: _aio.UnaryUnaryMultiCallable[_management_pb2.GetStatusRequest, _management_pb2.GetStatusResponse]  # type: ignore[assignment]
+    DrainReplicas: _aio.UnaryStreamMultiCallable[_management_pb2.DrainReplicasRequest, _management_pb2.DrainProgress]  # type: ignore[assignment]
+    """Ends replicas in order: what only they hold is copied first, then they get no new work, then
+    running work ends or, at the deadline, goes on elsewhere. Streams how far it is and ends when
+    all are drained; a caller that goes away does not stop it. FAILED_PRECONDITION before anything
+    is done if adapters or all replicas would be lost, and later if the drain was taken back.
+    """
+    UndrainReplicas: _aio.UnaryStreamMultiCallable[_management_pb2.UndrainReplicasRequest, _management_pb2.DrainProgress]  # type: ignore[assignment]
+    """Takes a drain back: replicas that were ended are started again. Ends when all are ready."""
 
 class ManagementServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -78,5 +94,25 @@ class ManagementServicer(metaclass=_abc_1.ABCMeta):
         request: _management_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_management_pb2.GetStatusResponse, _abc.Awaitable[_management_pb2.GetStatusResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def DrainReplicas(
+        self,
+        request: _management_pb2.DrainReplicasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_management_pb2.DrainProgress], _abc.AsyncIterator[_management_pb2.DrainProgress]]:
+        """Ends replicas in order: what only they hold is copied first, then they get no new work, then
+        running work ends or, at the deadline, goes on elsewhere. Streams how far it is and ends when
+        all are drained; a caller that goes away does not stop it. FAILED_PRECONDITION before anything
+        is done if adapters or all replicas would be lost, and later if the drain was taken back.
+        """
+
+    @_abc_1.abstractmethod
+    def UndrainReplicas(
+        self,
+        request: _management_pb2.UndrainReplicasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_management_pb2.DrainProgress], _abc.AsyncIterator[_management_pb2.DrainProgress]]:
+        """Takes a drain back: replicas that were ended are started again. Ends when all are ready."""
 
 def add_ManagementServicer_to_server(servicer: ManagementServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
