@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from grpc_health.v1 import health_pb2
 
+from loraserve.client.picks import PickStream
 from loraserve.clock import Clock
 from loraserve.errors import BadInputError
 from loraserve.rpc.server import make_channel
@@ -35,6 +36,7 @@ class Router:
             address, max_message_bytes=max_message_bytes, connect_timeout_s=CONNECT_TIMEOUT_S
         )
         self.inference: InferenceAsyncStub = inference_pb2_grpc.InferenceStub(self.channel)
+        self.picks = PickStream(self.inference)
         self.management: ManagementAsyncStub = management_pb2_grpc.ManagementStub(self.channel)
         self.check_health = self.channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -114,4 +116,5 @@ class Routers:
         """Close all channels, cancelling what still runs; safe to call twice."""
         self.closed = True
         for router in self._all:
+            await router.picks.close()
             await router.channel.close()

@@ -253,7 +253,7 @@ class Submission:
         )
         timeout_s = min(left_s, EXCLUDING_PICK_S) if self._excluded else left_s
         try:
-            picked = await router.inference.Pick(request, timeout=timeout_s)
+            picked = await router.picks.pick(request, timeout_s)
         except grpc.aio.AioRpcError as error:
             self._pick_failed(router, error)
             return None

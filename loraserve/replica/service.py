@@ -110,6 +110,14 @@ class DirectService(inference_pb2_grpc.InferenceServicer):
             grpc.StatusCode.UNIMPLEMENTED, "Pick: this is a replica; ask a router"
         )
 
+    def PickMany(self, request_iterator: Any, context: Any) -> AsyncIterator[inference_pb2.PickManyResponse]:
+        """Routers alone choose."""
+        return self._refuse(context)
+
+    async def _refuse(self, context: Any) -> AsyncIterator[inference_pb2.PickManyResponse]:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "PickMany: this is a replica; ask a router")
+        yield inference_pb2.PickManyResponse()
+
     def _parse(self, message: inference_pb2.GenerateRequest) -> tuple[GenerationRequest, Turn]:
         lease = message.lease
         if not lease.lease_id:

@@ -25,6 +25,7 @@ from loraserve.router.service_management import SERVICE as MANAGEMENT
 from loraserve.router.service_management import LocalStatus, ManagementService
 from loraserve.router.service_oip import SERVICE as OPEN_INFERENCE
 from loraserve.router.service_oip import OpenInferenceService
+from loraserve.router.service_picks import PickHandlers
 from loraserve.router.tables import TableFollower
 from loraserve.rpc.oip import open_inference_pb2_grpc
 from loraserve.rpc.server import Health, add_reflection, bind, make_channel, make_server
@@ -138,7 +139,7 @@ class Router:
         running, self._running = self._running, None
         if running is None:
             return
-        running.inference.stopping = True
+        running.inference.stop_admitting()
         await running.health.enter_shutdown()
         if not await self._ledger.idle(grace_s):
             running.inference.end_all("the router is stopping; use another one")
@@ -168,25 +169,33 @@ class Router:
         tables = TableFollower(
             router_id=self._router_id, channel=controller, rng=self._rng, on_change=self._adopt_table
         )
+        choice = Choice(
+            clock=self._clock,
+            loads=self._loads,
+            peers=peers,
+            tables=tables,
+            chooser=self._chooser,
+            holder_wait_s=config.holder_wait_s,
+            early_refusal=config.early_refusal,
+        )
+        picks = PickHandlers(
+            clock=self._clock,
+            choice=choice,
+            peers=peers,
+            leases=self._leases,
+            default_deadline_s=config.default_deadline_s,
+        )
         inference = InferenceService(
             InferenceParts(
                 router_id=self._router_id,
                 run_id=self._run_id,
                 clock=self._clock,
                 ledger=self._ledger,
-                leases=self._leases,
                 peers=peers,
-                choice=Choice(
-                    clock=self._clock,
-                    loads=self._loads,
-                    peers=peers,
-                    tables=tables,
-                    chooser=self._chooser,
-                    holder_wait_s=config.holder_wait_s,
-                    early_refusal=config.early_refusal,
-                ),
+                choice=choice,
                 default_deadline_s=config.default_deadline_s,
-            )
+            ),
+            picks,
         )
         server.add_generic_rpc_handlers((inference.handler(),))
         management = ManagementService(

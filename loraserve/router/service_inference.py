@@ -26,15 +26,13 @@ from loraserve.errors import (
 from loraserve.request import SamplingParams
 from loraserve.router.choice import Choice, check_deadline
 from loraserve.router.flight import Flight
-from loraserve.router.leases import LeaseCounter
 from loraserve.router.ledger import Ledger
 from loraserve.router.peers import Peer, Peers
-from loraserve.rpc.codec import check_adapter_name, validate_generate
-from loraserve.rpc.internal.v1 import internal_pb2
+from loraserve.router.service_picks import PickHandlers
+from loraserve.rpc.codec import validate_generate
 from loraserve.rpc.link_client import StreamEndedError
 from loraserve.rpc.status import status_of
 from loraserve.rpc.v1 import inference_pb2
-from placement.types import ReplicaId
 
 logger = logging.getLogger(__name__)
 
@@ -67,20 +65,20 @@ class InferenceParts:
     run_id: str
     clock: Clock
     ledger: Ledger
-    leases: LeaseCounter
     peers: Peers
     choice: Choice
     default_deadline_s: float
 
 
 class InferenceService:
-    """The three methods of the service, as handlers of raw bytes."""
+    """The methods of the service, as handlers of raw bytes."""
 
-    def __init__(self, parts: InferenceParts) -> None:
+    def __init__(self, parts: InferenceParts, picks: PickHandlers) -> None:
         self._parts = parts
         self._serial = count(1)
         self._id_prefix = f"{parts.router_id}-{parts.run_id}-"
         self._flights: dict[str, Flight] = {}
+        self._picks = picks
         self.stopping = False
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -90,7 +88,8 @@ class InferenceService:
             {
                 "Generate": grpc.unary_stream_rpc_method_handler(self.generate),
                 "Complete": grpc.unary_unary_rpc_method_handler(self.complete),
-                "Pick": grpc.unary_unary_rpc_method_handler(self.pick),
+                "Pick": grpc.unary_unary_rpc_method_handler(self._picks.pick),
+                "PickMany": grpc.stream_stream_rpc_method_handler(self._picks.pick_many),
             },
         )
 
@@ -102,15 +101,9 @@ class InferenceService:
         """Pass the replica's one message on."""
         return await self._serve(body, context, self._relay_unary) or b""
 
-    async def pick(self, body: bytes, context: Context) -> bytes:
-        """Choose a replica that the client then goes to itself, and tell the replica so."""
-        try:
-            return await self._pick(body, context)
-        except Exception as error:
-            code, message = status_of(error)
-            if code is grpc.StatusCode.INTERNAL:
-                logger.error("a pick failed: %s", error, exc_info=error)
-            await context.abort(code, message)
+    def stop_admitting(self) -> None:
+        """Refuse what is new."""
+        self.stopping = self._picks.stopping = True
 
     def end_all(self, message: str) -> None:
         """End what still runs with UNAVAILABLE, so that clients go on through another router."""
@@ -312,54 +305,6 @@ class InferenceService:
         if flight.losses:
             trailers += (("loraserve-failovers", str(flight.losses)),)
         return trailers
-
-    # -- look-aside ------------------------------------------------------------------------------
-
-    async def _pick(self, body: bytes, context: Context) -> bytes:
-        parts = self._parts
-        if self.stopping:
-            raise UnavailableError("the router is stopping; use another one")
-        try:
-            message = inference_pb2.PickRequest.FromString(body)
-        except DecodeError:
-            raise BadInputError("the request is not a loraserve.v1.PickRequest") from None
-        check_adapter_name(message.adapter)
-        now_s = parts.clock.now_s()
-        given_s: float | None = context.time_remaining()
-        flight = Flight(
-            request_id="",
-            adapter=message.adapter,
-            body=b"",
-            started_s=now_s,
-            deadline_s=now_s + (parts.default_deadline_s if given_s is None else given_s),
-        )
-        flight.max_tokens = message.max_tokens
-        if message.remaining_s > 0:
-            # The request's own deadline; that of the pick may be shorter and ends it by itself.
-            flight.deadline_s = now_s + message.remaining_s
-        if message.exclude_replicas:
-            flight.excluded = frozenset(map(ReplicaId, message.exclude_replicas))
-            flight.excluded_at = parts.choice.tables.table.version
-        if message.adapter_version:
-            flight.pinned_version = message.adapter_version
-        decision = parts.choice.now(flight) or await parts.choice.later(flight)
-        peer = parts.peers.find(decision.replica_id)
-        if peer is None:
-            raise UnavailableError(f"replica {decision.replica_id} has left the cluster")
-        lease_id = parts.leases.issue(decision.replica_id)
-        version = decision.version_id or ""
-        peer.link.grant_lease(
-            internal_pb2.LeaseGrant(lease_id=lease_id, version_id=version, lease_s=parts.leases.lease_s)
-        )
-        return inference_pb2.PickResponse(
-            replica_id=decision.replica_id,
-            address=peer.address,
-            lease=inference_pb2.Lease(
-                lease_id=lease_id, adapter_version=version, table_version=decision.table_version
-            ),
-            lease_s=parts.leases.lease_s,
-            reason=decision.reason,
-        ).SerializeToString()
 
 
 def _expire(flight: Flight) -> None:

@@ -31,6 +31,10 @@ CREDIT = 32
 GRANT = 16
 """Credit is given back in portions, so that a frame to the replica carries many streams'."""
 
+LEASE_FLUSH_S = 0.005
+"""Leases leave together: a client that is faster is served all the same, unless the weights are
+being dropped, and then it picks again."""
+
 WATCH_S = 0.5
 
 STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -161,9 +165,10 @@ class Link:
         return stream
 
     def grant_lease(self, lease: internal_pb2.LeaseGrant) -> None:
-        """Tell the replica that a client will come."""
+        """Tell the replica that a client will come, within `LEASE_FLUSH_S`."""
+        if not self._frame.leases:
+            self.loop.call_later(LEASE_FLUSH_S, self._dirty.set)
         self._frame.leases.append(lease)
-        self._dirty.set()
 
     def give_credit(self, stream: LinkStream) -> None:
         """The stream's reader has taken `GRANT` messages."""

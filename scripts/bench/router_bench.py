@@ -15,7 +15,9 @@ gRPC's settings of `loraserve.rpc.tuning`, so the floor has them too.
   router_cpu_us_per_message    64 streams, one message each every 20 ms, all in step
   tokens_per_message           in that run, as the client received them
   itl_added_p99_ms             in that run: p99 of the gaps through the router - p99 direct
-  pick_per_s, pick_cpu_us      look-aside: 64 callers of Pick in a closed loop, CPU of the router's process
+  pick_per_s, pick_cpu_us      look-aside: 64 callers in a closed loop through the client's stream of picks
+                               (PickMany), CPU of the router's process
+  pick_call_per_s, _cpu_us     the same with a call of Pick for each
   lookaside_itl_added_p99_ms   streams as above, each after a Pick at the router, straight from the
                                replica: p99 of the gaps - p99 direct
 
@@ -44,8 +46,9 @@ tune_grpc()
 import grpc  # noqa: E402
 import uvloop  # noqa: E402
 
+from loraserve.client.picks import PickStream  # noqa: E402
 from loraserve.rpc.server import make_channel  # noqa: E402
-from loraserve.rpc.v1 import inference_pb2  # noqa: E402
+from loraserve.rpc.v1 import inference_pb2, inference_pb2_grpc  # noqa: E402
 
 PEERS = Path(__file__).with_name("router_peers.py")
 ADAPTER = "tenant"
@@ -93,8 +96,8 @@ class Route:
         self.messages_per_s: list[float] = []
         self.cpu_us_per_message: list[float] = []
         self.tokens_per_message: list[float] = []
-        self.picks_per_s: list[float] = []
-        self.cpu_us_per_pick: list[float] = []
+        self.picks_per_s: dict[bool, list[float]] = {True: [], False: []}
+        self.cpu_us_per_pick: dict[bool, list[float]] = {True: [], False: []}
 
     def cpu_s(self) -> float:
         """CPU seconds of the process in the middle so far, user and system."""
@@ -142,22 +145,25 @@ async def measure_unary(path: Route, seconds: float) -> None:
     path.cpu_us_per_request.append((path.cpu_s() - cpu_s) / done * 1e6)
 
 
-async def measure_picks(path: Route, seconds: float) -> None:
-    """`CALLERS` callers of Pick in a closed loop."""
-    request = inference_pb2.PickRequest(adapter=ADAPTER, max_tokens=64, remaining_s=60.0).SerializeToString()
+async def measure_picks(path: Route, seconds: float, *, stream: bool) -> None:
+    """`CALLERS` callers in a closed loop, over one stream or by one call each."""
+    picks = PickStream(inference_pb2_grpc.InferenceStub(path.channel))
+    request = inference_pb2.PickRequest(adapter=ADAPTER, max_tokens=64, remaining_s=60.0)
+    body = request.SerializeToString()
     done = 0
     end_s = time.perf_counter() + seconds
 
     async def call() -> None:
         nonlocal done
         while time.perf_counter() < end_s:
-            await path.pick(request)
+            await (picks.pick(request, 60.0) if stream else path.pick(body))
             done += 1
 
     cpu_s, began_s = path.cpu_s(), time.perf_counter()
     await asyncio.gather(*(call() for _ in range(CALLERS)))
-    path.picks_per_s.append(done / (time.perf_counter() - began_s))
-    path.cpu_us_per_pick.append((path.cpu_s() - cpu_s) / done * 1e6)
+    path.picks_per_s[stream].append(done / (time.perf_counter() - began_s))
+    path.cpu_us_per_pick[stream].append((path.cpu_s() - cpu_s) / done * 1e6)
+    await picks.close()
 
 
 async def measure_streams(path: Route, messages: int, *, paced: bool, picker: Route | None = None) -> None:
@@ -200,7 +206,8 @@ async def measure(paths: Sequence[Route], aside: Route, sizes: Sizes) -> None:
                 await measure_unary(path, sizes.unary_s)
                 await measure_streams(path, sizes.fast_messages, paced=False)
             await measure_streams(path, sizes.paced_messages, paced=True)
-        await measure_picks(paths[-1], sizes.unary_s)
+        for stream in (True, False):
+            await measure_picks(paths[-1], sizes.unary_s, stream=stream)
         await measure_streams(aside, sizes.paced_messages, paced=True, picker=paths[-1])
 
 
@@ -272,8 +279,9 @@ def figures(direct: Route, bare: Route, router: Route, aside: Route) -> dict[str
         found[f"{cpu_prefix}cpu_us_per_message"] = median(path.cpu_us_per_message)
         found[f"{prefix}tokens_per_message"] = median(path.tokens_per_message)
         found[f"{prefix}itl_added_p99_ms"] = quantile_ms(path.gaps_s, 0.99) - quantile_ms(direct.gaps_s, 0.99)
-    found["pick_per_s"] = median(router.picks_per_s)
-    found["pick_cpu_us"] = median(router.cpu_us_per_pick)
+    for stream, name in ((True, "pick"), (False, "pick_call")):
+        found[f"{name}_per_s"] = median(router.picks_per_s[stream])
+        found[f"{name}_cpu_us"] = median(router.cpu_us_per_pick[stream])
     found["lookaside_itl_added_p99_ms"] = quantile_ms(aside.gaps_s, 0.99) - quantile_ms(direct.gaps_s, 0.99)
     found["direct_p50_ms"] = quantile_ms(direct.latencies_s, 0.5)
     for key in ("cpu_us_per_request", "cpu_us_per_message"):

@@ -94,6 +94,10 @@ class FakeAnswers(inference_pb2_grpc.InferenceServicer):
         """Routers alone choose."""
         raise NotImplementedError
 
+    def PickMany(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+        """Routers alone choose."""
+        raise NotImplementedError
+
     def check(self, request: inference.GenerateRequest) -> None:
         """Raise what the request is refused with."""
 

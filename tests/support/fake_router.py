@@ -100,6 +100,13 @@ class FakeRouter(FakeAnswers, management_pb2_grpc.ManagementServicer):
             replica_id=free[0].replica_id, address=free[0].address, lease=lease, lease_s=5, reason="picked"
         )
 
+    async def PickMany(  # noqa: N802
+        self, request_iterator: Any, context: Any
+    ) -> AsyncIterator[inference.PickManyResponse]:
+        """As a router of an earlier release."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        yield inference.PickManyResponse()
+
     async def RegisterAdapter(  # noqa: N802
         self, request: management.RegisterAdapterRequest, context: Any
     ) -> management.RegisterAdapterResponse:

@@ -235,6 +235,100 @@ class PickResponse(_message.Message):
 Global___PickResponse: _TypeAlias = PickResponse  # noqa: Y015
 
 @_typing.final
+class PickManyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PICKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def picks(self) -> _containers.RepeatedCompositeFieldContainer[Global___NumberedPick]: ...
+    def __init__(
+        self,
+        *,
+        picks: _abc.Iterable[Global___NumberedPick] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["picks", b"picks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PickManyRequest: _TypeAlias = PickManyRequest  # noqa: Y015
+
+@_typing.final
+class NumberedPick(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PICK_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Chosen by the caller, unique on one stream."""
+    @_builtins.property
+    def pick(self) -> Global___PickRequest: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        pick: Global___PickRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pick", b"pick"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "pick", b"pick"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NumberedPick: _TypeAlias = NumberedPick  # noqa: Y015
+
+@_typing.final
+class PickManyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PickAnswer]: ...
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___PickAnswer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PickManyResponse: _TypeAlias = PickManyResponse  # noqa: Y015
+
+@_typing.final
+class PickAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PICKED_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    code: _builtins.int
+    """A gRPC status code and its message, when there is nothing to pick."""
+    message: _builtins.str
+    @_builtins.property
+    def picked(self) -> Global___PickResponse: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        picked: Global___PickResponse | None = ...,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["picked", b"picked"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "id", b"id", "message", b"message", "picked", b"picked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PickAnswer: _TypeAlias = PickAnswer  # noqa: Y015
+
+@_typing.final
 class TokenIds(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

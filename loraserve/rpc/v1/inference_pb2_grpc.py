@@ -49,6 +49,11 @@ class InferenceStub:
                 request_serializer=loraserve_dot_v1_dot_inference__pb2.PickRequest.SerializeToString,
                 response_deserializer=loraserve_dot_v1_dot_inference__pb2.PickResponse.FromString,
                 _registered_method=True)
+        self.PickMany = channel.stream_stream(
+                '/loraserve.v1.Inference/PickMany',
+                request_serializer=loraserve_dot_v1_dot_inference__pb2.PickManyRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_inference__pb2.PickManyResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -76,6 +81,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PickMany(self, request_iterator, context):
+        """Many picks over one stream, each answered as soon as it can be: a fraction of the cost of a call
+        for each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +106,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Pick,
                     request_deserializer=loraserve_dot_v1_dot_inference__pb2.PickRequest.FromString,
                     response_serializer=loraserve_dot_v1_dot_inference__pb2.PickResponse.SerializeToString,
+            ),
+            'PickMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.PickMany,
+                    request_deserializer=loraserve_dot_v1_dot_inference__pb2.PickManyRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_inference__pb2.PickManyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +194,33 @@ class Inference:
             '/loraserve.v1.Inference/Pick',
             loraserve_dot_v1_dot_inference__pb2.PickRequest.SerializeToString,
             loraserve_dot_v1_dot_inference__pb2.PickResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PickMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/loraserve.v1.Inference/PickMany',
+            loraserve_dot_v1_dot_inference__pb2.PickManyRequest.SerializeToString,
+            loraserve_dot_v1_dot_inference__pb2.PickManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class InferenceStub:
     """Chooses the replica for one request, which the caller then sends there itself. Routers answer it;
     a replica, which serves the two methods above for such requests, does not.
     """
+    PickMany: _grpc.StreamStreamMultiCallable[_inference_pb2.PickManyRequest, _inference_pb2.PickManyResponse]
+    """Many picks over one stream, each answered as soon as it can be: a fraction of the cost of a call
+    for each.
+    """
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -50,6 +54,10 @@ class InferenceAsyncStub(InferenceStub):
     Pick: _aio.UnaryUnaryMultiCallable[_inference_pb2.PickRequest, _inference_pb2.PickResponse]  # type: ignore[assignment]
     """Chooses the replica for one request, which the caller then sends there itself. Routers answer it;
     a replica, which serves the two methods above for such requests, does not.
+    """
+    PickMany: _aio.StreamStreamMultiCallable[_inference_pb2.PickManyRequest, _inference_pb2.PickManyResponse]  # type: ignore[assignment]
+    """Many picks over one stream, each answered as soon as it can be: a fraction of the cost of a call
+    for each.
     """
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
@@ -77,6 +85,16 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.PickResponse, _abc.Awaitable[_inference_pb2.PickResponse]]:
         """Chooses the replica for one request, which the caller then sends there itself. Routers answer it;
         a replica, which serves the two methods above for such requests, does not.
+        """
+
+    @_abc_1.abstractmethod
+    def PickMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_inference_pb2.PickManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.PickManyResponse], _abc.AsyncIterator[_inference_pb2.PickManyResponse]]:
+        """Many picks over one stream, each answered as soon as it can be: a fraction of the cost of a call
+        for each.
         """
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

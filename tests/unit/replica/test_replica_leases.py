@@ -26,9 +26,8 @@ A = VersionId("a@0")
 def direct(bench: ReplicaBench, lease_id: str = "l1", **fields: Any) -> inference_pb2.GenerateRequest:
     lease = inference_pb2.Lease(lease_id=lease_id, adapter_version="a@0", table_version=1)
     sampling = inference_pb2.SamplingParams(max_tokens=4, ignore_eos=True)
-    return inference_pb2.GenerateRequest(
-        **{"adapter": "a", "text": "hi", "sampling": sampling, "lease": lease} | fields
-    )
+    given: dict[str, Any] = {"adapter": "a", "text": "hi", "sampling": sampling, "lease": lease}
+    return inference_pb2.GenerateRequest(**given | fields)
 
 
 def grant(bench: ReplicaBench, lease_id: str = "l1", *, version: str = "a@0", lease_s: float = 5.0) -> None:

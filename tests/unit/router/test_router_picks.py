@@ -1,5 +1,6 @@
 """Pick: a choice that the client acts on itself, counted as if the request were already there."""
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraserve.client.picks import PickStream
 from loraserve.clock import ManualClock
 from loraserve.router.leases import SPARE_S, LeaseCounter
 from loraserve.rpc.v1 import inference_pb2
@@ -80,6 +82,55 @@ async def test_a_pick_avoids_a_replica_that_cannot_be_reached(make_bench: MakeBe
     await until(lambda: bool(running.peers.down))
     for _ in range(6):
         assert (await pick(bench, "both")).replica_id == "r1"
+
+
+async def test_many_picks_share_a_stream_and_each_gets_its_own_answer(bench: Bench) -> None:
+    picks = PickStream(bench.inference)
+    names = ["one", "both", "nobody", "one", "both"] * 20
+    answers = await asyncio.gather(
+        *(picks.pick(inference_pb2.PickRequest(adapter=name), 10.0) for name in names), return_exceptions=True
+    )
+    for name, answer in zip(names, answers, strict=True):
+        if name == "nobody":
+            assert isinstance(answer, grpc.aio.AioRpcError)
+            assert (answer.code(), answer.details()) == (
+                Code.NOT_FOUND,
+                "adapter: adapter 'nobody' is not registered",
+            )
+        else:
+            assert isinstance(answer, inference_pb2.PickResponse)
+            assert answer.lease.adapter_version == f"{name}@0"
+    leases = {answer.lease.lease_id for answer in answers if isinstance(answer, inference_pb2.PickResponse)}
+    assert len(leases) == 80
+    await picks.close()
+
+
+async def test_a_pick_of_a_stream_waits_for_its_holder_and_holds_up_no_other(make_bench: MakeBench) -> None:
+    bench: Bench = await make_bench(holder_wait_s=10.0)
+    await bench.publish({"none": (), "one": ("r0",)})
+    picks = PickStream(bench.inference)
+    waiting = asyncio.ensure_future(picks.pick(inference_pb2.PickRequest(adapter="none"), 10.0))
+    assert (await picks.pick(inference_pb2.PickRequest(adapter="one"), 10.0)).replica_id == "r0"
+    assert not waiting.done()
+    await bench.publish({"none": ("r1",), "one": ("r0",)})
+    assert (await waiting).replica_id == "r1"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await picks.pick(inference_pb2.PickRequest(adapter="one", exclude_replicas=["r0"]), 0.05)
+    assert caught.value.code() is Code.DEADLINE_EXCEEDED
+    await picks.close()
+
+
+async def test_a_stream_of_picks_that_breaks_is_opened_again(bench: Bench) -> None:
+    picks = PickStream(bench.inference)
+    request = inference_pb2.PickRequest(adapter="one")
+    await picks.pick(request, 10.0)
+    bench.router._running.inference.stop_admitting()  # type: ignore[union-attr]
+    with pytest.raises(grpc.aio.AioRpcError, match="the router is stopping"):
+        await picks.pick(request, 10.0)
+    await picks.close()
+    bench.router._running.inference._picks.stopping = False  # type: ignore[union-attr]
+    assert (await picks.pick(request, 10.0)).replica_id == "r0"
+    await picks.close()
 
 
 @given(
