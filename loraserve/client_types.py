@@ -53,6 +53,21 @@ class ReplicaStatus:
     engine: str
     pid: int
     restarts: int
+    reason: str
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainStatus:
+    """How far a replica's drain is: the versions that no other replica holds yet, the requests that run,
+    and those that were ended at the deadline to go on elsewhere."""
+
+    replica_id: str
+    state: str
+    waiting_for: tuple[str, ...]
+    running: int
+    moved: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +85,15 @@ class RouterStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
-    """The cluster; `controller_reachable` False means that the router answers from its last table."""
+    """The cluster; `controller_reachable` False means that the router answers from its last table,
+    `problems` are what keeps the controller from its work."""
 
     cluster: str
     base_model: str
     policy: str
     table_version: int
     controller_reachable: bool
+    problems: tuple[str, ...]
     replicas: tuple[ReplicaStatus, ...]
     adapters: tuple[AdapterStatus, ...]
     router: RouterStatus
@@ -112,6 +129,23 @@ def replica_status(message: management_pb2.Replica) -> ReplicaStatus:
         engine=message.engine,
         pid=message.pid,
         restarts=message.restarts,
+        reason=message.reason,
+        node_id=message.node_id,
+    )
+
+
+def drain_statuses(message: management_pb2.DrainProgress) -> tuple[DrainStatus, ...]:
+    """How far each replica in a message is."""
+    return tuple(
+        DrainStatus(
+            replica_id=one.replica_id,
+            state=one.state,
+            waiting_for=tuple(one.waiting_for),
+            running=one.running,
+            moved=one.moved,
+            reason=one.reason,
+        )
+        for one in message.replicas
     )
 
 
@@ -124,6 +158,7 @@ def cluster_status(message: management_pb2.GetStatusResponse) -> ClusterStatus:
         policy=message.policy,
         table_version=message.table_version,
         controller_reachable=message.controller_reachable,
+        problems=tuple(message.problems),
         replicas=tuple(replica_status(one) for one in message.replicas),
         adapters=tuple(adapter_status(one) for one in message.adapters),
         router=RouterStatus(

@@ -6,6 +6,7 @@ import typer
 
 from loraserve.cli.adapter import adapter_app
 from loraserve.cli.down import down
+from loraserve.cli.drain import drain, undrain
 from loraserve.cli.status import status
 from loraserve.cli.up import up
 
@@ -24,7 +25,7 @@ def make_app() -> typer.Typer:
     from loraserve.cli.generate import generate
     from loraserve.cli.replay import replay
 
-    for command in (up, down, status, generate, replay, doctor):
+    for command in (up, down, status, drain, undrain, generate, replay, doctor):
         app.command()(command)
     app.add_typer(adapter_app, name="adapter")
     app.callback(invoke_without_command=True)(top)

@@ -31,6 +31,8 @@ def status(
     print(f"cluster {state.cluster}: policy {state.policy}, routing table {state.table_version}")
     if not state.controller_reachable:
         print("the controller is away; this is the router's last table")
+    for problem in state.problems:
+        print(f"problem: {problem}")
     show(replica_table(state.replicas))
     show(adapter_table(state.adapters))
     counters = state.router

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from random import Random
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +16,7 @@ from loraserve.client.replicas import Replicas
 from loraserve.client.routers import Router, Routers
 from loraserve.client.stream import Completion, GenerationStream
 from loraserve.client.submission import Means, StreamCall, Submission
-from loraserve.client_types import AdapterStatus, ClusterStatus
+from loraserve.client_types import AdapterStatus, ClusterStatus, DrainStatus
 from loraserve.clock import Clock, WallClock
 from loraserve.errors import BadInputError, LoraServeError, UnavailableError
 from loraserve.request import ChatTurn, GenerationRequest, SamplingParams
@@ -150,6 +150,31 @@ class Client:
         answer = await self._manage("GetStatus", management_pb2.GetStatusRequest(), repeatable=True)
         return client_types.cluster_status(answer)
 
+    def drain(
+        self,
+        replicas: Sequence[str] = (),
+        *,
+        node: str = "",
+        deadline_s: float | None = None,
+        force: bool = False,
+    ) -> AsyncGenerator[tuple[DrainStatus, ...], None]:
+        """Drain these replicas, or all of a node, and yield how far they are until all are drained.
+
+        Leaving early does not stop it, asking again for the same joins it. StaleError if adapters or all
+        replicas would be lost and it is not forced, or if the drain is taken back.
+        """
+        request = management_pb2.DrainReplicasRequest(
+            replica_ids=replicas, node_id=node, deadline_s=deadline_s, force=force
+        )
+        return self._follow("DrainReplicas", request, self._management_timeout_s + (deadline_s or 0.0))
+
+    def undrain(
+        self, replicas: Sequence[str] = (), *, node: str = ""
+    ) -> AsyncGenerator[tuple[DrainStatus, ...], None]:
+        """Take drains back, and yield how far the replicas are until all are ready."""
+        request = management_pb2.UndrainReplicasRequest(replica_ids=replicas, node_id=node)
+        return self._follow("UndrainReplicas", request, self._management_timeout_s)
+
     async def wait_ready(self, timeout_s: float) -> None:
         """Return once a router says SERVING; UnavailableError if none does within the time."""
         reasons = dict.fromkeys(self.addresses, "nothing listens there")
@@ -227,6 +252,26 @@ class Client:
             else:
                 self._routers.note_answered(router)
                 return answer
+        raise last
+
+    async def _follow(
+        self, method: str, request: object, timeout_s: float
+    ) -> AsyncGenerator[tuple[DrainStatus, ...], None]:
+        """Ask the routers in turn for a stream, which another may go on with."""
+        last: LoraServeError = failures.unreachable("router", self.addresses)
+        for router in self._routers.in_order():
+            call = getattr(router.management, method)(request, timeout=timeout_s)
+            try:
+                async for message in call:
+                    self._routers.note_answered(router)
+                    yield client_types.drain_statuses(message)
+                return
+            except grpc.aio.AioRpcError as error:
+                last = failures.error_from(error, "router", self.addresses)
+                if not failures.is_unavailable(error):
+                    raise last from error
+            finally:
+                call.cancel()
         raise last
 
 
