@@ -107,7 +107,7 @@ async def test_messages_and_requests_larger_than_a_frame_pass(echo: Echo) -> Non
         large = start("large", 5, chars)
         large.generate += inference_pb2.GenerateRequest(request_id="i" * chars).SerializeToString()
         answers = await asyncio.gather(numbers(bench, large), numbers(bench, start("small", 50)))
-    assert answers == [list(range(5)), list(range(50))]
+    assert list(answers) == [list(range(5)), list(range(50))]
 
 
 async def test_a_reader_that_stalls_stops_its_own_stream_alone(echo: Echo) -> None:
