@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ def small_engine(model: str, **extra: object) -> VllmEngine:
         EngineSection(
             max_lora_rank=8,
             adapter_slots=1,
+            max_num_seqs=2,
             max_model_len_tokens=256,
             kv_cache_bytes=32 * 1024**2,
             extra=extra,
@@ -90,16 +92,29 @@ async def test_a_killed_engine_is_noticed_everywhere(samples: SampleSet) -> None
         rank=8,
         size_bytes=1,
     )
-    stream = engine.generate(
+    # More than run at once, one of them resumed.
+    asked = [
         GenerationRequest(
-            request_id="one", prompt="x", sampling=SamplingParams(max_tokens=200, ignore_eos=True)
+            request_id=f"request {number}",
+            prompt="morning " * 30,
+            sampling=SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True, stop=("never €",)),
+            resumed_token_ids=(70, 71) if number == 1 else (),
         )
-    )
-    await anext(stream)
+        for number in range(4)
+    ]
+    streams = [engine.generate(one) for one in asked]
+    firsts = [asyncio.create_task(anext(stream)) for stream in streams]
+    await asyncio.gather(*firsts[:2])
     await engine.check()
     os.kill(info.pids[0], signal.SIGKILL)
-    with pytest.raises(EngineDeadError):
-        await asyncio.wait_for(_drained(stream), 10)
+    late = asyncio.create_task(_drained(engine.generate(dataclasses.replace(asked[0], request_id="late"))))
+    ends = await asyncio.wait_for(
+        asyncio.gather(
+            *firsts[2:], *(_drained(stream) for stream in streams[:2]), late, return_exceptions=True
+        ),
+        10,
+    )
+    assert [type(end) for end in ends] == [EngineDeadError] * 5
     with pytest.raises(EngineDeadError):
         await engine.check()
     with pytest.raises(EngineDeadError):
