@@ -1,6 +1,7 @@
 """Whatever dies, the caller sees one stream without a seam, or one error with all that came."""
 
 import asyncio
+import pickle
 import socket
 from collections.abc import AsyncIterator, Sequence
 
@@ -167,6 +168,8 @@ class TestNotResumable:
         assert len(steps) >= 3
         assert whole[0][: len(caught.value.token_ids)] == caught.value.token_ids
         assert caught.value.request_id == stream.request_id
+        copied = pickle.loads(pickle.dumps(caught.value))
+        assert (str(copied), copied.token_ids) == (str(caught.value), caught.value.token_ids)
         assert (stream.attempts, stream.resumed) == (1, False)
 
     async def test_restart_when_nothing_came(self, routers: tuple[FakeRouter, ...]) -> None:

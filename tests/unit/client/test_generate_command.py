@@ -72,6 +72,17 @@ async def test_a_full_cluster_and_an_absent_one_are_failures_of_the_work(router:
     assert absent.stderr == "error: router 127.0.0.1:1: cannot be reached; is the cluster up?\n"
 
 
+async def test_several_routers_may_be_given_and_one_of_them_is_enough(router: FakeRouter) -> None:
+    for given in (
+        ("--address", f"127.0.0.1:1, {router.address}"),
+        ("--address", router.address, "--address", "127.0.0.1:1"),
+    ):
+        ran = await run_cli("generate", "hi", *given, "--max-tokens", "2", "--json")
+        assert (ran.exit_code, ran.stderr, ran.json()["attempts"]) == (0, "", 1), given
+    none = await run_cli("generate", "hi", "--address", "127.0.0.1:1,127.0.0.1:2")
+    assert none.stderr == "error: routers 127.0.0.1:1, 127.0.0.1:2: cannot be reached; is the cluster up?\n"
+
+
 @pytest.mark.parametrize("address", ["localhost", "127.0.0.1:", ":50051", "127.0.0.1:99999", "a:b"])
 async def test_an_address_needs_a_host_and_a_port(address: str) -> None:
     ran = await run_cli("generate", "hi", "--address", address)
