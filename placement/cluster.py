@@ -10,6 +10,7 @@ table still names is never retired.
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from placement import cluster_drain
@@ -41,7 +42,7 @@ from placement.cluster_messages import (
 from placement.cluster_records import Copy, CopyPhase, DrainOrder, Holdings, ReplicaPhase, ReplicaRecord
 from placement.cluster_table import table_of
 from placement.policies.base import PlacementPolicy
-from placement.table import RoutingTable
+from placement.table import RoutingTable, TableEntry
 from placement.types import (
     AdapterName,
     AdapterVersion,
@@ -89,6 +90,12 @@ class ClusterState:
         self.demand_tokens_per_s: Mapping[VersionId, float] = MappingProxyType({})
         for adapter in adapters:
             self._adopt(adapter)
+        # To routers these names are registered, before anybody is found to hold them.
+        waiting = {
+            name: TableEntry(name=name, version_id=key, rank=self.adapters[key].rank, holders=())
+            for name, key in self.active.items()
+        }
+        self.table = replace(self.table, entries=MappingProxyType(waiting))
         for replica in drains.keys() & self.replicas.keys():
             record = self.replicas[replica]
             record.drain = drains[replica]
@@ -157,10 +164,10 @@ class ClusterState:
         return self.holdings.holders(version)
 
     def is_served(self, version: VersionId) -> bool:
-        """Whether the published table names this version."""
+        """Whether the published table names this version and a holder of it."""
         adapter = self.adapters.get(version)
         entry = self.table.entries.get(adapter.name) if adapter is not None else None
-        return entry is not None and entry.version_id == version
+        return entry is not None and entry.version_id == version and bool(entry.holders)
 
     def refusal(self, version: VersionId) -> str | None:
         """Why no replica holds or is loading this version, or None while there is hope."""
@@ -338,7 +345,7 @@ class ClusterState:
 
     def _next_table(self) -> RoutingTable | None:
         """The table that follows from the copies held now, or None if it is the one published."""
-        table = table_of(self.holdings, version=self.table.version + 1, base_model=self.base_model)
+        table = table_of(self.holdings, self.table)
         return None if self.published and table.same_content(self.table) else table
 
     def _forget_superseded(self) -> list[Command]:

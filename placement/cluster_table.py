@@ -7,11 +7,13 @@ from placement.table import RoutingTable, TableEntry, TableReplica
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 
 
-def table_of(holdings: Holdings, *, version: int, base_model: str) -> RoutingTable:
-    """The table of what is held now: names by the newest version that somebody holds, and the ready
-    replicas with the draining ones that a name still depends on."""
+def table_of(holdings: Holdings, before: RoutingTable) -> RoutingTable:
+    """The table of what is held now, to follow `before`: names by the newest version that somebody
+    holds, and the ready replicas with the draining ones that a name still depends on."""
     entries = {
-        name: entry for name in sorted(holdings.active) if (entry := _entry(holdings, name)) is not None
+        name: entry
+        for name in sorted(holdings.active)
+        if (entry := _entry(holdings, name) or _waiting(holdings, name, before)) is not None
     }
     needed = {holder.replica_id for entry in entries.values() for holder in entry.holders}
     replicas = {
@@ -25,8 +27,8 @@ def table_of(holdings: Holdings, *, version: int, base_model: str) -> RoutingTab
         if record.spec is not None and (record.phase is ReplicaPhase.READY or record.replica_id in needed)
     }
     return RoutingTable(
-        version=version,
-        base_model=base_model,
+        version=before.version + 1,
+        base_model=before.base_model,
         replicas=MappingProxyType(replicas),
         entries=MappingProxyType(entries),
     )
@@ -39,6 +41,16 @@ def _entry(holdings: Holdings, name: AdapterName) -> TableEntry | None:
             rank = holdings.adapters[version].rank
             return TableEntry(name=name, version_id=version, rank=rank, holders=holders)
     return None
+
+
+def _waiting(holdings: Holdings, name: AdapterName, before: RoutingTable) -> TableEntry | None:
+    """The entry of a name that has lost its last holder: its requests wait for the next one. A name
+    that has had none yet is not in the table."""
+    known = before.entries.get(name)
+    if known is None:
+        return None
+    version = known.version_id if known.version_id in holdings.adapters else holdings.active[name]
+    return TableEntry(name=name, version_id=version, rank=holdings.adapters[version].rank, holders=())
 
 
 def _shares(holdings: Holdings, version: VersionId) -> tuple[Holder, ...]:

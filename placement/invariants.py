@@ -38,9 +38,13 @@ def _check_table(state: ClusterState) -> None:
     for replica in state.table.replicas:
         _require(state.replicas[replica].is_serving, f"the table names {replica}, which takes no requests")
     for entry in state.table.entries.values():
-        _require(bool(entry.holders), f"{entry.name} is in the table without holders")
+        _require(entry.name in state.active, f"{entry.name} is in the table and not registered")
+        _require(entry.version_id in state.adapters, f"{entry.name}: {entry.version_id} is forgotten")
         total = sum(holder.share for holder in entry.holders)
-        _require(abs(total - 1) < SHARE_TOLERANCE, f"the shares of {entry.name} sum to {total}")
+        _require(
+            not entry.holders or abs(total - 1) < SHARE_TOLERANCE,
+            f"the shares of {entry.name} sum to {total}",
+        )
         for holder in entry.holders:
             _require(
                 state.replicas[holder.replica_id].holds(entry.version_id),

@@ -23,7 +23,8 @@ class TableReplica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableEntry:
-    """The version that a name stands for, and the replicas that acknowledged it, with shares."""
+    """The version that a name stands for, and the replicas that acknowledged it, with shares; none
+    while the last one is lost and no other has loaded it."""
 
     name: AdapterName
     version_id: VersionId

@@ -59,12 +59,15 @@ class ClusterMachine(RuleBasedStateMachine):
 
     def tell(self, event: messages.Event, *, may_vanish: frozenset[AdapterName] = frozenset()) -> None:
         assert self.state is not None
-        before, may_vanish = set(self.state.table.entries), may_vanish | self.forced()
+        before, may_vanish = self.served(), may_vanish | self.forced()
+        named = set(self.state.table.entries)
         commands = self.state.handle(event)
         for command in commands:
             self.execute(command)
-        gone = before - set(self.state.table.entries)
+        gone = before - self.served()
         assert gone <= may_vanish, f"{gone} lost their last copy through {event}"
+        unknown = named & set(self.state.active) - set(self.state.table.entries)
+        assert not unknown, f"{unknown} are registered, and routers do not know them any more"
 
     def execute(self, command: messages.Command) -> None:
         assert self.state is not None
@@ -126,6 +129,11 @@ class ClusterMachine(RuleBasedStateMachine):
         assert self.state is not None
         entries = self.state.table.entries.values()
         return frozenset(e.name for e in entries if {h.replica_id for h in e.holders} == {replica})
+
+    def served(self) -> set[AdapterName]:
+        """The names that the table names a holder of."""
+        assert self.state is not None
+        return {entry.name for entry in self.state.table.entries.values() if entry.holders}
 
     def in_phase(self, *phases: ReplicaPhase) -> list[ReplicaId]:
         assert self.state is not None
