@@ -7,11 +7,13 @@ from loraserve.rpc.v1 import management_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedBy:
-    """Where a request was answered and why there; what the router did not say is None."""
+    """Where a request was answered and why there; what the router did not say is None. `failovers` is how
+    often the router sent it elsewhere because a replica was lost."""
 
     replica: str | None = None
     table_version: int | None = None
     reason: str | None = None
+    failovers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

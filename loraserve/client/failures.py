@@ -51,10 +51,12 @@ def served_by(metadata: object) -> ServedBy:
     if not isinstance(metadata, grpc.aio.Metadata):
         return ServedBy()
     version = metadata.get(f"{MARK}table-version")
+    failovers = metadata.get(f"{MARK}failovers")
     return ServedBy(
         replica=_text(metadata.get(f"{MARK}replica")),
         table_version=int(version) if version is not None and version.isdigit() else None,
         reason=_text(metadata.get(f"{MARK}reason")),
+        failovers=int(failovers) if failovers is not None and failovers.isdigit() else 0,
     )
 
 
