@@ -7,6 +7,7 @@ brought to the disk and renamed. Plain adapters are stored byte for byte, those 
 """
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from placement.types import AdapterName
 
 _MANIFEST_FILE = "manifest.json"
 _TEMPORARY = ".tmp-"
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +203,10 @@ class AdapterStore:
             finally:
                 shutil.rmtree(path)
         except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise WorkFailedError(
+                    f"{self._directory}: no room for the adapter ({error.strerror}); free some and try again"
+                ) from error
             raise WorkFailedError(f"{self._directory}: the adapter store failed: {error}") from error
 
 

@@ -56,6 +56,7 @@ class Controller:
         library: AdapterStore,
         recovering: bool = False,
         seed: int = 0,
+        first_backoff_s: float = 0.25,
         on_step: Checkpoint = _pass,
     ) -> None:
         self.config = config
@@ -68,7 +69,14 @@ class Controller:
         self._registering: dict[str, asyncio.Lock] = {}
         self._recovering = recovering
         self._journal = Journal(store, publish=self._publish, release=self._release)
-        self.keeper = ReplicaKeeper(config, fleet=fleet, library=library, dispatch=self.dispatch, seed=seed)
+        self.keeper = ReplicaKeeper(
+            config,
+            fleet=fleet,
+            library=library,
+            dispatch=self.dispatch,
+            seed=seed,
+            first_backoff_s=first_backoff_s,
+        )
         registrations = store.adapters()
         self.registrations = {entry.adapter.version_id: entry for entry in registrations}
         self.state = ClusterState(
@@ -155,8 +163,8 @@ class Controller:
         )
 
     def is_served(self, version: VersionId) -> bool:
-        """Whether the table that routers may see names this version."""
-        return any(entry.version_id == version for entry in self.table.entries.values())
+        """Whether the table that routers may see names this version and a holder of it."""
+        return any(entry.version_id == version and entry.holders for entry in self.table.entries.values())
 
     # -- adapters ------------------------------------------------------------------------------
 

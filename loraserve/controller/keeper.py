@@ -41,6 +41,7 @@ class ReplicaKeeper:
         library: AdapterStore,
         dispatch: Callable[[messages.Event], None],
         seed: int,
+        first_backoff_s: float,
     ) -> None:
         self.fleet = fleet
         self.reports: dict[ReplicaId, ReplicaReport] = {}
@@ -52,6 +53,7 @@ class ReplicaKeeper:
         self._library = library
         self._dispatch = dispatch
         self._random = random.Random(seed)
+        self._first_backoff_s = first_backoff_s
         self._links: dict[ReplicaId, ReplicaLink] = {}
         self._lives: dict[ReplicaId, asyncio.Task[None]] = {}
         self._unloading: set[tuple[ReplicaLink, VersionId]] = set()
@@ -190,7 +192,7 @@ class ReplicaKeeper:
             self._dispatch(messages.ReplicaLost(replica, failed.reason))
 
     def _backoff_s(self, attempt: int) -> float:
-        ceiling_s = min(MAX_BACKOFF_S, 0.25 * 2**attempt)
+        ceiling_s = min(MAX_BACKOFF_S, self._first_backoff_s * 2**attempt)
         return self._random.uniform(ceiling_s / 2, ceiling_s)
 
     async def _watch(self, replica: ReplicaId, link: ReplicaLink) -> str:

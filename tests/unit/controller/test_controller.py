@@ -1,18 +1,13 @@
 """The controller's shell over real stores, real PEFT files and in-process replicas."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loraserve.clock import WallClock
-from loraserve.cluster.local_fleet import LocalFleet
-from loraserve.config import Config, parse_config
-from loraserve.controller.controller import Controller
-from loraserve.controller.library import open_library
-from loraserve.controller.store import Store
-from loraserve.engines.base import AdapterFiles, Engine, EngineInfo
+from loraserve.engines.base import EngineInfo
 from loraserve.engines.emulated import EmulatedEngine
 from loraserve.errors import (
     AdapterRejectedError,
@@ -23,84 +18,10 @@ from loraserve.errors import (
 )
 from loraserve.samples import SampleSet, build_adapter
 from placement.cluster_records import ReplicaPhase
-from placement.invariants import check_cluster
 from placement.types import AdapterName, ReplicaId
+from tests.support.controller_kit import TIMEOUT_S, Setup, small_config
 
-TIMEOUT_S = 20.0
 R0 = ReplicaId("replica-0")
-
-
-def small_config(model: Path, *, slots: int = 8, **sections: dict[str, object]) -> Config:
-    tree: dict[str, dict[str, object]] = {
-        "model": {"path": str(model)},
-        "engine": {"kind": "emulated", "adapter_slots": slots},
-        "emulated": {"speed": 50.0, "load_bytes_per_s": 1e12},
-        "replica": {"check_interval_s": 0.02, "drain_timeout_s": 2.0},
-    }
-    for name, section in sections.items():
-        tree.setdefault(name, {}).update(section)
-    return parse_config(tree)
-
-
-class RefusingEngine(EmulatedEngine):
-    """An emulated engine that refuses adapters of one rank, as a real one may."""
-
-    refused_rank: int = 0
-
-    async def load_adapter(self, adapter: AdapterFiles) -> None:
-        """Refuse, or load."""
-        if adapter.rank == self.refused_rank:
-            raise AdapterRejectedError(f"rank {adapter.rank} is not to my taste")
-        await super().load_adapter(adapter)
-
-
-class Setup:
-    """A controller, what it stands on, and a way to restart it."""
-
-    def __init__(self, folder: Path, config: Config, make_engine: Callable[[ReplicaId], Engine]) -> None:
-        self.folder = folder
-        self.config = config
-        self.fleet = LocalFleet(config, make_engine)
-        self.controller = self._make()
-
-    def _make(self) -> Controller:
-        store = Store(self.folder / "controller.sqlite")
-        recovering = store.begin_life("run", self.config.model.path)
-        library = open_library(self.folder / "adapters", self.config)
-        return Controller(self.config, store=store, fleet=self.fleet, library=library, recovering=recovering)
-
-    async def start(self) -> Controller:
-        self.controller.start()
-        await self.controller.wait_until(self.controller.is_ready, TIMEOUT_S)
-        return self.controller
-
-    async def restart(self) -> Controller:
-        """What a SIGKILL and a restart amount to: no goodbye, the same files, the same replicas."""
-        await self.controller.stop()
-        self.controller = self._make()
-        return await self.start()
-
-
-@pytest.fixture
-async def setup(tmp_path: Path, samples: SampleSet) -> AsyncIterator[Callable[..., Setup]]:
-    made: list[Setup] = []
-
-    def make(*, refused_rank: int = 0, **options: object) -> Setup:
-        config = small_config(samples.model, **options)  # type: ignore[arg-type]
-
-        def engine(replica: ReplicaId) -> Engine:
-            one = RefusingEngine(config.engine, config.emulated, config.model, clock=WallClock())
-            one.refused_rank = refused_rank
-            return one
-
-        made.append(Setup(tmp_path / str(len(made)), config, engine))
-        return made[-1]
-
-    yield make
-    for one in made:
-        check_cluster(one.controller.state)
-        await one.controller.stop()
-        await one.fleet.close()
 
 
 async def test_a_registered_adapter_is_on_every_replica_and_in_the_table(

@@ -13,6 +13,7 @@ from loraserve.controller.store import SCHEMA_VERSION, Changes, Store, StoredReg
 from loraserve.errors import BadInputError, WorkFailedError
 from placement.cluster_records import DrainOrder
 from placement.types import AdapterName, AdapterVersion, Holder, Placement, ReplicaId, VersionId
+from tests.support.cli import run_cli
 from tests.support.full_disk import full_disk
 
 R0, R1 = ReplicaId("replica-0"), ReplicaId("replica-1")
@@ -239,3 +240,21 @@ def test_a_registration_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None
     again = Store(path)
     assert again.adapters() == [*kept, large]
     again.close()
+
+
+@pytest.mark.parametrize("damage", [b"\x00" * 4096, b"not a database" * 1000])
+async def test_up_refuses_a_damaged_store_in_one_line_and_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    monkeypatch.setenv("LORASERVE_CACHE_DIR", str(tmp_path))
+    folder = tmp_path / "clusters" / "damaged"
+    folder.mkdir(parents=True)
+    path = folder / "controller.sqlite"
+    filled(path)
+    damaged = damage + path.read_bytes()[len(damage) :]
+    path.write_bytes(damaged)
+    ran = await run_cli("up", "--engine", "emulated", "--cluster", "damaged", "--port", "0")
+    assert ran.exit_code == 2, ran.stderr
+    assert ran.stderr.startswith(f"error: {path}: ")
+    assert ran.stderr.count("\n") == 1
+    assert path.read_bytes() == damaged

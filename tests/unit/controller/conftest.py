@@ -1,0 +1,34 @@
+"""Fixtures of controller tests: each ends with a check of the state machine and of every replica."""
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from loraserve.clock import WallClock
+from loraserve.engines.base import Engine
+from loraserve.samples import SampleSet
+from placement.invariants import check_cluster
+from placement.types import ReplicaId
+from tests.support.controller_kit import RefusingEngine, Setup, small_config
+
+
+@pytest.fixture
+async def setup(tmp_path: Path, samples: SampleSet) -> AsyncIterator[Callable[..., Setup]]:
+    made: list[Setup] = []
+
+    def make(*, refused_rank: int = 0, **options: object) -> Setup:
+        config = small_config(samples.model, **options)  # type: ignore[arg-type]
+
+        def engine(replica: ReplicaId) -> Engine:
+            one = RefusingEngine(config.engine, config.emulated, config.model, clock=WallClock())
+            one.refused_rank = refused_rank
+            return one
+
+        made.append(Setup(tmp_path / str(len(made)), config, engine))
+        return made[-1]
+
+    yield make
+    for one in made:
+        check_cluster(one.controller.state)
+        await one.close()

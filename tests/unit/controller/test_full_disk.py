@@ -1,0 +1,142 @@
+"""A controller whose disk is full: what it refuses, what it holds back, and that nothing is lost."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loraserve.controller import drains
+from loraserve.errors import WorkFailedError
+from loraserve.samples import SampleSet, build_adapter
+from placement.cluster_records import DrainOrder, ReplicaPhase
+from placement.types import AdapterName, ReplicaId
+from tests.support.controller_kit import TIMEOUT_S, Setup
+from tests.support.full_disk import full_disk
+
+R0, R1 = ReplicaId("replica-0"), ReplicaId("replica-1")
+
+
+async def test_changes_are_refused_with_the_file_named_and_leave_nothing(
+    setup: Callable[..., Setup], samples: SampleSet, tmp_path: Path
+) -> None:
+    small = build_adapter(tmp_path / "small", samples.model, rank=1, seed=1)
+    one = setup()
+    controller = await one.start()
+    kept = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    contents = controller.library.contents()
+    path = one.folder / "controller.sqlite"
+    with full_disk(path):
+        with pytest.raises(WorkFailedError, match=f"^adapter b is not registered: {path}: .*disk"):
+            await controller.register("b", str(small), replace=False)
+        with pytest.raises(WorkFailedError, match=f"^adapter a is not removed: {path}: .*disk"):
+            controller.remove("a")
+        with pytest.raises(WorkFailedError, match=f"{path}: .*disk"):
+            drains.begin_drain(controller, [R0], DrainOrder(deadline_s=1.0))
+        assert controller.problem is not None
+        assert str(path) in controller.problem
+    assert list(controller.registrations) == [kept]
+    assert controller.library.contents() == contents
+    assert controller.state.replicas[R0].phase is ReplicaPhase.READY
+    await controller.wait_until(lambda: controller.problem is None, TIMEOUT_S)
+    controller = await one.restart()
+    assert list(controller.registrations) == [kept]
+    assert controller.is_served(kept)
+
+
+async def test_a_full_disk_under_the_adapters_leaves_no_half_of_one(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup()
+    controller = await one.start()
+    folder = one.folder / "adapters"
+    with (
+        full_disk(folder, room_bytes=10_000),
+        pytest.raises(WorkFailedError, match=f"^{folder}: no room for the adapter .*free some"),
+    ):
+        await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    assert list(folder.iterdir()) == []
+    assert controller.registrations == {}
+    await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+
+
+async def test_a_table_is_given_out_only_once_it_is_durable_and_drops_wait_for_it(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup(placement={"policy": "slora-random"})
+    controller = await one.start()
+    versions = [
+        await controller.register(name, str(path), replace=False) for name, path in samples.adapters.items()
+    ]
+    before = controller.table
+    with full_disk(one.folder / "controller.sqlite"):
+        await one.fleet.lose(R1)
+        # Starts and loads go on: the other replica takes all of them, then the new one its share.
+        await controller.wait_until(
+            lambda: all(controller.state.holders(version) == (R0,) for version in versions), TIMEOUT_S
+        )
+        await controller.wait_until(
+            lambda: any(controller.state.holders(version) == (R1,) for version in versions), TIMEOUT_S
+        )
+        assert controller.table is before, "what is not durable is not given out"
+        assert controller.state.table.version > before.version
+        assert controller.problem is not None
+        held = set(one.fleet.links[R0].server.pool.resident())
+        assert set(versions) <= held, "nothing is dropped before a table without it is out"
+    await controller.wait_until(lambda: controller.problem is None, TIMEOUT_S)
+    await controller.wait_until(lambda: len(controller.copies(R0)) < len(versions), TIMEOUT_S)
+    assert controller.table.version == controller.state.table.version
+    published = controller.table.version
+    after = await one.restart()
+    assert after.table.version > published
+    assert all(after.is_served(version) for version in versions)
+
+
+async def test_a_late_drop_is_not_carried_out_on_a_copy_that_is_wanted_again(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup(placement={"policy": "slora-random"})
+    controller = await one.start()
+    for name, path in samples.adapters.items():
+        await controller.register(name, str(path), replace=False)
+    with full_disk(one.folder / "controller.sqlite"):
+        for lost in (R1, R0):
+            await one.fleet.lose(lost)
+            await controller.wait_until(
+                lambda lost=lost: controller.state.replicas[lost].phase is ReplicaPhase.STARTING,  # type: ignore[misc]
+                TIMEOUT_S,
+            )
+            await controller.wait_until(
+                lambda lost=lost: bool(controller.copies(lost)),  # type: ignore[misc]
+                TIMEOUT_S,
+            )
+    await controller.wait_until(lambda: controller.problem is None, TIMEOUT_S)
+    await controller.wait_until(
+        lambda: all(
+            controller.copies(replica) == link.server.pool.resident()
+            for replica, link in one.fleet.links.items()
+        ),
+        TIMEOUT_S,
+    )
+    for entry in controller.table.entries.values():
+        for holder in entry.holders:
+            assert entry.version_id in one.fleet.links[holder.replica_id].server.pool.resident()
+
+
+async def test_a_controller_comes_back_on_a_full_disk_and_goes_on_when_there_is_room(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup()
+    controller = await one.start()
+    version = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    before = controller.table.version
+    await one.crash()
+    with full_disk(one.folder / "controller.sqlite"):
+        controller = one.controller = one.make()
+        controller.start()
+        await controller.wait_until(lambda: controller.problem is not None, TIMEOUT_S)
+        assert controller.table.version == 0, "routers keep the table that they have"
+        assert controller.state.is_served(version)
+    await controller.wait_until(controller.is_ready, TIMEOUT_S)
+    assert controller.table.version > before
+    assert controller.table.entries[AdapterName("a")].version_id == version
+    assert one.fleet.starts.count(R0) == 1
