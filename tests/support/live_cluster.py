@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveCluster:
-    """One cluster with a cache folder of its own."""
+    """One cluster with a cache folder of its own; `environment` is added to the commands'."""
 
     cache: Path
     name: str = "test"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -41,7 +42,7 @@ class LiveCluster:
         """Run one `loraserve` command to its end, whatever its exit code."""
         return subprocess.run(
             [sys.executable, "-m", "loraserve.cli.main", *arguments],
-            env={**os.environ, "LORASERVE_CACHE_DIR": str(self.cache)},
+            env={**os.environ, **self.environment, "LORASERVE_CACHE_DIR": str(self.cache)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -73,9 +74,9 @@ class LiveCluster:
         assert running is not None
         return running
 
-    def client(self) -> Client:
-        """A client of the first router."""
-        return Client(self.running().router_addresses[0])
+    def client(self, *, look_aside: bool | None = None) -> Client:
+        """A client of all routers."""
+        return Client(self.running().router_addresses, look_aside=look_aside)
 
     def log(self, name: str) -> str:
         """One process's log."""

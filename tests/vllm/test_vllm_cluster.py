@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 import pytest
 import pytest_asyncio
 
-from loraserve.client import Client
+from loraserve.client import Client, GenerationStream
 from loraserve.request import SamplingParams
 from loraserve.samples import SampleSet
 from tests.support.live_cluster import LiveCluster, kill, parent_of, wait_gone, wait_status
@@ -29,7 +29,20 @@ def cluster(
 ) -> Iterator[LiveCluster]:
     """`references` first: one engine at a time starts faster on two cores."""
     live = LiveCluster(cache=tmp_path_factory.mktemp("cache"))
-    live.up("--engine", "vllm", "--model", str(samples.model), "--dtype", "float32", "--adapter-slots", "5")
+    config = tmp_path_factory.mktemp("config") / "config.toml"
+    config.write_text("[replica]\nmax_restarts = 20\n")
+    live.up(
+        "--config",
+        str(config),
+        "--engine",
+        "vllm",
+        "--model",
+        str(samples.model),
+        "--dtype",
+        "float32",
+        "--adapter-slots",
+        "5",
+    )
     try:
         for name, folder in samples.adapters.items():
             live.call("adapter", "add", name, str(folder))
@@ -137,6 +150,55 @@ async def test_a_killed_replica_takes_its_engine_with_it_and_comes_back_the_same
         "the replica is back",
     )
     assert await ask_all(client, NAMES) == references
+
+
+@pytest.mark.parametrize(("what", "look_aside"), [("replica", True), ("engine", False)])
+async def test_streams_outlive_the_replica_that_serves_them_token_by_token(
+    cluster: LiveCluster, what: str, look_aside: bool
+) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=160, ignore_eos=True)
+    async with cluster.client(look_aside=look_aside) as client:
+        before = await wait_status(
+            client,
+            lambda s: s.controller_reachable and all(len(one.resident) == 5 for one in s.replicas),
+            RECOVERY_S,
+            "both replicas hold everything",
+        )
+        wanted = [await client.complete(PROMPTS[1], adapter=name, sampling=sampling) for name in NAMES]
+        streams = [client.generate(PROMPTS[1], adapter=name, sampling=sampling) for name in NAMES]
+        begun = await asyncio.gather(*(_read(stream, 8) for stream in streams))
+        victim = before.replicas[0].pid
+        if what == "engine":
+            (victim,) = [pid for pid in cluster.pids(ENGINE_TITLE) if parent_of(pid) == victim]
+        kill(victim)
+        rests = await asyncio.gather(*(_read(stream, 10_000) for stream in streams))
+        for one, first, rest in zip(wanted, begun, rests, strict=True):
+            assert first[0] + rest[0] == list(one.step.token_ids)
+            assert first[1] + rest[1] == one.step.text
+        moved = [stream.attempts > 1 or stream.served_by.failovers > 0 for stream in streams]
+        assert any(moved), "the victim served none of the streams: the test shows nothing"
+        await wait_status(
+            client,
+            lambda s: (
+                s.controller_reachable
+                and s.replicas[0].pid not in (0, before.replicas[0].pid)
+                and all(len(one.resident) == 5 for one in s.replicas)
+            ),
+            RECOVERY_S,
+            "the replica is back",
+        )
+
+
+async def _read(stream: GenerationStream, at_least: int) -> tuple[list[int], str]:
+    """So many tokens, or all that are left, with their text."""
+    tokens: list[int] = []
+    text = ""
+    async for step in stream:
+        tokens += step.token_ids
+        text += step.text
+        if len(tokens) >= at_least:
+            break
+    return tokens, text
 
 
 async def test_removing_and_replacing_an_adapter_never_mixes_its_versions(
