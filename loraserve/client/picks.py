@@ -37,10 +37,11 @@ class PickStream:
         self._dirty = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._one_by_one = False
+        self._closed = False
 
     async def pick(self, request: inference_pb2.PickRequest, timeout: float) -> inference_pb2.PickResponse:
         """The router's choice; AioRpcError."""
-        if self._one_by_one:
+        if self._one_by_one or self._closed:
             return await self._pick_alone(request, timeout)
         loop = asyncio.get_running_loop()
         end_s = loop.time() + timeout
@@ -66,14 +67,19 @@ class PickStream:
     async def _pick_alone(
         self, request: inference_pb2.PickRequest, timeout: float
     ) -> inference_pb2.PickResponse:
+        if self._closed:
+            raise _error(grpc.StatusCode.UNAVAILABLE, "the client is closed")
         picked: inference_pb2.PickResponse = await self._stub.Pick(request, timeout=timeout)
         return picked
 
     async def close(self) -> None:
         """End the stream. Safe to call twice."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            # A task that is cancelled before its first turn has run none of its code.
+            self._break()
 
     async def _run(self) -> None:
         """One stream from its first pick to its end."""
@@ -89,10 +95,7 @@ class PickStream:
         finally:
             writer.cancel()
             call.cancel()
-            self._outbox = inference_pb2.PickManyRequest()
-            for answer in self._waiting.values():
-                if not answer.done():
-                    answer.set_exception(_BrokenError)
+            self._break()
 
     async def _write(self, call: Call) -> None:
         try:
@@ -111,6 +114,12 @@ class PickStream:
                     await call.write(outbox)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # the reader knows why
+
+    def _break(self) -> None:
+        self._outbox = inference_pb2.PickManyRequest()
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(_BrokenError)
 
     def _answer(self, one: inference_pb2.PickAnswer) -> None:
         answer = self._waiting.get(one.id)

@@ -14,7 +14,7 @@ from loraserve.engines.base import AdapterFiles, EngineLoad
 from loraserve.engines.emulated import EmulatedEngine
 from loraserve.errors import AlreadyExistsError, LoraServeError, NotFoundError, UnavailableError
 from loraserve.rpc.server import Health
-from loraserve.rpc.status import abort_with
+from loraserve.rpc.status import abort_with, status_of
 from loraserve.rpc.v1 import inference_pb2 as inference
 from loraserve.rpc.v1 import management_pb2 as management
 from loraserve.rpc.v1 import management_pb2_grpc
@@ -43,6 +43,7 @@ class FakeRouter(FakeAnswers, management_pb2_grpc.ManagementServicer):
         self.health: Health
         self.replicas: list[FakeReplica] = []
         self.picks: list[inference.PickRequest] = []
+        self.picks_many = True
         self.pick_script: deque[LoraServeError | None] = deque()
 
     async def wait_idle(self) -> None:
@@ -79,33 +80,46 @@ class FakeRouter(FakeAnswers, management_pb2_grpc.ManagementServicer):
         await self.health.set_serving(True)
 
     async def Pick(self, request: inference.PickRequest, context: Any) -> inference.PickResponse:  # noqa: N802
-        """The first replica that may be picked."""
+        """One choice."""
         if not self.replicas:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no Pick here")
-        self.picks.append(request)
-        failure = self.pick_script.popleft() if self.pick_script else None
-        free = [one for one in self.replicas if one.replica_id not in request.exclude_replicas]
         try:
-            if failure is not None:
-                raise failure
-            if not free:
-                raise UnavailableError("no holder")
-            version = self.version(request.adapter) or ""
+            return self._pick(request)
         except LoraServeError as error:
             await abort_with(context, error)
-        lease = inference.Lease(
-            lease_id=f"{len(self.picks)} {free[0].replica_id}", adapter_version=version, table_version=7
-        )
-        return inference.PickResponse(
-            replica_id=free[0].replica_id, address=free[0].address, lease=lease, lease_s=5, reason="picked"
-        )
 
     async def PickMany(  # noqa: N802
         self, request_iterator: Any, context: Any
     ) -> AsyncIterator[inference.PickManyResponse]:
-        """As a router of an earlier release."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-        yield inference.PickManyResponse()
+        """Many choices, unless this is a router of an earlier release."""
+        if not self.replicas or not self.picks_many:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        async for message in request_iterator:
+            for one in message.picks:
+                answer = inference.PickAnswer(id=one.id)
+                try:
+                    answer.picked.CopyFrom(self._pick(one.pick))
+                except LoraServeError as error:
+                    code, answer.message = status_of(error)
+                    answer.code = code.value[0]
+                yield inference.PickManyResponse(answers=[answer])
+
+    def _pick(self, request: inference.PickRequest) -> inference.PickResponse:
+        self.picks.append(request)
+        failure = self.pick_script.popleft() if self.pick_script else None
+        if failure is not None:
+            raise failure
+        free = [one for one in self.replicas if one.replica_id not in request.exclude_replicas]
+        if not free:
+            raise UnavailableError("no holder")
+        lease = inference.Lease(
+            lease_id=f"{len(self.picks)} {free[0].replica_id}",
+            adapter_version=self.version(request.adapter) or "",
+            table_version=7,
+        )
+        return inference.PickResponse(
+            replica_id=free[0].replica_id, address=free[0].address, lease=lease, lease_s=5, reason="picked"
+        )
 
     async def RegisterAdapter(  # noqa: N802
         self, request: management.RegisterAdapterRequest, context: Any
@@ -146,6 +160,14 @@ class FakeRouter(FakeAnswers, management_pb2_grpc.ManagementServicer):
             adapters=[self._adapter(name) for name in self.adapters],
             router=management.RouterStats(router_id="router-0", requests=len(self.requests)),
         )
+
+    def DrainReplicas(self, request: management.DrainReplicasRequest, context: Any) -> Any:  # noqa: N802
+        """The controller's work, not played here."""
+        raise NotImplementedError
+
+    def UndrainReplicas(self, request: management.UndrainReplicasRequest, context: Any) -> Any:  # noqa: N802
+        """The controller's work, not played here."""
+        raise NotImplementedError
 
     def _adapter(self, name: str) -> management.Adapter:
         version, rank = self.adapters[name]

@@ -244,6 +244,17 @@ async def test_an_unreachable_replica_is_asked_through_the_router_for_a_while(
             assert (len(router.requests), len(second.requests)) == (2, 1)
 
 
+async def test_a_router_that_picks_one_by_one_is_asked_so(routers: tuple[FakeRouter, ...]) -> None:
+    router = routers[0]
+    router.picks_many = False
+    router.replicas[0].script.append(LOST)
+    whole = await expected(router)
+    async with Client(router.address) as client:
+        stream = client.generate("hi €", adapter="a", sampling=GREEDY)
+        assert joined(await read(stream)) == whole
+    assert (stream.attempts, len(router.picks), router.requests) == (2, 2, [])
+
+
 async def test_a_router_without_pick_is_asked_itself(routers: tuple[FakeRouter, ...]) -> None:
     router = routers[0]
     router.replicas = []
@@ -378,6 +389,15 @@ class TestNothingLeaks:
             await router.wait_idle()
         with pytest.raises(UnavailableError, match="the client is closed"):
             await client.complete("hi")
+
+    async def test_closing_the_client_ends_a_pick_that_waits(self, routers: tuple[FakeRouter, ...]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            client = Client([f"127.0.0.1:{silent.getsockname()[1]}", routers[0].address])
+            waiting = [asyncio.create_task(client.complete("hi", sampling=GREEDY)) for _ in range(4)]
+            await asyncio.sleep(0)
+            await client.close()
+            ends = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(end) for end in ends} <= {UnavailableError, asyncio.CancelledError}, ends
 
     async def test_a_stream_that_is_dropped_unread(self, routers: tuple[FakeRouter, ...]) -> None:
         async with Client(addresses(routers)) as client:
