@@ -5,11 +5,10 @@ over gRPC. A request pins its adapter from before the engine sees it until its l
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
@@ -32,6 +31,7 @@ from loraserve.replica.meter import Meter
 from loraserve.replica.pool import AdapterPool, Residency
 from loraserve.request import FinishReason, GenerationRequest, GenerationStep
 from loraserve.rpc import server as rpc_server
+from loraserve.rpc.link_server import SPARE_FRAME_BYTES
 from loraserve.rpc.table_codec import LoadReport
 from placement.types import NodeId, ReplicaId, ReplicaSpec, VersionId
 
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 5.0
 """What requests that a drain has ended get to let go."""
+
+STALLED_S = 1.0
+"""How long a request that was aborted in the engine may take to tell its reader."""
 
 SUPERSEDE_TIMEOUT_S = 10.0
 """How long a request waits for the earlier attempt that it ends to let go."""
@@ -67,8 +70,23 @@ class InFlight:
     remaining_tokens: int
     order: tuple[int, int]
     task: "asyncio.Task[object] | None"
-    superseded: bool = False
+    verdict: LoraServeError | None = None
     released: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def end(self, verdict: LoraServeError) -> None:
+        """End the request wherever it stands: in the engine, or with a reader that does not read.
+
+        Who runs it finds the verdict in the cancellation (`verdict_of`).
+        """
+        if self.verdict is None and self.task is not None:
+            self.verdict = verdict
+            self.task.cancel(msg=verdict)
+
+
+def verdict_of(cancelled: asyncio.CancelledError) -> LoraServeError | None:
+    """Why the replica itself has cancelled a request; None if somebody else has."""
+    found = cancelled.args[0] if cancelled.args else None
+    return found if isinstance(found, LoraServeError) else None
 
 
 class ReplicaServer:
@@ -111,7 +129,8 @@ class ReplicaServer:
         from loraserve.replica.service import add_replica_service
 
         self._info = await self.engine.start()
-        server = rpc_server.make_server(max_message_bytes=self.config.router.max_message_bytes)
+        max_bytes = self.config.router.max_message_bytes + SPARE_FRAME_BYTES
+        server = rpc_server.make_server(max_message_bytes=max_bytes)
         health = add_replica_service(self, server)
         port = rpc_server.bind(server, self._host, 0, insecure_listen=self._insecure_listen)
         await server.start()
@@ -205,8 +224,7 @@ class ReplicaServer:
                     await entry.unpinned.wait()
             except TimeoutError:
                 logger.warning("%s: %d requests outlast the drain", version, len(entry.pinned_by))
-                for request_id in sorted(entry.pinned_by):
-                    await self.engine.abort(request_id)
+                await self._end_running(entry.pinned_by)
         async with self._changing:
             await self.engine.unload_adapter(version)
             self.pool.finish_drop(version)
@@ -265,22 +283,17 @@ class ReplicaServer:
                 async with aclosing(self.engine.generate(request)) as steps:
                     async for step in steps:
                         if step.finish_reason is FinishReason.ABORTED:
-                            raise UnavailableError(
-                                f"request {request.request_id} was ended by replica {self.replica_id}"
-                                " while draining"
-                            )
+                            raise _drained(request.request_id, self.replica_id)
                         accounted.remaining_tokens = max(0, request.sampling.max_tokens - step.output_tokens)
                         progress.step(len(step.token_ids))
                         if step.finish_reason is not None:
                             progress.finish(step.output_tokens)
                         yield step
             except asyncio.CancelledError:
-                if not accounted.superseded or accounted.task is None:
+                if accounted.verdict is None or accounted.task is None:
                     raise
                 accounted.task.uncancel()
-                raise SupersededError(
-                    f"request {request.request_id}: a later attempt has taken over"
-                ) from None
+                raise accounted.verdict from None
 
     async def _supersede(self, request_id: str, turn: Turn) -> None:
         """End the earlier attempt at this request, if one runs here, and wait until it has let go."""
@@ -289,9 +302,7 @@ class ReplicaServer:
             return
         if turn.order <= earlier.order or earlier.task is None:
             raise AlreadyExistsError(f"request_id: {request_id} is in flight; choose another")
-        if not earlier.superseded:
-            earlier.superseded = True
-            earlier.task.cancel()
+        earlier.end(SupersededError(f"request {request_id}: a later attempt has taken over"))
         try:
             async with asyncio.timeout(SUPERSEDE_TIMEOUT_S):
                 await earlier.released.wait()
@@ -314,13 +325,23 @@ class ReplicaServer:
         except TimeoutError:
             left = sorted(self._in_flight)
         logger.warning("%d requests outlast the drain of replica %s", len(left), self.replica_id)
-        for request_id in left:
-            await self.engine.abort(request_id)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ABORT_TIMEOUT_S):
-                while self._in_flight:
-                    await next(iter(self._in_flight.values())).released.wait()
+        await self._end_running(left)
         return len(left)
+
+    async def _end_running(self, request_ids: Iterable[str]) -> None:
+        """End these requests with UnavailableError: in the engine, then those whose readers stand still."""
+        entries = [entry for one in sorted(request_ids) if (entry := self._in_flight.get(one)) is not None]
+        for entry in entries:
+            await self.engine.abort(entry.request.request_id)
+        for patience_s in (STALLED_S, ABORT_TIMEOUT_S):
+            waits = [asyncio.ensure_future(entry.released.wait()) for entry in entries]
+            if waits:
+                _, late = await asyncio.wait(waits, timeout=patience_s)
+                for wait in late:
+                    wait.cancel()
+            entries = [entry for entry in entries if not entry.released.is_set()]
+            for entry in entries:
+                entry.end(_drained(entry.request.request_id, self.replica_id))
 
     async def _wait_idle(self) -> None:
         while self._in_flight or self.leases.num_open:
@@ -368,3 +389,7 @@ class ReplicaServer:
             drop.cancel()
         await asyncio.gather(*drops, return_exceptions=True)
         await self.engine.close()
+
+
+def _drained(request_id: str, replica_id: ReplicaId) -> UnavailableError:
+    return UnavailableError(f"request {request_id} was ended by replica {replica_id} while draining")

@@ -1,14 +1,15 @@
 """The replica's gRPC handlers: the link to each router, and requests that clients bring themselves."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from loraserve.errors import BadInputError, StaleError
-from loraserve.replica.server import ReplicaServer, Turn
+from loraserve.replica.server import ReplicaServer, Turn, verdict_of
 from loraserve.request import GenerationRequest
 from loraserve.rpc import server as rpc_server
 from loraserve.rpc.codec import encode_step, join_steps, parse_generate
@@ -88,6 +89,8 @@ class DirectService(inference_pb2_grpc.InferenceServicer):
                 async for step in steps:
                     yield encode_step(step, first=first, request_id=shown_id, version_id=parsed.version_id)
                     first = False
+        except asyncio.CancelledError as cancelled:
+            await _end(context, cancelled)
         except Exception as error:
             await abort_with(context, error)
 
@@ -101,6 +104,8 @@ class DirectService(inference_pb2_grpc.InferenceServicer):
             async with aclosing(self._replica.generate(parsed, turn)) as steps:
                 joined = join_steps([step async for step in steps])
             return encode_step(joined, first=True, request_id=shown_id, version_id=parsed.version_id)
+        except asyncio.CancelledError as cancelled:
+            await _end(context, cancelled)
         except Exception as error:
             await abort_with(context, error)
 
@@ -131,6 +136,15 @@ class DirectService(inference_pb2_grpc.InferenceServicer):
         request_id = message.request_id or f"direct {lease.lease_id}"
         turn = Turn(order=(message.attempt, 0), lease_id=lease.lease_id)
         return _request(message, request_id, lease.adapter_version, ()), turn
+
+
+async def _end(context: Any, cancelled: asyncio.CancelledError) -> NoReturn:
+    """Tell the client why the replica has cancelled its request; if it was not the replica, nobody asks."""
+    verdict, task = verdict_of(cancelled), asyncio.current_task()
+    if verdict is None or task is None:
+        raise cancelled
+    task.uncancel()
+    await abort_with(context, verdict)
 
 
 def _message(body: bytes) -> inference_pb2.GenerateRequest:

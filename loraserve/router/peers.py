@@ -12,15 +12,13 @@ from loraserve.errors import BadInputError, UnavailableError
 from loraserve.router.loads import LoadBook
 from loraserve.rpc.internal.v1 import internal_pb2
 from loraserve.rpc.link_client import Link
+from loraserve.rpc.link_server import SPARE_FRAME_BYTES
 from loraserve.rpc.server import make_channel
 from loraserve.rpc.table_codec import decode_load
 from placement.table import TableReplica
 from placement.types import ReplicaId
 
 logger = logging.getLogger(__name__)
-
-LINK_SPARE_BYTES = 64 * 1024
-"""What a frame may have around the largest request that a client may send."""
 
 
 class Peer:
@@ -31,7 +29,7 @@ class Peer:
         self.address = replica.address
         self.calls = 0
         self.retired = False
-        self.channel = make_channel(replica.address, max_message_bytes=max_message_bytes + LINK_SPARE_BYTES)
+        self.channel = make_channel(replica.address, max_message_bytes=max_message_bytes + SPARE_FRAME_BYTES)
         self.link: Link
         self.keeper: asyncio.Task[None]
 

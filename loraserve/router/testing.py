@@ -10,8 +10,8 @@ import grpc
 
 from loraserve.rpc.codec import PROTOCOL_VERSION
 from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
-from loraserve.rpc.link_server import LinkServer
-from loraserve.rpc.server import bind, make_server
+from loraserve.rpc.link_server import SPARE_FRAME_BYTES, LinkServer
+from loraserve.rpc.server import DEFAULT_MAX_MESSAGE_BYTES, bind, make_server
 from loraserve.rpc.status import error_for
 from loraserve.rpc.table_codec import encode_table
 from loraserve.rpc.v1 import inference_pb2, management_pb2, management_pb2_grpc
@@ -93,7 +93,7 @@ class FakeReplica(internal_pb2_grpc.ReplicaServicer):
 
     async def start(self, port: int = 0) -> None:
         """Listen at a port of 127.0.0.1."""
-        server = make_server()
+        server = make_server(max_message_bytes=DEFAULT_MAX_MESSAGE_BYTES + SPARE_FRAME_BYTES)
         internal_pb2_grpc.add_ReplicaServicer_to_server(self, server)
         self.address = f"127.0.0.1:{bind(server, '127.0.0.1', port)}"
         await server.start()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import grpc
 
 from loraserve.clock import Clock, WallClock
-from loraserve.errors import BadInputError
+from loraserve.errors import BadInputError, LoraServeError
 from loraserve.rpc.codec import check_protocol
 from loraserve.rpc.internal.v1 import internal_pb2
 from loraserve.rpc.status import status_of
@@ -29,6 +29,9 @@ SILENCE_S = 5.0
 
 MAX_FRAME_BYTES = 1024**2
 """A frame is closed when its messages reach this size."""
+
+SPARE_FRAME_BYTES = 2 * MAX_FRAME_BYTES
+"""What a frame may be larger than the largest single message that a client may send or get."""
 
 OK = grpc.StatusCode.OK.value[0]
 
@@ -174,15 +177,24 @@ class LinkServer:
                     self._steps.append(message)
                     self._bytes += len(message)
                     self._dirty.set()
+        except asyncio.CancelledError as cancelled:
+            # By the router, which has forgotten the stream; with the whole link; or by the replica itself.
+            verdict = cancelled.args[0] if cancelled.args else None
+            if not isinstance(verdict, LoraServeError) or stream.stream_id not in self._streams:
+                raise
+            self._set_status(end, start, verdict)
         except Exception as error:
-            code, end.message = status_of(error)
-            end.code = code.value[0]
-            if code is grpc.StatusCode.INTERNAL:
-                logger.error("request %s failed: %s", start.request_id, error, exc_info=error)
-        # Not so if it was cancelled: by the router, which has forgotten it, or with the whole link.
+            self._set_status(end, start, error)
         self._streams.pop(stream.stream_id, None)
         self._ends.append(end)
         self._dirty.set()
+
+    @staticmethod
+    def _set_status(end: internal_pb2.End, start: internal_pb2.Start, error: Exception) -> None:
+        code, end.message = status_of(error)
+        end.code = code.value[0]
+        if code is grpc.StatusCode.INTERNAL:
+            logger.error("request %s failed: %s", start.request_id, error, exc_info=error)
 
     @staticmethod
     async def _credited(stream: _Stream) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from loraserve.router.testing import Script, table_of
 from loraserve.rpc.internal.v1 import internal_pb2
+from loraserve.rpc.server import DEFAULT_MAX_MESSAGE_BYTES
 from loraserve.rpc.v1 import inference_pb2
 from tests.support.router_bench import Bench, MakeBench, ask, code_of, until
 
@@ -270,6 +271,25 @@ async def test_a_stopping_router_sends_its_clients_elsewhere(bench: Bench) -> No
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     assert caught.value.code() is Code.UNAVAILABLE
+
+
+async def test_requests_as_large_as_a_client_may_send_break_no_link(bench: Bench) -> None:
+    held = bench.inference.Generate(ask("one", sampling=GREEDY))
+    bench.replicas["r0"].script = counting(1)
+    await read(held, 1)
+    bench.replicas["r0"].script = counting()
+    largest = "x" * (DEFAULT_MAX_MESSAGE_BYTES - 1024)
+    codes = await asyncio.gather(
+        *(
+            code_of(bench.inference.Complete(ask("one", text=text)))
+            for text in (largest, largest, "x" * 10**6)
+        )
+    )
+    assert codes == [Code.OK] * 3
+    too_large = "x" * DEFAULT_MAX_MESSAGE_BYTES
+    assert await code_of(bench.inference.Complete(ask("one", text=too_large))) is Code.RESOURCE_EXHAUSTED
+    assert bench.router.counters.in_flight == 1
+    held.cancel()
 
 
 async def test_one_stalled_client_among_64_holds_up_nobody(make_bench: MakeBench) -> None:

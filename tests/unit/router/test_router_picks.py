@@ -120,16 +120,19 @@ async def test_a_pick_of_a_stream_waits_for_its_holder_and_holds_up_no_other(mak
     await picks.close()
 
 
-async def test_a_stream_of_picks_that_breaks_is_opened_again(bench: Bench) -> None:
+async def test_picks_outlive_their_stream_and_a_stopping_router_refuses_them(bench: Bench) -> None:
     picks = PickStream(bench.inference)
     request = inference_pb2.PickRequest(adapter="one")
-    await picks.pick(request, 10.0)
-    bench.router._running.inference.stop_admitting()  # type: ignore[union-attr]
+    assert (await picks.pick(request, 10.0)).replica_id == "r0"
+    assert picks._task is not None
+    picks._task.cancel()
+    await asyncio.wait([picks._task])
+    assert (await picks.pick(request, 10.0)).replica_id == "r0"
+    running = bench.router._running
+    assert running is not None
+    running.inference.stop_admitting()
     with pytest.raises(grpc.aio.AioRpcError, match="the router is stopping"):
         await picks.pick(request, 10.0)
-    await picks.close()
-    bench.router._running.inference._picks.stopping = False  # type: ignore[union-attr]
-    assert (await picks.pick(request, 10.0)).replica_id == "r0"
     await picks.close()
 
 

@@ -1,0 +1,62 @@
+"""A reader that stands still must not keep an adapter or a replica from going."""
+
+import asyncio
+
+import grpc
+import pytest
+
+from loraserve.replica import server as replica_server
+from loraserve.rpc.link_client import CREDIT
+from placement.types import VersionId
+from tests.support.engine_kit import adapter
+from tests.support.link_calls import LinkCall
+from tests.support.replica_bench import MakeBench, ReplicaBench, eventually
+
+A = VersionId("a@0")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_server, "STALLED_S", 0.05)
+
+
+async def stalled(bench: ReplicaBench) -> LinkCall:
+    """A stream that has used up its credit, in an engine that goes on merging."""
+    await bench.server.load_adapter(adapter("a"))
+    call = bench.execute("q", version=A, max_tokens=2000)
+    link = bench.router.link
+    await eventually(lambda: bench.server.load_report().outstanding_tokens <= 2000 - CREDIT)
+    inbox = link._streams[call.stream.stream_id]._inbox
+    await eventually(lambda: len(inbox) == CREDIT)
+    return call
+
+
+async def rest(call: LinkCall) -> tuple[int, str]:
+    """The messages that were on their way, and the status after them."""
+    messages = 0
+    try:
+        while await call.read() is not grpc.aio.EOF:
+            messages += 1
+    except grpc.aio.AioRpcError as error:
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        return messages, error.details() or ""
+    raise AssertionError("it ended as if nothing had happened")
+
+
+async def test_a_drop_ends_a_stream_that_nobody_reads(make_bench: MakeBench) -> None:
+    bench = await make_bench(replica={"drain_timeout_s": 1.0})
+    call = await stalled(bench)
+    async with asyncio.timeout(10):
+        await bench.server.unload_adapter(A)
+    assert await bench.engine.resident() == frozenset()
+    messages, details = await rest(call)
+    assert messages == CREDIT
+    assert details == "request q was ended by replica r0 while draining"
+
+
+async def test_a_drain_ends_a_stream_that_nobody_reads(make_bench: MakeBench) -> None:
+    bench = await make_bench()
+    call = await stalled(bench)
+    async with asyncio.timeout(10):
+        assert await bench.server.drain(0.05) == 1
+    assert (await rest(call))[0] == CREDIT
