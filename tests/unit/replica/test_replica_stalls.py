@@ -38,9 +38,8 @@ async def rest(call: LinkCall) -> tuple[int, str]:
         while await call.read() is not grpc.aio.EOF:
             messages += 1
     except grpc.aio.AioRpcError as error:
-        assert error.code() is grpc.StatusCode.UNAVAILABLE
-        return messages, error.details() or ""
-    raise AssertionError("it ended as if nothing had happened")
+        return messages, f"{error.code().name} {error.details()}"
+    return messages, "it ended as if nothing had happened"
 
 
 async def test_a_drop_ends_a_stream_that_nobody_reads(make_bench: MakeBench) -> None:
@@ -51,7 +50,7 @@ async def test_a_drop_ends_a_stream_that_nobody_reads(make_bench: MakeBench) -> 
     assert await bench.engine.resident() == frozenset()
     messages, details = await rest(call)
     assert messages == CREDIT
-    assert details == "request q was ended by replica r0 while draining"
+    assert details == "UNAVAILABLE request q was ended by replica r0 while draining"
 
 
 async def test_a_drain_ends_a_stream_that_nobody_reads(make_bench: MakeBench) -> None:
@@ -59,4 +58,4 @@ async def test_a_drain_ends_a_stream_that_nobody_reads(make_bench: MakeBench) ->
     call = await stalled(bench)
     async with asyncio.timeout(10):
         assert await bench.server.drain(0.05) == 1
-    assert (await rest(call))[0] == CREDIT
+    assert await rest(call) == (CREDIT, "UNAVAILABLE request q was ended by replica r0 while draining")
