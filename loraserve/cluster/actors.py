@@ -5,12 +5,14 @@ vLLM and the like want their objects made on the loop that uses them.
 """
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from loraserve.cluster.processes import begin_actor
 from loraserve.config import Config, parse_config
+from loraserve.errors import LoraServeError
 
 
 class ControllerActor:
@@ -29,8 +31,13 @@ class ControllerActor:
         begin_actor(folder, "controller")
         self._config = parse_config(config_tree)
         root = Path(folder)
-        store = await asyncio.to_thread(Store, root / "controller.sqlite")
-        recovering = store.begin_life(run_id, self._config.model.path)
+        try:
+            store = await asyncio.to_thread(Store, root / "controller.sqlite")
+            recovering = store.begin_life(run_id, self._config.model.path)
+        except LoraServeError as error:
+            # Ray does not start an actor again that refuses to start: routers serve on without it.
+            logging.getLogger(__name__).error("the controller cannot start: %s", error)
+            raise
         library = await asyncio.to_thread(open_library, root / "adapters", self._config)
         fleet = RayFleet(self._config, folder, insecure_listen=insecure)
         self._controller = Controller(
