@@ -1,7 +1,7 @@
 """Stand-ins for a replica and a controller on real gRPC servers, for tests of routers and clients."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -236,8 +236,25 @@ class FakeController(internal_pb2_grpc.ControlServicer, management_pb2_grpc.Mana
         """One adapter."""
         return management_pb2.ListAdaptersResponse(adapters=[management_pb2.Adapter(name="listed")])
 
+    async def DrainReplicas(  # noqa: N802
+        self, request: management_pb2.DrainReplicasRequest, context: Context
+    ) -> AsyncIterator[management_pb2.DrainProgress]:
+        """Drained at once."""
+        yield _drains(request.replica_ids, "drained")
+
+    async def UndrainReplicas(  # noqa: N802
+        self, request: management_pb2.UndrainReplicasRequest, context: Context
+    ) -> AsyncIterator[management_pb2.DrainProgress]:
+        """Ready at once."""
+        yield _drains(request.replica_ids, "ready")
+
     async def GetStatus(  # noqa: N802
         self, request: management_pb2.GetStatusRequest, context: Context
     ) -> management_pb2.GetStatusResponse:
         """A status that tells the controller's answer from the router's own."""
         return management_pb2.GetStatusResponse(cluster="from-the-controller", policy="least-loaded")
+
+
+def _drains(replica_ids: Iterable[str], state: str) -> management_pb2.DrainProgress:
+    replicas = [management_pb2.ReplicaDrain(replica_id=one, state=state) for one in replica_ids]
+    return management_pb2.DrainProgress(replicas=replicas)
