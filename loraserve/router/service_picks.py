@@ -60,11 +60,12 @@ class PickHandlers:
     async def pick_many(self, request_iterator: object, context: Context) -> None:
         """Picks until the client goes."""
         waiting: set[asyncio.Task[None]] = set()
+        out = _Out(context)
         try:
             while isinstance(body := await context.read(), bytes):
-                answers = self._answer_all(body, context, waiting)
+                answers = self._answer_all(body, out, waiting)
                 if answers.answers:
-                    await context.write(answers.SerializeToString())
+                    await out.write(answers)
             if waiting:
                 await asyncio.wait(waiting)
         except DecodeError:
@@ -76,7 +77,7 @@ class PickHandlers:
                 task.cancel()
 
     def _answer_all(
-        self, body: bytes, context: Context, waiting: set[asyncio.Task[None]]
+        self, body: bytes, out: "_Out", waiting: set[asyncio.Task[None]]
     ) -> inference_pb2.PickManyResponse:
         """The answers that can be given at once; a task for each of the others."""
         answers = inference_pb2.PickManyResponse()
@@ -89,20 +90,20 @@ class PickHandlers:
                     continue
                 if len(waiting) >= MAX_WAITING:
                     raise OverloadedError(f"{MAX_WAITING} picks of this stream wait for a holder")
-                task = asyncio.create_task(self._answer_later(numbered.id, flight, context))
+                task = asyncio.create_task(self._answer_later(numbered.id, flight, out))
                 waiting.add(task)
                 task.add_done_callback(waiting.discard)
             except Exception as error:
                 _add_error(answers, numbered.id, error)
         return answers
 
-    async def _answer_later(self, number: int, flight: Flight, context: Context) -> None:
+    async def _answer_later(self, number: int, flight: Flight, out: "_Out") -> None:
         answers = inference_pb2.PickManyResponse()
         try:
             answers.answers.add(id=number, picked=self._answer(await self._choice.later(flight)))
         except Exception as error:
             _add_error(answers, number, error)
-        await context.write(answers.SerializeToString())
+        await out.write(answers)
 
     def _flight(self, request: inference_pb2.PickRequest) -> Flight:
         """What is chosen for; it is never opened in the ledger, for the request does not pass here."""
@@ -144,6 +145,20 @@ class PickHandlers:
             lease_s=leases.lease_s,
             reason=decision.reason,
         )
+
+
+class _Out:
+    """The answers' way to one client: gRPC takes one write at a time, and a holder that comes lets many
+    picks go at once."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._lock = asyncio.Lock()
+
+    async def write(self, answers: inference_pb2.PickManyResponse) -> None:
+        """Write them after those before."""
+        async with self._lock:
+            await self._context.write(answers.SerializeToString())
 
 
 def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
