@@ -83,6 +83,8 @@ class RouterStatus:
     refused: int
     cancelled: int
     in_flight: int
+    picks: int = 0
+    failovers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,5 +173,7 @@ def cluster_status(message: management_pb2.GetStatusResponse) -> ClusterStatus:
             refused=router.refused,
             cancelled=router.cancelled,
             in_flight=router.in_flight,
+            picks=router.picks,
+            failovers=router.failovers,
         ),
     )

@@ -39,5 +39,6 @@ def status(
     print(
         f"{counters.router_id}: {counters.requests} requests, {counters.completed} completed,"
         f" {counters.failed} failed, {counters.refused} refused, {counters.cancelled} cancelled,"
-        f" {counters.in_flight} in flight"
+        f" {counters.in_flight} in flight, {counters.failovers} failovers;"
+        f" {counters.picks} replicas picked for clients"
     )

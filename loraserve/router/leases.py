@@ -6,7 +6,6 @@ replica's own load from then on) or has run out, or until this side's clock says
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from itertools import count
 
 from loraserve.clock import Clock
 from placement.types import ReplicaId
@@ -23,7 +22,7 @@ class LeaseCounter:
         self.lease_s = lease_s
         self._prefix = prefix
         self._clock = clock
-        self._serial = count(1)
+        self.issued = 0
         self._open: OrderedDict[str, tuple[ReplicaId, float]] = OrderedDict()
         self._per_replica: dict[ReplicaId, int] = {}
 
@@ -36,7 +35,8 @@ class LeaseCounter:
         """A new lease's id."""
         now_s = self._clock.now_s()
         self._sweep(now_s)
-        lease_id = f"{self._prefix}{next(self._serial)}"
+        self.issued += 1
+        lease_id = f"{self._prefix}{self.issued}"
         self._open[lease_id] = (replica_id, now_s + self.lease_s + SPARE_S)
         self._per_replica[replica_id] = self._per_replica.get(replica_id, 0) + 1
         return lease_id

@@ -40,7 +40,8 @@ class RequestOutcome(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterCounters:
-    """Requests since the start; `requests` is the sum of the others."""
+    """Requests since the start; `requests` is the sum of the others but `failovers`, how often one was
+    sent elsewhere because its replica was lost."""
 
     requests: int = 0
     completed: int = 0
@@ -48,6 +49,7 @@ class RouterCounters:
     refused: int = 0
     cancelled: int = 0
     in_flight: int = 0
+    failovers: int = 0
 
 
 class Ledger:
@@ -63,6 +65,7 @@ class Ledger:
         self._failed = 0
         self._refused = 0
         self._cancelled = 0
+        self._failovers = 0
         self._outcomes: deque[RequestOutcome] = deque(maxlen=max_outcomes)
         self._idle: asyncio.Event | None = None
 
@@ -90,6 +93,7 @@ class Ledger:
             refused=self._refused,
             cancelled=self._cancelled,
             in_flight=len(self._open),
+            failovers=self._failovers,
         )
 
     def open(self, request_id: str) -> None:
@@ -126,6 +130,10 @@ class Ledger:
         else:
             del self._per_replica[replica_id]
         self._assigned -= 1
+
+    def fail_over(self) -> None:
+        """An open request goes elsewhere because its replica was lost."""
+        self._failovers += 1
 
     def close(self, outcome: RequestOutcome) -> None:
         """An open request has ended."""

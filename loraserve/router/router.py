@@ -208,6 +208,7 @@ class Router:
                 cluster_name=self._cluster_name,
                 loads=self._loads,
                 ledger=self._ledger,
+                leases=self._leases,
             ),
         )
         management_pb2_grpc.add_ManagementServicer_to_server(management, server)

@@ -235,6 +235,7 @@ class InferenceService:
             flight.excluded_at = decision.table_version
         if code is grpc.StatusCode.UNAVAILABLE:
             flight.losses += 1
+            self._parts.ledger.fail_over()
             if flight.losses > MAX_LOSSES:
                 raise error
         elif len(flight.refusals) - flight.losses > MAX_RETRIES:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import grpc
 
 from loraserve.errors import DeadlineError, LoraServeError, UnavailableError
+from loraserve.router.leases import LeaseCounter
 from loraserve.router.ledger import Ledger
 from loraserve.router.loads import LoadBook
 from loraserve.router.tables import TableFollower
@@ -138,11 +139,14 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
 class LocalStatus:
     """What a router can say of the cluster by itself."""
 
-    def __init__(self, *, router_id: str, cluster_name: str, loads: LoadBook, ledger: Ledger) -> None:
+    def __init__(
+        self, *, router_id: str, cluster_name: str, loads: LoadBook, ledger: Ledger, leases: LeaseCounter
+    ) -> None:
         self._router_id = router_id
         self._cluster_name = cluster_name
         self._loads = loads
         self._ledger = ledger
+        self._leases = leases
 
     def router(self) -> management_pb2.RouterStats:
         """The router's own counters."""
@@ -155,6 +159,8 @@ class LocalStatus:
             refused=counters.refused,
             cancelled=counters.cancelled,
             in_flight=counters.in_flight,
+            picks=self._leases.issued,
+            failovers=counters.failovers,
         )
 
     def from_table(self, table: RoutingTable) -> management_pb2.GetStatusResponse:

@@ -344,6 +344,8 @@ class RouterStats(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    PICKS_FIELD_NUMBER: _builtins.int
+    FAILOVERS_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     requests: _builtins.int
     completed: _builtins.int
@@ -351,6 +353,10 @@ class RouterStats(_message.Message):
     refused: _builtins.int
     cancelled: _builtins.int
     in_flight: _builtins.int
+    picks: _builtins.int
+    """Replicas picked for clients that went there themselves; those requests are not among the above."""
+    failovers: _builtins.int
+    """Times that a request was sent elsewhere because its replica was lost."""
     def __init__(
         self,
         *,
@@ -361,10 +367,12 @@ class RouterStats(_message.Message):
         refused: _builtins.int = ...,
         cancelled: _builtins.int = ...,
         in_flight: _builtins.int = ...,
+        picks: _builtins.int = ...,
+        failovers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "completed", b"completed", "failed", b"failed", "in_flight", b"in_flight", "refused", b"refused", "requests", b"requests", "router_id", b"router_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "completed", b"completed", "failed", b"failed", "failovers", b"failovers", "in_flight", b"in_flight", "picks", b"picks", "refused", b"refused", "requests", b"requests", "router_id", b"router_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
