@@ -38,7 +38,9 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ClusterSection(Section, frozen=True):
-    """`name` tells clusters of one machine apart; `state_dir` '' is the cache folder's."""
+    """`name` tells clusters of one machine apart; `state_dir` '' is the cache folder's. `ray_address` is a
+    Ray cluster to run in, HOST:PORT or auto; '' starts one for this run alone. A replica whose node has
+    died waits `room_timeout_s` for another with room."""
 
     name: Annotated[
         str,
@@ -50,6 +52,9 @@ class ClusterSection(Section, frozen=True):
     replicas: Annotated[int, Meta(ge=1, le=1024)] = 2
     state_dir: str = ""
     start_timeout_s: Seconds = 300.0
+    ray_address: str = ""
+    cpus_per_replica: Cost = 1.0
+    room_timeout_s: Seconds = 3600.0
 
 
 class ModelSection(Section, frozen=True):

@@ -1,12 +1,16 @@
-"""`loraserve up`: start a cluster on this machine."""
+"""`loraserve up`: start a cluster on this machine, or in a Ray cluster."""
 
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from loraserve.cli.common import command, echo_json
+
+if TYPE_CHECKING:
+    from loraserve.cluster.state import RunningCluster
 
 
 @command
@@ -22,6 +26,12 @@ def up(
     max_lora_rank: int = typer.Option(None, help="The highest rank a replica takes. [default: 128]"),
     adapter_slots: int = typer.Option(None, help="Adapters per replica at once. [default: 8]"),
     dtype: str = typer.Option(None, help="auto, float32, bfloat16 or float16. [default: auto]"),
+    ray_address: str = typer.Option(
+        None, help="A Ray cluster to run in, HOST:PORT or auto. [default: one of its own]"
+    ),
+    foreground: bool = typer.Option(
+        False, "--foreground", help="Stay until the cluster ends; Ctrl-C or SIGTERM end it."
+    ),
     fresh: bool = typer.Option(False, "--fresh", help="Forget the adapters of this cluster's last run."),
     insecure_listen: bool = typer.Option(
         False, "--insecure-listen", help="Allow a --host other than loopback: there is no encryption."
@@ -36,6 +46,7 @@ def up(
     flags: dict[str, object] = {
         "cluster.name": cluster,
         "cluster.replicas": replicas,
+        "cluster.ray_address": ray_address,
         "model.path": _model_path(model),
         "model.dtype": dtype,
         "engine.kind": engine,
@@ -53,13 +64,28 @@ def up(
     def on_step(text: str) -> None:
         print(f"  {time.monotonic() - begun_s:5.1f} s  {text}", file=sys.stderr, flush=True)
 
+    def show(running: "RunningCluster") -> None:
+        _show(running, time.monotonic() - begun_s, json=json)
+
     try:
-        running = start(parsed, fresh=fresh, insecure_listen=insecure_listen, on_step=on_step)
+        running = start(
+            parsed,
+            fresh=fresh,
+            insecure_listen=insecure_listen,
+            on_step=on_step,
+            hold=show if foreground else None,
+        )
     except ClusterStartError as error:
         if error.log_tail:
             print(error.log_tail, file=sys.stderr)
         raise
-    ready_s = time.monotonic() - begun_s
+    if foreground:
+        print(f"cluster {running.name} is down", file=sys.stderr)
+    else:
+        show(running)
+
+
+def _show(running: "RunningCluster", ready_s: float, *, json: bool) -> None:
     if json:
         echo_json(
             {
@@ -72,7 +98,7 @@ def up(
         )
     else:
         routers = ", ".join(running.router_addresses)
-        print(f"cluster {running.name} serves at {routers} (ready after {ready_s:.1f} s)")
+        print(f"cluster {running.name} serves at {routers} (ready after {ready_s:.1f} s)", flush=True)
 
 
 def _model_path(model: str | None) -> str | None:

@@ -21,6 +21,8 @@ class ControllerActor:
     async def __init__(  # type: ignore[misc]
         self, config_tree: dict[str, Any], folder: str, host: str, port: int, run_id: str, insecure: bool
     ) -> None:
+        import ray.util
+
         from loraserve.cluster.fleet import RayFleet
         from loraserve.controller.controller import Controller
         from loraserve.controller.library import open_library
@@ -39,7 +41,9 @@ class ControllerActor:
             logging.getLogger(__name__).error("the controller cannot start: %s", error)
             raise
         library = await asyncio.to_thread(open_library, root / "adapters", self._config)
-        fleet = RayFleet(self._config, folder, insecure_listen=insecure)
+        # Routers run on the controller's node.
+        home = ray.util.get_node_ip_address()
+        fleet = RayFleet(self._config, folder, home=home, insecure_listen=insecure)
         self._controller = Controller(
             self._config, store=store, fleet=fleet, library=library, recovering=recovering
         )

@@ -1,4 +1,7 @@
-"""Replicas as detached named Ray actors, which outlive the controller that started them."""
+"""Replicas as detached named Ray actors, which outlive the controller that started them.
+
+Each has a placement group of its own, by which they are spread over the nodes.
+"""
 
 import asyncio
 import contextlib
@@ -6,6 +9,9 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loraserve.cluster.groups import ReplicaGroups
+from loraserve.cluster.names import NAMESPACE, actor_name
+from loraserve.cluster.nodes import LOOPBACK, replica_need
 from loraserve.cluster.processes import tail
 from loraserve.cluster.replica_actor import ReplicaActor
 from loraserve.config import Config, config_tree
@@ -15,16 +21,10 @@ from loraserve.engines.description import ReplicaDescription, ReplicaReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError, WorkFailedError
 from placement.types import ReplicaId, VersionId
 
-NAMESPACE = "loraserve"
 FIND_TIMEOUT_S = 10.0
 MAX_PENDING_CALLS = 1000
 
 T = TypeVar("T")
-
-
-def actor_name(cluster: str, name: str) -> str:
-    """The Ray name of one of a cluster's actors."""
-    return f"{cluster}/{name}"
 
 
 async def answer(call: Awaitable[T]) -> T:
@@ -85,40 +85,50 @@ class RayLink:
 class RayFleet:
     """Starts, finds and kills replica actors."""
 
-    def __init__(self, config: Config, folder: str, *, insecure_listen: bool = False) -> None:
+    def __init__(
+        self, config: Config, folder: str, *, home: str = LOOPBACK, insecure_listen: bool = False
+    ) -> None:
+        """`home` is the address of the node that the routers run on."""
         self._config = config
         self._folder = folder
         self._insecure_listen = insecure_listen
+        self._need = replica_need(config.cluster.cpus_per_replica, config.engine.gpus_per_replica)
+        self._groups = ReplicaGroups(
+            config.cluster.name, self._need, home=home, insecure_listen=insecure_listen
+        )
 
     async def start(self, replica_id: ReplicaId) -> ReplicaLink:
-        """Create the actor and wait until its engine is up."""
+        """Find a node with room, create the actor there and wait until its engine is up."""
         import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        engine = self._config.engine
+        await self.kill(replica_id)
+        cluster = self._config.cluster
+        place = await self._groups.reserve(replica_id, cluster.room_timeout_s)
         options: dict[str, Any] = {
-            "name": actor_name(self._config.cluster.name, replica_id),
+            "name": actor_name(cluster.name, replica_id),
             "namespace": NAMESPACE,
             "lifetime": "detached",
             "max_restarts": 0,
             "max_concurrency": MAX_PENDING_CALLS,
-            "num_cpus": 0,
-            "num_gpus": engine.gpus_per_replica,
+            "num_cpus": self._need.get("CPU", 0),
+            "num_gpus": self._need.get("GPU", 0),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(place.group),
         }
-        await self.kill(replica_id)
+        listen = {"host": place.host, "node_id": place.node_id, "insecure_listen": self._insecure_listen}
         actor = (
             ray.remote(ReplicaActor)
             .options(**options)
-            .remote(replica_id, config_tree(self._config), self._folder, self._insecure_listen)
+            .remote(replica_id, config_tree(self._config), self._folder, **listen)
         )
-        timeout_s = self._config.cluster.start_timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(cluster.start_timeout_s):
                 await answer(actor.start.remote())
         except (LoraServeError, TimeoutError) as error:
-            ray.kill(actor, no_restart=True)
+            await self.kill(replica_id)
             if isinstance(error, ReplicaStartError):
                 raise
-            reason = str(error) or f"not ready within {timeout_s:.0f} s"
+            reason = str(error) or f"not ready within {cluster.start_timeout_s:.0f} s"
             log = Path(self._folder) / "logs" / f"{replica_id}.log"
             raise ReplicaStartError(replica_id, reason, tail(log)) from None
         return RayLink(actor)
@@ -137,16 +147,17 @@ class RayFleet:
         return link
 
     async def kill(self, replica_id: ReplicaId) -> None:
-        """SIGKILL the actor's process and wait until its name is free again."""
+        """SIGKILL the actor's process, wait until its name is free again, and give its room back."""
         import ray
 
         for _ in range(100):
             actor = self._actor(replica_id)
             if actor is None:
-                return
+                break
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(actor, no_restart=True)
             await asyncio.sleep(0.05)
+        await self._groups.release(replica_id)
 
     def _actor(self, replica_id: ReplicaId) -> Any:
         import ray

@@ -1,11 +1,14 @@
-"""The head process: holds the local Ray cluster, starts everything in order, ends everything.
+"""The head process: holds the local Ray cluster, or its place in one that exists already; starts everything
+in order, ends everything.
 
 Started by `loraserve up` as `python -m loraserve.cluster.head FOLDER`; says how far it is in one JSON
-object per line on its standard output, and then waits for SIGTERM.
+object per line on its standard output, and then waits for SIGTERM. In the foreground it also ends when its
+standard input does, which is when `up` dies.
 """
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,14 +21,22 @@ from pathlib import Path
 from typing import Any
 
 from loraserve.cluster.actors import ControllerActor, RouterActor
-from loraserve.cluster.fleet import MAX_PENDING_CALLS, NAMESPACE, actor_name
-from loraserve.cluster.processes import redirect_output, tail
+from loraserve.cluster.fleet import MAX_PENDING_CALLS
+from loraserve.cluster.names import NAMESPACE, actor_name
+from loraserve.cluster.nodes import check_listening, read_nodes, replica_need, shortage, usable
+from loraserve.cluster.processes import RUN_ID_VARIABLE, redirect_output, tail
+from loraserve.cluster.ray_session import Session, join, start_own
 from loraserve.cluster.state import RunningCluster, read_running, write_running
+from loraserve.cluster.sweep import leftovers, sweep
 from loraserve.config import Config, parse_config
-from loraserve.errors import LoraServeError, ReplicaStartError, WorkFailedError
+from loraserve.errors import (
+    AlreadyExistsError,
+    BadInputError,
+    LoraServeError,
+    ReplicaStartError,
+    WorkFailedError,
+)
 
-# Ray refuses less than 75 MiB; nothing of ours travels through its object store.
-OBJECT_STORE_BYTES = 78_643_200
 CALL_TIMEOUT_S = 60.0
 SERVING_TIMEOUT_S = 30.0
 
@@ -42,8 +53,10 @@ class Head:
         self.config: Config = parse_config(spec["config"])
         self.tree: dict[str, Any] = spec["config"]
         self.insecure: bool = spec["insecure_listen"]
+        self.foreground: bool = spec["foreground"]
         self.running: RunningCluster = running
         self.stopping = threading.Event()
+        self._session: Session | None = None
         self._controller: Any = None
         self._routers: list[Any] = []
         # Progress keeps the original standard output; everything else goes to the log.
@@ -60,6 +73,8 @@ class Head:
         """Start, wait to be told to stop, stop. The exit code."""
         signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
         signal.signal(signal.SIGINT, lambda *_: self.stopping.set())
+        if self.foreground:
+            threading.Thread(target=self._watch_starter, daemon=True).start()
         code = 0
         try:
             self._start()
@@ -73,9 +88,15 @@ class Head:
             if not isinstance(error, LoraServeError):
                 log_tail = log_tail or tail(self.folder / "logs" / "controller.log")
                 error = WorkFailedError(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            self.say("failed", message=str(error), log_tail=log_tail)
+            is_input = isinstance(error, BadInputError)
+            self.say("failed", message=str(error), log_tail=log_tail, bad_input=is_input)
         self._stop()
         return code
+
+    def _watch_starter(self) -> None:
+        """Nothing is written to the pipe: it ends with the process at its other end."""
+        os.read(0, 1)
+        self.stopping.set()
 
     # -- starting ------------------------------------------------------------------------------
 
@@ -91,24 +112,49 @@ class Head:
         write_running(self.folder, self.running)
 
     def _start_ray(self) -> None:
-        import ray
-
         cluster = self.config.cluster
-        context = ray.init(
-            namespace=NAMESPACE,
-            num_cpus=cluster.replicas + self.config.router.routers + 1,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(Path(self.running.temp_dir) / "ray"),
-            _node_ip_address="127.0.0.1",
-        )
+        temp_dir = Path(self.running.temp_dir)
+        if cluster.ray_address:
+            session = join(cluster.ray_address, self._worker_environment())
+        else:
+            num_cpus = math.ceil(cluster.replicas * cluster.cpus_per_replica) + self.config.router.routers + 1
+            session = start_own(num_cpus, temp_dir / "ray")
         # Ray's handler would end the process without ending the cluster in order.
         signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
-        self.running = replace(self.running, ray_address=context.address_info["address"])
+        self._session = session
+        self.running = replace(self.running, ray_address=session.address)
         write_running(self.folder, self.running)
+        self._check_ray(session)
+
+    def _worker_environment(self) -> dict[str, str]:
+        """What actors would inherit from a Ray cluster of our own."""
+        names = (RUN_ID_VARIABLE, "TMPDIR", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
+        return {name: os.environ[name] for name in names}
+
+    def _check_ray(self, session: Session) -> None:
+        """Refuse a Ray cluster that has no room, or has a cluster of this name already."""
+        name = self.config.cluster.name
+        actors, groups = leftovers(name)
+        if actors or groups:
+            raise AlreadyExistsError(
+                f"cluster {name} runs in the Ray cluster at {session.address} already; end it with `loraserve"
+                f" down --cluster {name} --ray-address {session.address}`, or choose another --cluster name"
+            )
+        nodes = read_nodes()
+        check_listening(nodes, session.host, insecure_listen=self.insecure)
+        need = replica_need(self.config.cluster.cpus_per_replica, self.config.engine.gpus_per_replica)
+        count = self.config.cluster.replicas
+        problem = shortage(usable(nodes, session.host, insecure_listen=self.insecure), need, count)
+        if problem is not None:
+            raise WorkFailedError(problem)
 
     def _options(self, name: str) -> dict[str, Any]:
+        """For an actor on this process's node, where its address is known."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        session = self._session
+        if session is None:
+            raise WorkFailedError("not connected to Ray")
         return {
             "name": actor_name(self.config.cluster.name, name),
             "namespace": NAMESPACE,
@@ -116,6 +162,7 @@ class Head:
             "max_restarts": -1,
             "max_concurrency": MAX_PENDING_CALLS,
             "num_cpus": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(session.node_id, soft=False),
         }
 
     def _start_controller(self) -> None:
@@ -186,17 +233,18 @@ class Head:
         """Routers first, so that nothing new comes in; then replicas, controller, Ray, files."""
         import ray
 
-        if ray.is_initialized():
+        if self._controller is not None:
             self._call([router.stop.remote(1.0) for router in self._routers], 5.0)
-            if self._controller is not None:
-                self._call([self._controller.stop.remote()], 5.0)
+            self._call([self._controller.stop.remote()], 5.0)
             replicas = []
             for index in range(self.config.cluster.replicas):
                 name = actor_name(self.config.cluster.name, f"replica-{index}")
                 with contextlib.suppress(ValueError):
                     replicas.append(ray.get_actor(name, namespace=NAMESPACE).stop.remote(0.5))
             self._call(replicas, 10.0)
-            ray.shutdown()
+            if self.config.cluster.ray_address:
+                sweep(self.config.cluster.name)
+        ray.shutdown()
         shutil.rmtree(self.running.temp_dir, ignore_errors=True)
         (self.folder / "cluster.json").unlink(missing_ok=True)
 
@@ -204,7 +252,7 @@ class Head:
     def _call(calls: list[Any], timeout_s: float) -> None:
         import ray
 
-        # What does not stop in time is killed with the Ray cluster.
+        # What does not stop in time is killed.
         with contextlib.suppress(ray.exceptions.RayError):
             if calls:
                 ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
@@ -238,8 +286,9 @@ def wait_serving(address: str, timeout_s: float) -> None:
 
 def main() -> int:
     """Run the head of the cluster in the folder given."""
-    # Closed by `up` once cluster.json names this process.
-    sys.stdin.read()
+    # Written by `up` once cluster.json names this process; the end of the file instead: it has died.
+    if not os.read(0, 1):
+        return 1
     return Head(Path(sys.argv[1])).run()
 
 

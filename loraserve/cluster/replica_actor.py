@@ -21,7 +21,14 @@ class ReplicaActor:
     """One replica process."""
 
     async def __init__(  # type: ignore[misc]
-        self, replica_id: str, config_tree: dict[str, Any], folder: str, insecure_listen: bool
+        self,
+        replica_id: str,
+        config_tree: dict[str, Any],
+        folder: str,
+        *,
+        host: str,
+        node_id: str,
+        insecure_listen: bool,
     ) -> None:
         from loraserve.engines.factory import make_engine
         from loraserve.replica.server import ReplicaServer
@@ -30,7 +37,12 @@ class ReplicaActor:
         config = parse_config(config_tree)
         self._replica_id = replica_id
         self._server = ReplicaServer(
-            ReplicaId(replica_id), config, make_engine(config), insecure_listen=insecure_listen
+            ReplicaId(replica_id),
+            config,
+            make_engine(config),
+            host=host,
+            node_id=node_id,
+            insecure_listen=insecure_listen,
         )
         self._stopped = asyncio.Event()
 

@@ -17,7 +17,8 @@ from loraserve.errors import NotFoundError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningCluster:
     """A running cluster. `run_id` is in the environment of each of its processes; `ready` is False
-    while it is still starting; `temp_dir` holds Ray's session and all temporary files, and goes with it."""
+    while it is still starting; `temp_dir` holds Ray's session and all temporary files, and goes with it.
+    `ray_goes_on` in a Ray cluster that was there before and stays."""
 
     name: str
     run_id: str
@@ -26,6 +27,7 @@ class RunningCluster:
     controller_address: str = ""
     router_addresses: tuple[str, ...] = ()
     ray_address: str = ""
+    ray_goes_on: bool = False
     temp_dir: str = ""
     ready: bool = False
 

@@ -159,7 +159,7 @@ async def test_a_killed_replica_is_started_again_and_holds_its_adapters(
     assert all(answer.step.output_tokens == 16 for answer in answers)
 
 
-async def test_requests_in_flight_on_a_killed_replica_end_with_a_status(
+async def test_requests_in_flight_on_a_killed_replica_go_on_elsewhere(
     cluster: LiveCluster, client: Client
 ) -> None:
     status = await client.status()
@@ -186,7 +186,7 @@ async def test_requests_in_flight_on_a_killed_replica_end_with_a_status(
         await all_began.wait()
     kill(status.replicas[1].pid)
     outcomes = await asyncio.gather(*asking)
-    assert sorted(outcomes) == ["UnavailableError"] * 4 + ["ok"] * 4
+    assert outcomes == ["ok"] * 8
     assert (await client.status()).router.in_flight == 0
 
 
