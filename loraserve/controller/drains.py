@@ -91,7 +91,9 @@ def progress(controller: Controller, replicas: Sequence[ReplicaId]) -> managemen
     message = management_pb2.DrainProgress()
     for replica in replicas:
         record = controller.state.replicas[replica]
-        report = controller.reports.get(replica)
+        # A replica that is being ended may still have its last report.
+        runs = record.phase in (ReplicaPhase.READY, ReplicaPhase.DRAINING)
+        report = controller.reports.get(replica) if runs else None
         message.replicas.add(
             replica_id=replica,
             state=record.phase.value,
