@@ -7,6 +7,7 @@ nothing of Ray; runs on whatever loop starts it.
 import asyncio
 import logging
 import secrets
+from dataclasses import dataclass
 from random import Random
 
 import grpc
@@ -35,6 +36,7 @@ from placement.table import RoutingTable
 
 logger = logging.getLogger(__name__)
 
+SERVICES = (INFERENCE, MANAGEMENT, OPEN_INFERENCE)
 SPARE_RPCS = 256
 """Calls beyond `max_in_flight` that get a proper refusal instead of gRPC's own: health, status, ..."""
 
@@ -157,7 +159,7 @@ class Router:
 
     def _assemble(self, server: grpc.aio.Server) -> "_Running":
         config = self._config
-        health = Health(server, (INFERENCE, MANAGEMENT, OPEN_INFERENCE))
+        health = Health(server, SERVICES)
         controller = make_channel(self._controller_address, max_message_bytes=config.max_message_bytes)
         peers = Peers(
             router_id=self._router_id,
@@ -169,35 +171,7 @@ class Router:
         tables = TableFollower(
             router_id=self._router_id, channel=controller, rng=self._rng, on_change=self._adopt_table
         )
-        choice = Choice(
-            clock=self._clock,
-            loads=self._loads,
-            peers=peers,
-            tables=tables,
-            chooser=self._chooser,
-            holder_wait_s=config.holder_wait_s,
-            early_refusal=config.early_refusal,
-        )
-        picks = PickHandlers(
-            clock=self._clock,
-            choice=choice,
-            peers=peers,
-            leases=self._leases,
-            default_deadline_s=config.default_deadline_s,
-        )
-        inference = InferenceService(
-            InferenceParts(
-                router_id=self._router_id,
-                run_id=self._run_id,
-                clock=self._clock,
-                ledger=self._ledger,
-                peers=peers,
-                choice=choice,
-                default_deadline_s=config.default_deadline_s,
-            ),
-            picks,
-        )
-        server.add_generic_rpc_handlers((inference.handler(),))
+        inference = self._add_inference(server, peers, tables)
         management = ManagementService(
             controller_address=self._controller_address,
             channel=controller,
@@ -216,15 +190,41 @@ class Router:
             inference, table=lambda: tables.table, serving=lambda: health.serving
         )
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, server)
-        add_reflection(server, (INFERENCE, MANAGEMENT, OPEN_INFERENCE))
-        return _Running(
-            server=server,
-            health=health,
-            controller=controller,
+        add_reflection(server, SERVICES)
+        return _Running(server, health, controller, peers, tables, inference)
+
+    def _add_inference(
+        self, server: grpc.aio.Server, peers: Peers, tables: TableFollower
+    ) -> InferenceService:
+        config = self._config
+        choice = Choice(
+            clock=self._clock,
+            loads=self._loads,
             peers=peers,
             tables=tables,
-            inference=inference,
+            chooser=self._chooser,
+            holder_wait_s=config.holder_wait_s,
+            early_refusal=config.early_refusal,
         )
+        picks = PickHandlers(
+            clock=self._clock,
+            choice=choice,
+            peers=peers,
+            leases=self._leases,
+            default_deadline_s=config.default_deadline_s,
+        )
+        parts = InferenceParts(
+            router_id=self._router_id,
+            run_id=self._run_id,
+            clock=self._clock,
+            ledger=self._ledger,
+            peers=peers,
+            choice=choice,
+            default_deadline_s=config.default_deadline_s,
+        )
+        inference = InferenceService(parts, picks)
+        server.add_generic_rpc_handlers((inference.handler(),))
+        return inference
 
     async def _adopt_table(self) -> None:
         running = self._running
@@ -236,23 +236,14 @@ class Router:
             await running.health.set_serving(serving)
 
 
+@dataclass
 class _Running:
     """What exists between `start` and `stop`."""
 
-    def __init__(
-        self,
-        *,
-        server: grpc.aio.Server,
-        health: Health,
-        controller: grpc.aio.Channel,
-        peers: Peers,
-        tables: TableFollower,
-        inference: InferenceService,
-    ) -> None:
-        self.server = server
-        self.health = health
-        self.controller = controller
-        self.peers = peers
-        self.tables = tables
-        self.inference = inference
-        self.follower: asyncio.Task[None] | None = None
+    server: grpc.aio.Server
+    health: Health
+    controller: grpc.aio.Channel
+    peers: Peers
+    tables: TableFollower
+    inference: InferenceService
+    follower: asyncio.Task[None] | None = None
