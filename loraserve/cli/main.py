@@ -8,6 +8,7 @@ from loraserve.cli.adapter import adapter_app
 from loraserve.cli.down import down
 from loraserve.cli.drain import drain, undrain
 from loraserve.cli.status import status
+from loraserve.cli.submit import submit
 from loraserve.cli.up import up
 
 
@@ -27,6 +28,8 @@ def make_app() -> typer.Typer:
 
     for command in (up, down, status, drain, undrain, generate, replay, doctor):
         app.command()(command)
+    # What follows `up` or `replay` is theirs.
+    app.command(context_settings={"allow_interspersed_args": False})(submit)
     app.add_typer(adapter_app, name="adapter")
     app.callback(invoke_without_command=True)(top)
     return app
