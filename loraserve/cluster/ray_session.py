@@ -35,6 +35,8 @@ def start_own(num_cpus: int, temp_dir: Path) -> Session:
     import ray
 
     ray.init(
+        # Whatever cluster RAY_ADDRESS names.
+        address="local",
         namespace=NAMESPACE,
         num_cpus=num_cpus,
         include_dashboard=False,
