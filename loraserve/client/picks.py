@@ -128,11 +128,12 @@ class PickStream:
         if one.HasField("picked"):
             answer.set_result(one.picked)
         else:
-            answer.set_exception(_error(_CODES.get(one.code, grpc.StatusCode.UNKNOWN), one.message))
+            code = _CODES.get(one.code, grpc.StatusCode.UNKNOWN)
+            answer.set_exception(_error(code, one.message, ("loraserve-router", "")))
 
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def _error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+def _error(code: grpc.StatusCode, details: str, *trailers: tuple[str, str]) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailers), details)

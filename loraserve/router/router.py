@@ -207,6 +207,7 @@ class Router:
             early_refusal=config.early_refusal,
         )
         picks = PickHandlers(
+            router_id=self._router_id,
             clock=self._clock,
             choice=choice,
             peers=peers,

@@ -25,6 +25,7 @@ from placement.types import ReplicaId
 
 logger = logging.getLogger(__name__)
 
+STOPPING = "the router is stopping; use another one"
 MAX_WAITING = 1024
 """How many picks of one stream may wait for a holder at once."""
 
@@ -35,8 +36,16 @@ class PickHandlers:
     """`Pick` and `PickMany` of `loraserve.v1.Inference`, as handlers of raw bytes."""
 
     def __init__(
-        self, *, clock: Clock, choice: Choice, peers: Peers, leases: LeaseCounter, default_deadline_s: float
+        self,
+        *,
+        router_id: str,
+        clock: Clock,
+        choice: Choice,
+        peers: Peers,
+        leases: LeaseCounter,
+        default_deadline_s: float,
     ) -> None:
+        self._router_id = router_id
         self._clock = clock
         self._choice = choice
         self._peers = peers
@@ -55,7 +64,9 @@ class PickHandlers:
             decision = self._choice.now(flight) or await self._choice.later(flight)
             return self._answer(decision).SerializeToString()
         except Exception as error:
-            await context.abort(*_status(error))
+            # Who is told by the router itself does not take it for lost; one that is stopping soon will be.
+            trailers = () if self.stopping else (("loraserve-router", self._router_id),)
+            await context.abort(*_status(error), trailers)
 
     async def pick_many(self, request_iterator: object, context: Context) -> None:
         """Picks until the client goes."""
@@ -63,6 +74,8 @@ class PickHandlers:
         out = _Out(context)
         try:
             while isinstance(body := await context.read(), bytes):
+                if self.stopping:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, STOPPING)
                 answers = self._answer_all(body, out, waiting)
                 if answers.answers:
                     await out.write(answers)
@@ -108,7 +121,7 @@ class PickHandlers:
     def _flight(self, request: inference_pb2.PickRequest) -> Flight:
         """What is chosen for; it is never opened in the ledger, for the request does not pass here."""
         if self.stopping:
-            raise UnavailableError("the router is stopping; use another one")
+            raise UnavailableError(STOPPING)
         check_adapter_name(request.adapter)
         now_s = self._clock.now_s()
         flight = Flight(

@@ -10,16 +10,18 @@ from grpc_reflection.v1alpha import reflection
 from loraserve.errors import BadInputError
 
 DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024**2
-KEEPALIVE_TIME_S = 30.0
-KEEPALIVE_TIMEOUT_S = 10.0
+KEEPALIVE_TIME_S = 5.0
+KEEPALIVE_TIMEOUT_S = 5.0
 MAX_RECONNECT_BACKOFF_S = 2.0
-CONNECT_TIMEOUT_S = 0.1
+CONNECT_TIMEOUT_S = 2.0
 
 _COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
     # The peer's host may be unreachable through a proxy that the environment names.
     ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+    # A ping that finds the peer gone counts as its own; gRPC would wait a minute for it by default.
+    ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
     ("grpc.http2.max_pings_without_data", 0),
 )
 
@@ -28,7 +30,7 @@ _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     # Clients may ping at their own keepalive rate without being cut off.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_TIME_S * 500)),
 )
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
