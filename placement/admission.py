@@ -10,7 +10,7 @@ from typing import NamedTuple
 from placement.routing import Chooser, Decision, LoadView, ReplicaLoad, RouteRequest, RoutingError
 from placement.table import RoutingTable
 
-HEADROOM = 1.5
+HEADROOM = 1.75
 """How much longer than estimated everything may take before an admitted request is late. With less,
 those admitted last come too late whenever the rates or their outputs are a little worse than usual,
 and their work is lost; waiting that much shorter costs no throughput, since a queue is left."""
