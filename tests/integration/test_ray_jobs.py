@@ -2,9 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,31 @@ assert client.stop_job(sys.argv[2])
 """
 
 
-def wait_serving(live: LiveCluster) -> None:
-    """Wait until the cluster's file says that it serves."""
-    deadline_s = time.monotonic() + START_S
-    file = live.folder / "cluster.json"
-    while not (file.exists() and live.running().ready):
-        assert time.monotonic() < deadline_s, "the service did not start"
-        time.sleep(0.1)
+def follow_until_serving(live: LiveCluster, nodes: RayNodes, samples: SampleSet) -> str:
+    """Submit the service, press Ctrl-C once it serves, and return the job's id: the job goes on."""
+    command = [
+        sys.executable, "-m", "loraserve.cli.main", "submit", "--ray-address", nodes.dashboard,
+        "up", "--engine", "emulated", "--model", str(samples.model), "--port", "0", "--cluster", live.name,
+    ]  # fmt: skip
+    environment = {**os.environ, **live.environment, "LORASERVE_CACHE_DIR": str(live.cache)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as following:
+        assert following.stdout is not None
+        assert following.stderr is not None
+        try:
+            log = next((line for line in following.stdout if "serves at 127.0.0.1:" in line), "")
+            following.send_signal(signal.SIGINT)
+            _, said = following.communicate(timeout=START_S)
+        finally:
+            following.kill()
+    assert log, f"the service did not start: {said}"
+    assert following.returncode == 130, said
+    job_id = said.split()[2]
+    assert f"no longer following job {job_id}" in said
+    assert f"ray job stop --address {nodes.dashboard} {job_id}" in said
+    assert "Traceback" not in said
+    return job_id
 
 
 def stop_job(nodes: RayNodes, job_id: str) -> None:
@@ -54,23 +73,21 @@ def test_the_service_and_a_replay_run_as_jobs_and_nothing_outlives_them(
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert "RAY_AUTH_TOKEN_PATH=FILE" in done.stderr
 
-        done = live.run(
-            *submit, "--no-wait", "up", "--engine", "emulated", "--model", str(samples.model), "--port", "0",
-            "--cluster", live.name,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        service = json.loads(done.stdout)["job_id"]
-        wait_serving(live)
+        service = follow_until_serving(live, nodes, samples)
         run_id = live.running().run_id
         live.call("adapter", "add", "rank-8", str(samples.adapters["rank-8"]))
 
-        done = live.run(*submit, "replay", "demo", "--speedup", "20", "--limit", "20", "--cluster", live.name)
-        assert done.returncode == 0, done.stderr
-        end = json.loads(done.stdout)
+        # Side by side: a job takes seconds to begin.
+        options = ("--speedup", "20", "--limit", "20", "--cluster", live.name)
+        with ThreadPoolExecutor() as pool:
+            good, bad = pool.map(
+                lambda trace: live.run(*submit, "replay", trace, *options), ("demo", "no-such-trace")
+            )
+        assert good.returncode == 0, good.stderr
+        end = json.loads(good.stdout)
         assert (end["status"], end["exit_code"]) == ("succeeded", 0)
         assert end["result"]["overall"]["requests"] == 20
-        done = live.run(*submit, "replay", "no-such-trace", "--cluster", live.name)
-        assert done.returncode == json.loads(done.stdout)["exit_code"] == 2
+        assert bad.returncode == json.loads(bad.stdout)["exit_code"] == 2
 
         stop_job(nodes, service)
         live.call("down")

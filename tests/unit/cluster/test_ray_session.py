@@ -46,7 +46,7 @@ class Gcs(grpc.GenericRpcHandler):
 
 @contextmanager
 def gcs(token: str | None) -> Iterator[str]:
-    server = grpc.server(futures.ThreadPoolExecutor(2), handlers=(Gcs(token),))
+    server = grpc.server(futures.ThreadPoolExecutor(2), handlers=[Gcs(token)])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
