@@ -22,7 +22,13 @@ from loraserve.client.replicas import ReplicaChannel, Replicas
 from loraserve.client.routers import Router, Routers
 from loraserve.client_types import ServedBy
 from loraserve.clock import Clock
-from loraserve.errors import DeadlineError, LoraServeError, StreamBrokenError, UnavailableError
+from loraserve.errors import (
+    DeadlineError,
+    LoraServeError,
+    StaleError,
+    StreamBrokenError,
+    UnavailableError,
+)
 from loraserve.request import GenerationStep, SamplingParams
 from loraserve.rpc.backoff import Backoff
 from loraserve.rpc.v1 import inference_pb2
@@ -347,7 +353,8 @@ class Submission:
     def _final(self) -> LoraServeError:
         """The error that ends the request: with part of an answer that was to go on, what came of it."""
         error = self._error
-        began_again = self.attempts > 1 or isinstance(error, UnavailableError)
+        # Stale: the weights that the answer began with have been replaced since.
+        began_again = self.attempts > 1 or isinstance(error, UnavailableError | StaleError)
         if self._token_ids and began_again and not isinstance(error, DeadlineError | StreamBrokenError):
             return self._broken(str(error))
         return error

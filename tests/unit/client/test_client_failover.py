@@ -357,6 +357,18 @@ async def test_a_stream_does_not_go_on_with_other_weights(routers: tuple[FakeRou
             await read(client.generate("hi", adapter="a", sampling=GREEDY))
 
 
+async def test_what_came_of_an_answer_is_given_when_its_weights_are_replaced(
+    routers: tuple[FakeRouter, ...],
+) -> None:
+    router = routers[0]
+    router.replicas[0].script.append(LOST)
+    router.pick_script += [None, StaleError("adapter 'a' is a@1 now")]
+    async with Client(router.address) as client:
+        with pytest.raises(StreamBrokenError, match="adapter 'a' is a@1 now") as caught:
+            await read(client.generate("hi", adapter="a", sampling=GREEDY))
+    assert caught.value.token_ids
+
+
 class TestNothingLeaks:
     """What ends in whatever way leaves nothing behind; the fixture asserts the same of the servers."""
 
