@@ -4,7 +4,8 @@ A cluster of the emulated engine (Ray, controller, four replicas, two routers) a
 namespaces can be made, a third router in one of its own. The Python client sends requests all the
 time, half of them to replicas directly and half through routers; what each must say is known
 beforehand, token by token. Meanwhile replicas, their engines' processes, controller and routers get
-SIGKILL, and the third router's links to clients or to the cluster are cut for a while.
+SIGKILL, and the third router's links to clients or to the cluster are cut for a while. Every few
+seconds an adapter's weights are replaced.
 
   lost               requests that ended neither with their whole right answer nor with an error that
                      says so, or that came near their deadline of a minute
@@ -12,7 +13,8 @@ SIGKILL, and the third router's links to clients or to the cluster are cut for a
   wrong_adapter      requests answered by other weights than those they named
   resumed            completed requests that went on elsewhere, by router or client, after a loss
   ended_unavailable  ended with UNAVAILABLE and the tokens so far; ..._resumable: of those that could
-                     have gone on
+                     have gone on; ..._replaced: of those that could have, had their weights not been
+                     replaced meanwhile
   refused            ended with RESOURCE_EXHAUSTED
   recovery_p99_s     from a kill (a link: from when it is whole again) until a request was answered
                      that needed what was killed
@@ -43,6 +45,7 @@ from chaos_account import Bucket, Kind, percentile, plan_kills
 from chaos_load import Load, Oracle
 from chaos_netns import ApartRouter, why_not
 from chaos_settle import unsettled
+from chaos_versions import Replacer, Versions
 from chaos_victims import Monkey, Recovery, Sight, Watcher
 
 from loraserve.client import Client
@@ -52,6 +55,7 @@ from loraserve.samples import build_samples
 REPLICAS, ROUTERS, WORKERS = 4, 2, 28
 ADAPTERS = 8
 READY_S = 60.0
+NUM_SLOWEST = 5
 CALM_S = 3.0
 """Before the first kill: what is wrong then is wrong without any."""
 
@@ -82,13 +86,14 @@ routers = {routers}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ground:
-    """A running cluster and what it was made from; `versions` by adapter name."""
+    """A running cluster and what it was made from: `versions` by adapter name, `sources` by digest."""
 
     running: RunningCluster
     folder: Path
     config: Path
     model: Path
     versions: dict[str, str]
+    sources: dict[str, str]
 
 
 def loraserve(*arguments: str) -> dict[str, Any]:
@@ -129,6 +134,7 @@ def cluster() -> Iterator[Ground]:
                 config=config,
                 model=samples.model,
                 versions=versions,
+                sources={version.rpartition("@")[2]: wanted[name] for name, version in versions.items()},
             )
         finally:
             loraserve("down", "--cluster", name)
@@ -185,24 +191,30 @@ async def measure(
     async with clients(addresses) as (modes, admin, each):
         for client in each:
             await client.wait_ready(READY_S)
-        load = Load(modes, ground.versions, Oracle(str(ground.model)), Random(rng.random()))
+        versions = Versions(ground.versions)
+        load = Load(modes, versions, Oracle(str(ground.model)), Random(rng.random()))
         watcher = Watcher(admin)
         watching = asyncio.create_task(watcher.run())
         sight = Sight(run_id=ground.running.run_id, addresses=addresses, admin=admin, each=each)
         monkey = Monkey(sight, watcher, load, apart, Random(rng.random()))
+        replacer = Replacer(each[0], versions, ground.sources, Random(rng.random()))
         begun_s = time.monotonic()
         load.start(WORKERS)
+        replacing = asyncio.create_task(replacer.run())
         try:
             await asyncio.sleep(CALM_S)
             await monkey.run(plan, on_kill)
         finally:
+            replacer.stop()
+            await replacing
             await load.stop()
             watching.cancel()
         duration_s = time.monotonic() - begun_s
         left = await unsettled(
-            each, replicas=REPLICAS, run_id=ground.running.run_id, versions=ground.versions
+            each, replicas=REPLICAS, run_id=ground.running.run_id, versions=versions.all_newest()
         )
-    return {**_figures(load, monkey), "unsettled": left, "duration_s": round(duration_s, 1)}
+    replaced = {"replaced": replacer.replaced, "replacements_undone": replacer.undone}
+    return {**_figures(load, monkey), **replaced, "unsettled": left, "duration_s": round(duration_s, 1)}
 
 
 def _figures(load: Load, monkey: Monkey) -> dict[str, Any]:
@@ -215,14 +227,17 @@ def _figures(load: Load, monkey: Monkey) -> dict[str, Any]:
         "requests": load.tally.issued,
         **{bucket.value: buckets[bucket] for bucket in Bucket},
         "ended_unavailable_resumable": load.unavailable["resumable"],
+        "ended_unavailable_replaced": load.unavailable["replaced"],
         "resumed": load.resumed,
         "sent_again": load.sent_again,
         "requests_by_mode": dict(sorted(load.by_mode.items())),
         "requests_by_kind": dict(sorted(load.by_kind.items())),
         "longest_request_s": round(load.longest_s, 2),
+        "longest_request": load.longest,
         "recovery_p99_s": _rounded(percentile(_known(recoveries, "served_s"), 0.99)),
         "restored_p99_s": _rounded(percentile(_known(recoveries, "restored_s"), 0.99)),
         "recovery_by_kind": {kind.value: _by_kind(recoveries, kind) for kind in Kind},
+        "slowest": [_line(one) for one in sorted(recoveries, key=_slowness, reverse=True)[:NUM_SLOWEST]],
         "not_recovered": [
             asdict(one) for one in recoveries if one.served_s is None or one.restored_s is None
         ],
@@ -237,6 +252,15 @@ def _by_kind(recoveries: list[Recovery], kind: Kind) -> dict[str, float | None]:
         for what in ("served", "restored")
         for name, share in (("median", 0.5), ("max", 1.0))
     }
+
+
+def _slowness(one: Recovery) -> float:
+    return max(one.served_s or 0.0, one.restored_s or 0.0)
+
+
+def _line(one: Recovery) -> str:
+    served_s, restored_s = _rounded(one.served_s), _rounded(one.restored_s)
+    return f"{one.at_s:.1f} s: {one.kind} {one.what}: served after {served_s} s, back after {restored_s} s"
 
 
 def _known(recoveries: list[Recovery], name: str) -> list[float]:

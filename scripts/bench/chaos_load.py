@@ -13,6 +13,7 @@ from loraserve.rpc.tuning import tune_grpc
 tune_grpc()
 
 from chaos_account import Bucket, Expected, Received, Tally, judge_part, judge_whole  # noqa: E402
+from chaos_versions import Versions  # noqa: E402
 
 from loraserve.client import Client, GenerationStream  # noqa: E402
 from loraserve.engines.outputs import Output  # noqa: E402
@@ -43,6 +44,9 @@ SHARES: Mapping[str, int] = {
     "logprobs": 5,
 }
 """Kinds of request by their share; the last two cannot go on elsewhere after their first token."""
+
+REPLACED = "the request began with"
+"""What is said when the weights that an answer began with are gone for good."""
 
 MAX_EXPECTED = 4096
 MAX_NOTES = 200
@@ -107,12 +111,12 @@ class Load:
     """Keeps `num_workers` requests in flight, over the clients in turn, until told to stop."""
 
     def __init__(
-        self, clients: Mapping[str, Client], versions: Mapping[str, str], oracle: Oracle, rng: Random
+        self, clients: Mapping[str, Client], versions: Versions, oracle: Oracle, rng: Random
     ) -> None:
-        """`versions` are those of the registered adapters, by name."""
+        """`versions` are those of the registered adapters."""
         self._clients = clients
         self._versions = versions
-        self._adapters = sorted(versions)
+        self._adapters = versions.names
         self._oracle = oracle
         self._rng = rng
         self._serial = 0
@@ -125,6 +129,7 @@ class Load:
         self.by_mode: Counter[str] = Counter()
         self.by_kind: Counter[str] = Counter()
         self.longest_s = 0.0
+        self.longest = ""
         self.notes: list[str] = []
         self.begun_s = time.monotonic()
 
@@ -165,7 +170,7 @@ class Load:
         elif kind == "logprobs":
             sampling = replace(sampling, logprobs=1)
         elif kind == "stop":
-            text = self._oracle.expected(self._versions[adapter], prompt, sampling).text
+            text = self._oracle.expected(self._versions.newest(adapter), prompt, sampling).text
             at = len(text) * 2 // 3
             sampling = replace(sampling, stop=(text[at : at + 4] or "never said",))
         return Request(
@@ -188,8 +193,14 @@ class Load:
         except LoraServeError as error:
             outcome.error = error
         seconds = time.monotonic() - begun_s
-        self.longest_s = max(self.longest_s, seconds)
-        bucket, note = self._judge(request, outcome)
+        if seconds > self.longest_s:
+            self.longest_s = seconds
+            self.longest = (
+                f"{begun_s - self.begun_s:.1f} s: request {request.serial} ({request.mode}, {request.kind},"
+                f" {request.adapter}, {len(outcome.received.token_ids)} tokens, {outcome.attempts} attempts)"
+                f" took {seconds:.1f} s"
+            )
+        bucket, note = self._judge(request, outcome, begun_s)
         if note:
             self._note(request, outcome, bucket, note, seconds)
         if bucket is Bucket.COMPLETED:
@@ -222,29 +233,35 @@ class Load:
                 outcome.attempts = stream.attempts
                 outcome.received = _received(steps)
 
-    def _judge(self, request: Request, outcome: Outcome) -> tuple[Bucket, str]:
+    def _judge(self, request: Request, outcome: Outcome, sent_s: float) -> tuple[Bucket, str]:
         """The bucket, and what there is to say of it."""
         if outcome.hung:
             return Bucket.LOST, f"nothing ended it within {HUNG_AFTER_S:g} s"
-        right = self._versions[request.adapter]
-        if outcome.version not in (right, None) or (outcome.version is None and outcome.received.token_ids):
-            return Bucket.WRONG_ADAPTER, f"answered by {outcome.version}, not {right}"
+        allowed = self._versions.may_answer(request.adapter, sent_s, time.monotonic())
+        if outcome.version not in allowed and (outcome.version or outcome.received.token_ids):
+            return Bucket.WRONG_ADAPTER, f"answered by {outcome.version}, not {sorted(allowed)}"
+        right = outcome.version or self._versions.newest(request.adapter)
         expected = self._oracle.expected(right, request.prompt, request.sampling)
         if outcome.error is None:
             bucket, note = judge_whole(expected, outcome.received)
         else:
             bucket, note = judge_part(expected, outcome.received)
             if not note:
-                return self._judge_error(request, outcome.error)
-        if note and self._is_anothers(request, outcome.received):
+                return self._judge_error(request, outcome.error, was_replaced=len(allowed) > 1)
+        if note and self._is_anothers(request, right, outcome.received):
             return Bucket.WRONG_ADAPTER, f"{note}; it is another adapter's"
         return bucket, note
 
-    def _judge_error(self, request: Request, error: LoraServeError) -> tuple[Bucket, str]:
+    def _judge_error(
+        self, request: Request, error: LoraServeError, *, was_replaced: bool
+    ) -> tuple[Bucket, str]:
         said = f"{type(error).__name__}: {error}"
         if isinstance(error, OverloadedError):
             return Bucket.REFUSED, ""
         if isinstance(error, UnavailableError):
+            if request.sampling.is_resumable and was_replaced and REPLACED in said:
+                self.unavailable["replaced"] += 1
+                return Bucket.ENDED_UNAVAILABLE, ""
             if request.sampling.is_resumable:
                 self.unavailable["resumable"] += 1
                 return Bucket.ENDED_UNAVAILABLE, said
@@ -252,12 +269,12 @@ class Load:
             return Bucket.ENDED_UNAVAILABLE, ""
         return Bucket.LOST, said
 
-    def _is_anothers(self, request: Request, received: Received) -> bool:
-        others = (version for name, version in self._versions.items() if name != request.adapter)
+    def _is_anothers(self, request: Request, right: str, received: Received) -> bool:
         head = received.token_ids[:8]
         return len(head) > 1 and any(
             self._oracle.expected(version, request.prompt, request.sampling).token_ids[: len(head)] == head
-            for version in others
+            for version in self._versions.all_newest().values()
+            if version != right
         )
 
     def _note(self, request: Request, outcome: Outcome, bucket: Bucket, note: str, seconds: float) -> None:

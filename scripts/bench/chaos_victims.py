@@ -31,8 +31,8 @@ PATIENCE_S = 4.0
 BURST_SHARE = 0.25
 """How many kills are followed by the next one at once."""
 
-CUT_S = (1.0, 8.0)
-"""Shorter and longer than the silence after which a link counts as broken."""
+CUT_S = (1.0, 12.0)
+"""Shorter and longer than the silence after which a link counts as broken, and than what TCP bears."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
