@@ -24,6 +24,7 @@ class Flight:
         "code",
         "deadline_s",
         "decision",
+        "earlier_messages",
         "excluded",
         "excluded_at",
         "first_message_s",
@@ -63,6 +64,8 @@ class Flight:
         self.losses = 0
         self.attempts = 0
         self.messages = 0
+        # Those of them that came before the present attempt.
+        self.earlier_messages = 0
         self.first_message_s: float | None = None
         # The messages as they were sent, one after the other: read as one, protobuf joins their tokens.
         self.sent: bytearray | None = bytearray()

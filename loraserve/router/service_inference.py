@@ -129,6 +129,7 @@ class InferenceService:
                 peer = self._parts.peers.take(decision.replica_id)
                 self._parts.ledger.assign(decision.replica_id)
                 flight.attempts += 1
+                flight.earlier_messages = flight.messages
                 try:
                     answer = await relay(flight, peer, context)
                 except StreamEndedError as error:
@@ -220,9 +221,10 @@ class InferenceService:
         code, decision = error.code, flight.decision
         if decision is None or code not in RETRIED_CODES:
             raise error
-        if flight.messages:
-            if code is not grpc.StatusCode.UNAVAILABLE:
-                raise error
+        # What this attempt has sent; one that goes on elsewhere may be refused there like a new one.
+        if flight.messages > flight.earlier_messages and code is not grpc.StatusCode.UNAVAILABLE:
+            raise error
+        if flight.messages and code is grpc.StatusCode.UNAVAILABLE:
             if flight.note_loss():
                 return False
             if (obstacle := flight.obstacle()) is not None:

@@ -79,6 +79,22 @@ async def test_a_stream_goes_on_at_another_holder_from_the_tokens_sent(bench: Be
     assert (outcome.status, outcome.messages, outcome.attempts) == ("OK", 6, 2)
 
 
+async def test_a_stream_that_goes_on_may_be_refused_like_a_new_one(make_bench: MakeBench) -> None:
+    bench: Bench = await make_bench(holder_wait_s=20.0)
+    await bench.publish({"both": ("r0", "r1")})
+    refusing = bench.replicas["r1"]
+    refusing.refusal = Code.FAILED_PRECONDITION
+    call = await broken_after_three(bench, ask("both", sampling=GREEDY))
+    await until(lambda: bool(refusing.received))
+    refusing.refusal = None
+    # The router's table was old; the next one brings the holder.
+    await bench.controller.publish(
+        table_of(2, {name: replica.address for name, replica in bench.replicas.items()}, {"both": ("r1",)})
+    )
+    assert await rest(call) == [3, 4, 5]
+    assert [list(one.request.resume_token_ids) for one in refusing.received] == [[0, 1, 2]] * 2
+
+
 async def test_what_the_client_has_from_before_comes_first(bench: Bench) -> None:
     resume = inference_pb2.Resume(token_ids=[0, 1], adapter_version="both@0")
     bench.replicas["r0"].script = bench.replicas["r1"].script = counting()
