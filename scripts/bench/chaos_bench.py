@@ -59,8 +59,9 @@ NUM_SLOWEST = 5
 CALM_S = 3.0
 """Before the first kill: what is wrong then is wrong without any."""
 
-# Two steps off the defaults: restarts come far more often here than an operator would let pass, and
-# three slots on each of four replicas leave some of eight adapters with one holder.
+# Off the defaults: restarts come far more often here than an operator would let pass; three slots on
+# each of four replicas leave some of eight adapters with one holder; steps and loads are slow enough to
+# be met by a kill.
 CONFIG = """
 [cluster]
 name = "{name}"
