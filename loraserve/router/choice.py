@@ -32,6 +32,10 @@ STALE_WAIT_S = 0.5
 """How long a request waits for the table that must be on its way when every holder calls ours stale."""
 
 
+CUT_OFF_WAIT_S = 2.0
+"""How long a request waits in a router that reaches nobody at all."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """The shell around `placement.routing.Chooser`: table, loads and links as they are now."""
@@ -60,7 +64,8 @@ class Choice:
         A replica that died may have been the last holder: its adapters are loaded elsewhere, or it is
         started again, within `holder_wait_s` or not at all.
         """
-        until_s = min(self.clock.now_s() + self._patience_s(flight), flight.deadline_s)
+        begun_s = self.clock.now_s()
+        until_s = min(begun_s + self._patience_s(flight), flight.deadline_s)
         while True:
             changed = self.peers.changes()
             try:
@@ -69,12 +74,25 @@ class Choice:
                 left_s = until_s - self.clock.now_s()
                 if left_s <= 0:
                     raise _all_refused(flight, str(error)) from error
+                if self._is_cut_off():
+                    # Another router may well see what this one does not.
+                    left_s = min(left_s, begun_s + CUT_OFF_WAIT_S - self.clock.now_s())
+                    if left_s <= 0:
+                        raise UnavailableError(
+                            "the router is cut off from its cluster; use another"
+                        ) from error
+                left_s = min(left_s, CUT_OFF_WAIT_S)
             try:
                 async with asyncio.timeout(left_s):
                     await changed.wait()
             except TimeoutError:
                 continue
             flight.excluded = frozenset()
+
+    def _is_cut_off(self) -> bool:
+        """Whether this router reaches neither its controller nor any replica of its table."""
+        replicas = self.tables.table.replicas
+        return not self.tables.connected and bool(replicas) and self.peers.down.issuperset(replicas)
 
     def _patience_s(self, flight: Flight) -> float:
         refusals = set(flight.refusals)

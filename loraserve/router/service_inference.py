@@ -240,7 +240,7 @@ class InferenceService:
             self._parts.ledger.fail_over()
             if flight.losses > MAX_LOSSES:
                 raise error
-        elif len(flight.refusals) - flight.losses > MAX_RETRIES:
+        elif len(flight.refusals) - flight.losses > (MAX_LOSSES if flight.messages else MAX_RETRIES):
             if set(flight.refusals) == {grpc.StatusCode.RESOURCE_EXHAUSTED}:
                 raise OverloadedError(f"every holder is full: {error}") from error
             raise UnavailableError(str(error)) from error

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -188,6 +190,36 @@ async def test_requests_in_flight_on_a_killed_replica_go_on_elsewhere(
     outcomes = await asyncio.gather(*asking)
     assert outcomes == ["ok"] * 8
     assert (await client.status()).router.in_flight == 0
+
+
+@pytest.mark.slow
+async def test_a_frozen_replica_is_as_good_as_dead(cluster: LiveCluster, client: Client) -> None:
+    """Its connections stand and nothing comes: the router misses its signs of life, the client gRPC's."""
+    before = await client.status()
+    long = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    wanted = (await client.complete("Tell me everything", adapter="rank-8", sampling=long)).step.token_ids
+    victim = before.replicas[1].pid
+    async with cluster.client(look_aside=False) as proxied:
+        streams = [
+            one.generate("Tell me everything", adapter="rank-8", sampling=long)
+            for one in (client, proxied)
+            for _ in range(4)
+        ]
+        firsts = [await anext(stream) for stream in streams]
+        os.kill(victim, signal.SIGSTOP)
+        async with asyncio.timeout(RECOVERY_S):
+            rests = [[token async for step in stream for token in step.token_ids] for stream in streams]
+    for first, rest in zip(firsts, rests, strict=True):
+        assert [*first.token_ids, *rest] == list(wanted)
+    for kind in (streams[:4], streams[4:]):
+        assert any(stream.attempts > 1 or stream.served_by.failovers for stream in kind)
+    await wait_status(
+        client,
+        lambda status: status.replicas[1].pid not in (0, victim) and status.replicas[1].state == "ready",
+        RECOVERY_S,
+        "the replica has been replaced",
+    )
+    await wait_gone([victim], 5.0)
 
 
 async def test_a_killed_router_comes_back_at_its_address(cluster: LiveCluster, client: Client) -> None:

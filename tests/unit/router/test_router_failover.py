@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from loraserve.router import choice
 from loraserve.router.testing import Script, table_of
 from loraserve.rpc.internal.v1 import internal_pb2
 from loraserve.rpc.server import DEFAULT_MAX_MESSAGE_BYTES
@@ -213,6 +214,21 @@ async def test_a_link_that_breaks_alone_is_made_again_and_its_requests_go_on_the
     replica.script = counting()
     await replica.start(port)
     assert await rest(call) == [3, 4, 5]
+
+
+async def test_a_router_that_reaches_nobody_sends_its_clients_elsewhere(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "CUT_OFF_WAIT_S", 0.3)
+    bench: Bench = await make_bench(holder_wait_s=60.0)
+    await bench.publish({"one": ("r0",)})
+    await bench.controller.stop()
+    for replica in bench.replicas.values():
+        await replica.stop()
+    async with asyncio.timeout(10):
+        with pytest.raises(grpc.aio.AioRpcError, match="cut off from its cluster") as caught:
+            await bench.inference.Complete(ask("one"))
+    assert caught.value.code() is Code.UNAVAILABLE
 
 
 async def test_losses_without_end_are_bounded(make_bench: MakeBench) -> None:
