@@ -60,16 +60,9 @@ class Jobs:
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> JobEnd:
         """Pass the job's log on as it grows until the job has ended."""
-        import asyncio
-
-        async def tail() -> None:
-            async for text in self._client.tail_job_logs(job_id):
-                write(text)
-
         while True:
-            try:
-                asyncio.run(tail())
-            except (OSError, RuntimeError) as error:
+            error = self._tail(job_id, write)
+            if error is not None:
                 raise UnavailableError(
                     f"the log of job {job_id} broke off: {_first_line(error)}; the job itself goes on"
                 ) from error
@@ -79,6 +72,36 @@ class Jobs:
                 if info.status.is_terminal():
                     return _end(job_id, info)
                 time.sleep(POLL_S)
+
+    def _tail(self, job_id: str, write: Callable[[str], None]) -> Exception | None:
+        """Pass the log on until Ray ends it; the error that ended it, if one did.
+
+        In a thread of its own: where it is interrupted, Ray's reader may take the interruption for the
+        end of one read and go on.
+        """
+        import asyncio
+
+        ends: Queue[Exception | None] = Queue()
+        wanted = threading.Event()
+        wanted.set()
+
+        async def tail() -> None:
+            async for text in self._client.tail_job_logs(job_id):
+                if wanted.is_set():
+                    write(text)
+
+        def work() -> None:
+            try:
+                asyncio.run(tail())
+                ends.put(None)
+            except Exception as error:
+                ends.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            return ends.get()
+        finally:
+            wanted.clear()
 
     def _bounded(self, call: Callable[[], T]) -> T:
         """Run one of Ray's calls, which have no timeout, in a thread that may be left behind."""
