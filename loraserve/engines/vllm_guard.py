@@ -1,7 +1,7 @@
 """Ends a vLLM process whose replica is gone.
 
 vLLM loads `watch_parent` as a plugin in each of its processes, long before the model is loaded there.
-Imports nothing beyond the standard library: it runs in processes that have only just begun.
+Imports nothing heavy: it runs in processes that have only just begun.
 """
 
 import os
@@ -29,10 +29,21 @@ def watch_parent() -> None:
         return
     if any(thread.name == _THREAD_NAME for thread in threading.enumerate()):
         return
+    _keep_progress_bars_out_of_shared_memory()
     started = os.environ.get(PARENT_START, "")
     threading.Thread(
         target=_kill_self_after, args=(int(named), started), name=_THREAD_NAME, daemon=True
     ).start()
+
+
+def _keep_progress_bars_out_of_shared_memory() -> None:
+    """Give tqdm a lock for threads alone: its own one for processes is a named semaphore, which stays in
+    shared memory when this process is killed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return
+    tqdm.set_lock(threading.RLock())
 
 
 def process_start(pid: int) -> str:
