@@ -166,6 +166,9 @@ class Submission:
     def failed(self, error: grpc.aio.AioRpcError) -> None:
         """Note how the present attempt failed; raises the request's error unless another may follow."""
         self.note_trailers(error.trailing_metadata())
+        if failures.never_sent(error):
+            # None of the attempts that are counted: waiting for a peer to come back is bounded by time.
+            self.attempts -= 1
         if self._replica is not None:
             self._error = failures.error_from(error, "replica", (self._replica.address,))
             again = self._replica_failed(self._replica, error)

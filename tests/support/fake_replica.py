@@ -6,8 +6,8 @@ wherever a request goes on.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,45 @@ Adapters = Mapping[str, tuple[VersionId, int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Break:
-    """How one request ends too early: after so many messages, by an error or by the server's death."""
+    """How one request ends too early: after so many messages, by an error or by the server's death.
+
+    With `when` it waits for that event first: a dying server's last messages may never arrive.
+    """
 
     after: int = 0
     error: LoraServeError | None = None
+    when: asyncio.Event | None = None
+
+
+class Pace:
+    """Keeps an engine from stepping while what it said is being sent: a message is one step, on any machine.
+
+    `sleep` is what the engine sleeps with.
+    """
+
+    def __init__(self) -> None:
+        self._num_sending = 0
+        self._sent = asyncio.Event()
+        self._sent.set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep, and then until everything is sent; consumers come first."""
+        await asyncio.sleep(seconds)
+        # Those that the last step has woken run before this one is woken again.
+        await asyncio.sleep(0)
+        await self._sent.wait()
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """While a message is on its way out."""
+        self._num_sending += 1
+        self._sent.clear()
+        try:
+            yield
+        finally:
+            self._num_sending -= 1
+            if self._num_sending == 0:
+                self._sent.set()
 
 
 class FakeAnswers(inference_pb2_grpc.InferenceServicer):
@@ -38,14 +73,16 @@ class FakeAnswers(inference_pb2_grpc.InferenceServicer):
 
     trailers: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self, engine: EmulatedEngine, adapters: Adapters) -> None:
+    def __init__(self, engine: EmulatedEngine, adapters: Adapters, pace: Pace) -> None:
         self.engine = engine
+        self.pace = pace
         self.served = adapters
         self.script: deque[Break | None] = deque()
         self.requests: list[inference.GenerateRequest] = []
         self.server: grpc.aio.Server
         self.address = ""
         self.num_active = 0
+        self._stopping = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -69,7 +106,8 @@ class FakeAnswers(inference_pb2_grpc.InferenceServicer):
                 async for step in steps:
                     if broken is not None and sent >= broken.after:
                         await self._break(broken)
-                    yield step
+                    with self.pace.sending():
+                        yield step
                     sent += 1
             if broken is not None:
                 await self._break(broken)
@@ -122,7 +160,9 @@ class FakeAnswers(inference_pb2_grpc.InferenceServicer):
 
     async def die(self) -> None:
         """Drop every connection and listen no more."""
-        await self.server.stop(None)
+        # One at a time: gRPC crashes when a server is stopped twice at once.
+        async with self._stopping:
+            await self.server.stop(None)
 
     async def come_back(self) -> None:
         """Listen again where it did before."""
@@ -145,6 +185,8 @@ class FakeAnswers(inference_pb2_grpc.InferenceServicer):
                 first = False
 
     async def _break(self, broken: Break) -> None:
+        if broken.when is not None:
+            await broken.when.wait()
         if broken.error is not None:
             raise broken.error
         # In a task of its own: stopping the server cancels this one.
@@ -156,8 +198,8 @@ class FakeAnswers(inference_pb2_grpc.InferenceServicer):
 class FakeReplica(FakeAnswers):
     """Takes requests with a lease alone, as replicas do."""
 
-    def __init__(self, replica_id: str, engine: EmulatedEngine, adapters: Adapters) -> None:
-        super().__init__(engine, adapters)
+    def __init__(self, replica_id: str, engine: EmulatedEngine, adapters: Adapters, pace: Pace) -> None:
+        super().__init__(engine, adapters, pace)
         self.replica_id = replica_id
 
     def check(self, request: inference.GenerateRequest) -> None:

@@ -19,7 +19,7 @@ from loraserve.rpc.v1 import inference_pb2 as inference
 from loraserve.rpc.v1 import management_pb2 as management
 from loraserve.rpc.v1 import management_pb2_grpc
 from placement.types import AdapterName, VersionId, version_id
-from tests.support.fake_replica import FakeAnswers, FakeReplica
+from tests.support.fake_replica import FakeAnswers, FakeReplica, Pace
 
 TRAILER = (
     ("loraserve-replica", "replica-0"),
@@ -36,9 +36,9 @@ class FakeRouter(FakeAnswers, management_pb2_grpc.ManagementServicer):
 
     trailers = TRAILER
 
-    def __init__(self, engine: EmulatedEngine) -> None:
+    def __init__(self, engine: EmulatedEngine, pace: Pace) -> None:
         self.adapters: dict[str, tuple[VersionId, int]] = {}
-        super().__init__(engine, self.adapters)
+        super().__init__(engine, self.adapters, pace)
         self.refusal: LoraServeError | None = None
         self.health: Health
         self.replicas: list[FakeReplica] = []
@@ -188,10 +188,13 @@ async def fake_routers(
 ) -> AsyncIterator[tuple[FakeRouter, ...]]:
     """Routers of one cluster, which share one engine, their adapters and their replicas."""
     config = EngineSection(kind="emulated", max_num_seqs=256, adapter_slots=8)
-    engine = EmulatedEngine(config, EmulatedSection(speed=speed), ModelSection(), clock=WallClock())
+    pace = Pace()
+    engine = EmulatedEngine(
+        config, EmulatedSection(speed=speed), ModelSection(), clock=WallClock(), sleep=pace.sleep
+    )
     await engine.start()
-    routers = tuple(FakeRouter(engine) for _ in range(count))
-    shared = [FakeReplica(f"r{index}", engine, routers[0].adapters) for index in range(replicas)]
+    routers = tuple(FakeRouter(engine, pace) for _ in range(count))
+    shared = [FakeReplica(f"r{index}", engine, routers[0].adapters, pace) for index in range(replicas)]
     for replica in shared:
         await replica.listen()
     for router in routers:
@@ -206,5 +209,5 @@ async def fake_routers(
             await router.wait_idle()
     finally:
         for one in (*routers, *shared):
-            await one.server.stop(0)
+            await one.die()
         await engine.close()

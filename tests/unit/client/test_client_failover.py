@@ -3,13 +3,15 @@
 import asyncio
 import pickle
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Container, Sequence
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraserve.client import Client, GenerationStream
+from loraserve.client.routers import Router, Routers
+from loraserve.client.submission import MAX_ATTEMPTS
 from loraserve.client_types import ServedBy
 from loraserve.errors import (
     BadInputError,
@@ -104,17 +106,19 @@ async def test_a_lost_stream_goes_on_elsewhere_without_a_seam(
     whole = await expected(routers[0])
     async with Client(addresses(routers), look_aside=look_aside) as client:
         servers = routers[0].replicas if look_aside else routers
-        for server in servers:
-            server.script.append(Break(after=3))
+        deaths = [asyncio.Event() for _ in servers]
+        for server, death in zip(servers, deaths, strict=True):
+            server.script.append(Break(after=3, when=death))
         stream = client.generate("hi €", adapter="a", sampling=GREEDY)
-        steps = []
-        async for step in stream:
-            steps.append(step)
-            if stream.attempts == 2 and stream.resumed:
-                # The second server has been told to die as well: by now the first is back.
-                break
-        dead = next(one for one in servers if len(one.requests) == 1 and one.num_active == 0)
-        await dead.come_back()
+        steps = [await anext(stream) for _ in range(3)]
+        first = next(index for index, server in enumerate(servers) if server.requests)
+        deaths[first].set()
+        steps.append(await anext(stream))
+        assert (stream.attempts, stream.resumed) == (2, True)
+        # The second server dies as well, when the first is back.
+        await servers[first].server.wait_for_termination()
+        await servers[first].come_back()
+        deaths[1 - first].set()
         steps += [step async for step in stream]
     assert joined(steps) == whole
     assert [step.output_tokens for step in steps][-1] == TOKENS
@@ -295,18 +299,46 @@ async def test_the_last_replica_left_is_asked_again(routers: tuple[FakeRouter, .
     assert (stream.attempts, len(replica.requests)) == (3, 3)
 
 
-async def test_a_router_that_restarts_is_waited_for(routers: tuple[FakeRouter, ...]) -> None:
+class Choices:
+    """How often clients have chosen a router."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._made = 0
+        self._news = asyncio.Event()
+        choose = Routers.next
+
+        def counted(routers: Routers, tried: Container[str]) -> Router | None:
+            self._made += 1
+            self._news.set()
+            return choose(routers, tried)
+
+        monkeypatch.setattr(Routers, "next", counted)
+
+    async def more(self, count: int) -> None:
+        """Return after so many more; TimeoutError if they stop coming."""
+        until = self._made + count
+        async with asyncio.timeout(10):
+            while self._made < until:
+                self._news.clear()
+                await self._news.wait()
+
+
+async def test_a_router_that_restarts_is_waited_for(
+    routers: tuple[FakeRouter, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     router = routers[0]
     whole = await expected(router)
-    router.script.append(Break(after=3))
+    death, choices = asyncio.Event(), Choices(monkeypatch)
+    router.script.append(Break(after=3, when=death))
     async with Client(router.address, look_aside=False) as client:
         stream = client.generate("hi €", adapter="a", sampling=GREEDY)
         steps = [await anext(stream) for _ in range(3)]
+        death.set()
         rest: list[GenerationStep] = []
         reading = asyncio.create_task(read_into(rest, stream))
         await router.server.wait_for_termination()
         unary = asyncio.create_task(client.complete("hi €", adapter="a", sampling=GREEDY))
-        await asyncio.sleep(0.2)
+        await choices.more(4)
         await router.come_back()
         await reading
         assert joined([*steps, *rest]) == whole
@@ -314,14 +346,36 @@ async def test_a_router_that_restarts_is_waited_for(routers: tuple[FakeRouter, .
         assert stream.resumed
 
 
+async def test_a_router_may_stay_away_for_longer_than_the_attempts_of_a_request_last(
+    routers: tuple[FakeRouter, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = await expected(routers[0])
+    choices = Choices(monkeypatch)
+    async with Client(addresses(routers), look_aside=False, reconnect_s=30) as client:
+        await client.complete("hi", adapter="a", sampling=GREEDY)
+        for router in routers:
+            await router.die()
+            router.requests.clear()
+        stream = client.generate("hi €", adapter="a", sampling=GREEDY)
+        reading = asyncio.create_task(read(stream))
+        await choices.more(3 * MAX_ATTEMPTS)
+        await routers[0].come_back()
+        assert joined(await reading) == whole
+    assert stream.attempts == 1
+    assert [request.attempt for request in routers[0].requests] == [0]
+
+
 async def test_waiting_for_a_router_is_bounded(routers: tuple[FakeRouter, ...]) -> None:
     router = routers[0]
     async with Client(router.address, look_aside=False, reconnect_s=0.3) as client:
-        router.script.append(Break(after=3))
+        death = asyncio.Event()
+        router.script.append(Break(after=3, when=death))
         stream = client.generate("hi €", adapter="a", sampling=GREEDY)
+        steps = [await anext(stream) for _ in range(3)]
+        death.set()
         with pytest.raises(StreamBrokenError, match=f"router {router.address}: cannot be reached") as caught:
-            await read(stream)
-        assert len(caught.value.token_ids) >= 3
+            await anext(stream)
+        assert (caught.value.token_ids, caught.value.text) == joined(steps)
         with pytest.raises(UnavailableError, match="cannot be reached"):
             await client.complete("hi")
     async with Client(router.address, look_aside=False) as client:
