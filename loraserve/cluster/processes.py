@@ -63,6 +63,22 @@ def processes_of(run_id: str) -> list[int]:
     return found
 
 
+def titled(run_id: str, title: str) -> list[int]:
+    """Those of the run's processes whose command line begins with `title`."""
+    found = []
+    for pid in processes_of(run_id):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode()):
+                found.append(pid)
+    return found
+
+
+def parent_of(pid: int) -> int:
+    """The process that started this one; OSError if it is gone."""
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    return int(stat.rpartition(")")[2].split()[1])
+
+
 def end_processes(run_id: str, grace_s: float) -> int:
     """SIGTERM, then SIGKILL after `grace_s`, for all processes of a run; how many were there."""
     first = processes_of(run_id)

@@ -8,7 +8,7 @@ SIGKILL, and the third router's links to clients or to the cluster are cut for a
 seconds an adapter's weights are replaced.
 
   lost               requests that ended neither with their whole right answer nor with an error that
-                     says so, or that came near their deadline of a minute
+                     says so
   duplicated         requests with tokens a second time, or with two ends
   wrong_adapter      requests answered by other weights than those they named
   resumed            completed requests that went on elsewhere, by router or client, after a loss
@@ -23,14 +23,9 @@ seconds an adapter's weights are replaced.
   unsettled          what did not add up in the end: requests in flight, pools, tables, processes
 """
 
-import argparse
 import asyncio
 import json
-import os
-import platform
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -39,8 +34,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
+import bench_common as common
 from chaos_account import Bucket, Kind, percentile, plan_kills
 from chaos_load import Load, Oracle
 from chaos_netns import ApartRouter, why_not
@@ -49,7 +43,7 @@ from chaos_versions import Replacer, Versions
 from chaos_victims import Monkey, Recovery, Sight, Watcher
 
 from loraserve.client import Client
-from loraserve.cluster.state import RunningCluster, cache_dir, cluster_dir, read_running
+from loraserve.cluster.state import RunningCluster, cache_dir, cluster_dir
 from loraserve.samples import build_samples
 
 REPLICAS, ROUTERS, WORKERS = 4, 2, 28
@@ -97,48 +91,23 @@ class Ground:
     sources: dict[str, str]
 
 
-def loraserve(*arguments: str) -> dict[str, Any]:
-    """Run a command of the service; its JSON answer."""
-    done = subprocess.run(
-        [sys.executable, "-m", "loraserve.cli.main", *arguments, "--json"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"chaos: loraserve {' '.join(arguments)} failed")
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
 @contextmanager
 def cluster() -> Iterator[Ground]:
     """The cluster with its adapters; ended whatever happens."""
     samples = build_samples(cache_dir() / "samples")
-    name = f"chaos-{os.getpid()}"
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "chaos.toml"
-        text = CONFIG.format(name=name, replicas=REPLICAS, model=samples.model, routers=ROUTERS)
-        config.write_text(text, encoding="utf-8")
-        try:
-            loraserve("up", "--config", str(config), "--fresh")
-            running = read_running(cluster_dir(name))
-            if running is None:
-                raise SystemExit(f"chaos: cluster {name} is gone")
-            sources = [str(path) for path in samples.adapters.values()]
-            wanted = {f"adapter-{index}": sources[index % len(sources)] for index in range(ADAPTERS)}
-            versions = asyncio.run(_register(running.router_addresses[0], wanted))
-            yield Ground(
-                running=running,
-                folder=cluster_dir(name),
-                config=config,
-                model=samples.model,
-                versions=versions,
-                sources={version.rpartition("@")[2]: wanted[name] for name, version in versions.items()},
-            )
-        finally:
-            loraserve("down", "--cluster", name)
+    text = CONFIG.format(name="{cluster}", replicas=REPLICAS, model=samples.model, routers=ROUTERS)
+    with common.cluster("chaos", text) as (running, config):
+        sources = [str(path) for path in samples.adapters.values()]
+        wanted = {f"adapter-{index}": sources[index % len(sources)] for index in range(ADAPTERS)}
+        versions = asyncio.run(_register(running.router_addresses[0], wanted))
+        yield Ground(
+            running=running,
+            folder=cluster_dir(running.name),
+            config=config,
+            model=samples.model,
+            versions=versions,
+            sources={version.rpartition("@")[2]: wanted[name] for name, version in versions.items()},
+        )
 
 
 async def _register(address: str, wanted: dict[str, str]) -> dict[str, str]:
@@ -274,7 +243,8 @@ def _rounded(value: float | None) -> float | None:
 
 def failures(found: dict[str, Any]) -> list[str]:
     """What of the requirements is not met."""
-    wrong = [f"{key}: {found[key]}" for key in ("lost", "duplicated", "wrong_adapter") if found[key]]
+    never = ("lost", "duplicated", "wrong_adapter", "ended_unavailable_resumable")
+    wrong = [f"{key}: {found[key]}" for key in never if found[key]]
     accounted = sum(found[bucket.value] for bucket in Bucket)
     if accounted != found["requests"]:
         wrong.append(f"{found['requests']} requests, {accounted} accounted for")
@@ -317,17 +287,12 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> int:
     """Kill, count and print; 1 if a requirement is not met."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench/chaos",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--quick", action="store_true", help="10 kills, about a minute")
-    parser.add_argument("--kills", type=int, default=None, help="how many (200)")
+    parser = common.parser("chaos", __doc__, quick="10 kills, about a minute")
+    parser.add_argument("--kills", type=common.at_least_one, help="how many (200)")
     parser.add_argument("--seed", type=int, default=0, help="of kills and requests (0)")
     options = parser.parse_args()
     num_kills = options.kills or (10 if options.quick else 200)
+    common.end_in_order_when_told()
     unwilling = why_not()
     if unwilling:
         print(f"  no links are cut: {unwilling}", file=sys.stderr, flush=True)
@@ -335,18 +300,15 @@ def main() -> int:
     with cluster() as ground, router_apart(ground, unwilling) as apart, progress(num_kills) as on_kill:
         found = asyncio.run(measure(ground, apart, plan, options.seed, on_kill))
     found["seed"] = options.seed
-    found["conditions"] = {
-        "links": unwilling or "a router in a network namespace, its links to clients or cluster set down",
-        "replicas": REPLICAS,
-        "routers": ROUTERS + (0 if unwilling else 1),
-        "adapters": ADAPTERS,
-        "in_flight": WORKERS,
-        "config": "replica.max_restarts = 1000, placement.epoch_s = 15, engine.adapter_slots = 3",
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "command": " ".join(["scripts/bench/chaos", *sys.argv[1:]]),
-    }
+    found["conditions"] = common.conditions(
+        "chaos",
+        links=unwilling or "a router in a network namespace, its links to clients or cluster set down",
+        replicas=REPLICAS,
+        routers=ROUTERS + (0 if unwilling else 1),
+        adapters=ADAPTERS,
+        in_flight=WORKERS,
+        config="replica.max_restarts = 1000, placement.epoch_s = 15, engine.adapter_slots = 3",
+    )
     if options.json:
         print(json.dumps(found))
     else:

@@ -10,6 +10,7 @@ cable does.
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 ROUTER_ID = "router-apart"
+START_TIMEOUT_S = 60.0
 
 
 def why_not() -> str:
@@ -64,12 +66,6 @@ class ApartRouter:
         """Where clients find it, the same after each start."""
         return f"{self._hosts[self.CLIENTS][1]}:{self._port}"
 
-    @property
-    def pid(self) -> int:
-        """Its process."""
-        assert self._process is not None
-        return self._process.pid
-
     def make(self) -> None:
         """Make the namespace and start the router; the port is picked once."""
         _run("ip", "netns", "add", self._name)
@@ -100,7 +96,8 @@ class ApartRouter:
             env=self._environment,
         )
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        ready, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT_S)
+        line = self._process.stdout.readline() if ready else b""
         if not line:
             raise SystemExit(f"chaos: the router in its namespace did not start; see {self._log_path}")
         self._port = json.loads(line)["port"]

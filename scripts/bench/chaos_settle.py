@@ -3,12 +3,10 @@
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 
 from loraserve.client import Client
 from loraserve.client_types import ClusterStatus
-from loraserve.cluster.processes import processes_of
+from loraserve.cluster.processes import titled
 from loraserve.errors import LoraServeError
 
 SETTLE_S = 40.0
@@ -86,12 +84,7 @@ def _wrong_cluster(status: ClusterStatus, replicas: int, versions: Mapping[str, 
 def _wrong_processes(run_id: str, replicas: int) -> list[str]:
     """One process for each replica and each engine, one controller: nothing is left of those killed."""
     wanted = {"ray::ReplicaActor": replicas, "cat": replicas, "ray::ControllerActor": 1}
-    counts = dict.fromkeys(wanted, 0)
-    for pid in processes_of(run_id):
-        with suppress(OSError):
-            title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            for beginning in wanted:
-                counts[beginning] += title.startswith(beginning)
+    counts = {title: len(titled(run_id, title)) for title in wanted}
     return [
         f"{counts[key]} processes {key}, not {count}" for key, count in wanted.items() if counts[key] != count
     ]

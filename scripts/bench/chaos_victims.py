@@ -17,7 +17,7 @@ from chaos_netns import ApartRouter
 
 from loraserve.client import Client
 from loraserve.client_types import ClusterStatus, ReplicaStatus
-from loraserve.cluster.processes import processes_of
+from loraserve.cluster.processes import parent_of, processes_of, titled
 from loraserve.cluster.state import start_ticks
 from loraserve.errors import LoraServeError
 
@@ -62,26 +62,29 @@ class Watcher:
     def __init__(self, admin: Client) -> None:
         self._admin = admin
         self.status: ClusterStatus | None = None
+        self._asked_s = 0.0
         self.news = asyncio.Event()
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             with suppress(LoraServeError):
+                asked_s = time.monotonic()
                 status = await self._admin.status()
                 if status.controller_reachable:
-                    self.status = status
+                    self.status, self._asked_s = status, asked_s
                     news, self.news = self.news, asyncio.Event()
                     news.set()
             await asyncio.sleep(POLL_S)
 
     async def until(self, condition: Callable[[ClusterStatus], bool], timeout_s: float) -> bool:
-        """Wait for a status, not older than now, for which the condition holds; False if none came."""
+        """Wait for a status, asked for after now, for which the condition holds; False if none came."""
+        begun_s = time.monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while True:
                     await self.news.wait()
-                    if self.status is not None and condition(self.status):
+                    if self.status is not None and self._asked_s >= begun_s and condition(self.status):
                         return True
         return False
 
@@ -133,7 +136,7 @@ class Monkey:
         victim, adapter = await self._find_replica()
         pid = victim.pid
         if engine:
-            pid = _child_of(victim.pid, self._sight.run_id) or pid
+            pid = _engine_of(victim.pid, self._sight.run_id) or pid
         kind = Kind.ENGINE if engine and pid != victim.pid else Kind.REPLICA
         _kill(pid)
         return self._recover(
@@ -163,7 +166,7 @@ class Monkey:
     # -- the others ------------------------------------------------------------------------------
 
     async def _strike_controller(self) -> "asyncio.Task[None]":
-        _kill(await self._find(lambda: _titled(self._sight.run_id, "ray::ControllerActor"), "controller"))
+        _kill(await self._find(lambda: _controller(self._sight.run_id), "controller"))
 
         async def restored() -> bool:
             return await self._watcher.until(
@@ -338,23 +341,15 @@ def _is_back(status: ClusterStatus, victim: ReplicaStatus) -> bool:
     )
 
 
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
+def _controller(run_id: str) -> int | None:
+    return next(iter(titled(run_id, "ray::ControllerActor")), None)
 
 
-def _titled(run_id: str, title: str) -> int | None:
-    return next((pid for pid in processes_of(run_id) if _title(pid).startswith(title)), None)
-
-
-def _child_of(parent: int, run_id: str) -> int | None:
+def _engine_of(replica: int, run_id: str) -> int | None:
     """The process that stands for a replica's engine."""
-    for pid in processes_of(run_id):
+    for pid in titled(run_id, "cat"):
         with suppress(OSError):
-            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-            if int(stat.rpartition(")")[2].split()[1]) == parent and _title(pid).startswith("cat"):
+            if parent_of(pid) == replica:
                 return pid
     return None
 

@@ -19,21 +19,19 @@ import argparse
 import asyncio
 import json
 import os
-import platform
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_common as common
 import overload_load as load
 
-from loraserve.cluster.processes import processes_of
-from loraserve.cluster.state import cache_dir, cluster_dir, read_running
+from loraserve.cluster.processes import titled
+from loraserve.cluster.state import cache_dir
 from loraserve.samples import build_samples
 
 TIMES = (1, 2, 5)
@@ -41,7 +39,6 @@ REPLICAS = 2
 SEQUENCES = 16
 MIN_DEADLINE_S = 2.0
 SAMPLE_S = 0.5
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 TITLES = {"router": "ray::RouterActor", "replica": "ray::ReplicaActor"}
 TARGET = 0.9
 FLAT = 1.1
@@ -84,13 +81,7 @@ class Processes:
     """Routers and replicas of a running cluster, as the system sees them."""
 
     def __init__(self, run_id: str) -> None:
-        self.pids: dict[str, list[int]] = {kind: [] for kind in TITLES}
-        for pid in processes_of(run_id):
-            with suppress(OSError):
-                title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-                for kind, beginning in TITLES.items():
-                    if title.startswith(beginning):
-                        self.pids[kind].append(pid)
+        self.pids = {kind: titled(run_id, title) for kind, title in TITLES.items()}
         self.highest_mb = dict.fromkeys(TITLES, 0.0)
 
     def rss_mb(self) -> dict[str, float]:
@@ -102,8 +93,8 @@ class Processes:
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds so far, user and system, summed over the processes of a kind."""
-        found = {kind: sum(_cpu_s(pid) for pid in pids) for kind, pids in self.pids.items()}
-        return {**found, "client": _cpu_s(os.getpid())}
+        found = {kind: sum(common.cpu_s(pid) for pid in pids) for kind, pids in self.pids.items()}
+        return {**found, "client": common.cpu_s(os.getpid())}
 
     async def watch(self) -> None:
         """Look at the memory again and again, until cancelled."""
@@ -117,56 +108,24 @@ def _rss_mb(pid: int) -> float:
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS"))
 
 
-def _cpu_s(pid: int) -> float:
-    fields = (
-        Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    )
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
-
-
-def loraserve(*arguments: str) -> dict[str, Any]:
-    """Run a command of the service; its JSON answer."""
-    done = subprocess.run(
-        [sys.executable, "-m", "loraserve.cli.main", *arguments, "--json"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"overload: loraserve {' '.join(arguments)} failed")
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
 @contextmanager
 def cluster(
     options: argparse.Namespace, *, early_refusal: bool
 ) -> Iterator[tuple[list[str], list[str], str]]:
     """A cluster with the sample adapters: its routers' addresses, the adapters, the run's id."""
     samples = build_samples(cache_dir() / "samples")
-    name = f"overload-{os.getpid()}"
     config = CONFIG.format(
-        name=name,
+        name="{cluster}",
         replicas=REPLICAS,
         model=samples.model,
         sequences=SEQUENCES,
         routers=options.routers,
         early_refusal="true" if early_refusal else "false",
     )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "overload.toml"
-        file.write_text(config, encoding="utf-8")
-        try:
-            routers = loraserve("up", "--config", str(file), "--fresh")["routers"]
-            for adapter, source in samples.adapters.items():
-                loraserve("adapter", "add", adapter, str(source), "--cluster", name)
-            running = read_running(cluster_dir(name))
-            if running is None:
-                raise SystemExit(f"overload: cluster {name} is gone")
-            yield routers, list(samples.adapters), running.run_id
-        finally:
-            loraserve("down", "--cluster", name)
+    with common.cluster("overload", config) as (running, _):
+        for adapter, source in samples.adapters.items():
+            common.loraserve("overload", "adapter", "add", adapter, str(source), "--cluster", running.name)
+        yield list(running.router_addresses), list(samples.adapters), running.run_id
 
 
 async def measure(
@@ -269,19 +228,14 @@ def print_table(found: Mapping[str, Any], told: Mapping[str, Any]) -> None:
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench/overload",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--quick", action="store_true", help="about a minute, to see that it works")
-    parser.add_argument("--routers", type=int, default=2, help="routers; requests go to them in turn (2)")
+    parser = common.parser("overload", __doc__, quick="about a minute, to see that it works")
     parser.add_argument(
-        "--deadline-s", type=float, default=0.0, help="instead of three times the longest one's"
+        "--routers", type=common.at_least_one, default=2, help="routers; requests go to them in turn (2)"
     )
+    parser.add_argument("--deadline-s", type=common.seconds, help="instead of three times the longest one's")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and requests (0)")
     options = parser.parse_args()
+    common.end_in_order_when_told()
     sizes = QUICK if options.quick else FULL
     found: dict[str, Any] = {}
     for early_refusal in (True, False):
@@ -290,15 +244,7 @@ def main() -> int:
         with cluster(options, early_refusal=early_refusal) as (addresses, adapters, run_id):
             found[key] = asyncio.run(measure(addresses, adapters, run_id, sizes, options))
     found = rounded({**headline(found), **found})
-    told = {
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "replicas": REPLICAS,
-        "routers": options.routers,
-        "seed": options.seed,
-        "command": " ".join(["scripts/bench/overload", *sys.argv[1:]]),
-    }
+    told = common.conditions("overload", replicas=REPLICAS, routers=options.routers, seed=options.seed)
     if options.json:
         print(json.dumps({**found, **told}))
     else:

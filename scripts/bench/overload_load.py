@@ -84,7 +84,10 @@ async def closed_loop(caller: Caller, callers: int, seconds: float) -> float:
         nonlocal done
         while time.perf_counter() < end_s:
             status = await caller.call(PATIENCE_S)
-            if status == "OK" and count_from_s <= time.perf_counter() < end_s:
+            if status != "OK":
+                # A capacity without these would be too small, and the levels after it too low.
+                raise SystemExit(f"overload: a request of the closed loop ended with {status}")
+            if count_from_s <= time.perf_counter() < end_s:
                 done += 1
 
     await asyncio.gather(*(loop() for _ in range(callers)))

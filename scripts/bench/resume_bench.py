@@ -18,7 +18,6 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -28,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import bench_common as common
 
 from loraserve.config import EngineSection, ModelSection
 from loraserve.engines.base import AdapterFiles
@@ -191,17 +192,14 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
     """What the figures hold for."""
     import vllm
 
-    return {
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "vllm": vllm.__version__,
-        "model": Path(options.model).name if options.model else "sample",
-        "prompts": options.prompts,
-        "max_tokens": options.max_tokens,
-        "seed": options.seed,
-        "command": " ".join(["scripts/bench/resume", *sys.argv[1:]]),
-    }
+    return common.conditions(
+        "resume",
+        vllm=vllm.__version__,
+        model=Path(options.model).name if options.model else "sample",
+        prompts=options.prompts,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
 
 
 def print_table(found: dict[str, float | None], told: dict[str, Any]) -> None:
@@ -213,13 +211,7 @@ def print_table(found: dict[str, float | None], told: dict[str, Any]) -> None:
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench/resume",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--quick", action="store_true", help="a few prompts, to see that it works")
+    parser = common.parser("resume", __doc__, quick="a few prompts, to see that it works")
     parser.add_argument(
         "--prompts", type=int, default=16, help="texts, each on the base model and adapters (16)"
     )

@@ -24,11 +24,9 @@ gRPC's settings of `loraserve.rpc.tuning`, so the floor has them too.
 Rates and CPU figures are medians over the rounds; bare_* are the same for the floor.
 """
 
-import argparse
 import asyncio
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -43,6 +41,7 @@ from loraserve.rpc.tuning import tune_grpc
 
 tune_grpc()
 
+import bench_common as common  # noqa: E402
 import grpc  # noqa: E402
 import uvloop  # noqa: E402
 
@@ -53,7 +52,6 @@ from loraserve.rpc.v1 import inference_pb2, inference_pb2_grpc  # noqa: E402
 PEERS = Path(__file__).with_name("router_peers.py")
 ADAPTER = "tenant"
 CALLERS = 64
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 TARGETS = {
     "hop_added_p50_ms": (0.6, "max"),
     "unary_per_s": (2000.0, "min"),
@@ -101,10 +99,7 @@ class Route:
 
     def cpu_s(self) -> float:
         """CPU seconds of the process in the middle so far, user and system."""
-        if self.pid is None:
-            return 0.0
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+        return 0.0 if self.pid is None else common.cpu_s(self.pid)
 
 
 def body(*, messages: int = 1, paced: bool = False) -> bytes:
@@ -291,20 +286,17 @@ def figures(direct: Route, bare: Route, router: Route, aside: Route) -> dict[str
 
 def conditions(cores: Sequence[int], sizes: Sizes) -> dict[str, Any]:
     """What the figures hold for."""
-    return {
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "router_core": cores[0],
-        "replica_core": cores[1],
-        "client_core": cores[2],
-        "python": platform.python_version(),
-        "grpcio": grpc.__version__,
-        "uvloop": uvloop.__version__,
-        "grpc_experiments": os.environ.get("GRPC_EXPERIMENTS", ""),
-        "rounds": sizes.rounds,
-        "seed": None,
-        "command": "scripts/bench/router " + " ".join(sys.argv[1:]),
-    }
+    return common.conditions(
+        "router",
+        router_core=cores[0],
+        replica_core=cores[1],
+        client_core=cores[2],
+        grpcio=grpc.__version__,
+        uvloop=uvloop.__version__,
+        grpc_experiments=os.environ.get("GRPC_EXPERIMENTS", ""),
+        rounds=sizes.rounds,
+        seed=None,
+    )
 
 
 def print_table(found: dict[str, float], told: dict[str, Any]) -> None:
@@ -330,13 +322,7 @@ def print_table(found: dict[str, float], told: dict[str, Any]) -> None:
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench/router",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
+    parser = common.parser("router", __doc__, quick="a few seconds, to see that it works")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions (3)")
     options = parser.parse_args()
     scale: dict[str, Any] = QUICK if options.quick else FULL

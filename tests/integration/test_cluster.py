@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.client import Client
+from loraserve.client import Client, GenerationStream
 from loraserve.cluster.processes import processes_of
-from loraserve.errors import LoraServeError
 from loraserve.request import SamplingParams
 from loraserve.samples import SampleSet
 from tests.support.live_cluster import LiveCluster, completions, kill, wait_gone, wait_status
@@ -165,31 +164,21 @@ async def test_requests_in_flight_on_a_killed_replica_go_on_elsewhere(
     cluster: LiveCluster, client: Client
 ) -> None:
     status = await client.status()
-    long = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True)
-
-    begun = 0
-    all_began = asyncio.Event()
-
-    async def one() -> str:
-        nonlocal begun
-        stream = client.generate("Tell me everything", adapter="rank-8", sampling=long)
-        try:
-            async for step in stream:
-                if step.output_tokens == 1:
-                    begun += 1
-                if begun == 8:
-                    all_began.set()
-        except LoraServeError as error:
-            return type(error).__name__
-        return "ok"
-
-    asking = [asyncio.create_task(one()) for _ in range(8)]
+    long = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    wanted = (await client.complete("Tell me everything", adapter="rank-8", sampling=long)).step.token_ids
+    streams = [client.generate("Tell me everything", adapter="rank-8", sampling=long) for _ in range(8)]
     async with asyncio.timeout(RECOVERY_S):
-        await all_began.wait()
-    kill(status.replicas[1].pid)
-    outcomes = await asyncio.gather(*asking)
-    assert outcomes == ["ok"] * 8
+        firsts = await asyncio.gather(*(anext(stream) for stream in streams))
+        kill(status.replicas[1].pid)
+        rests = await asyncio.gather(*(rest_of(stream) for stream in streams))
+    for first, rest in zip(firsts, rests, strict=True):
+        assert [*first.token_ids, *rest] == list(wanted)
+    assert any(stream.resumed for stream in streams)
     assert (await client.status()).router.in_flight == 0
+
+
+async def rest_of(stream: GenerationStream) -> list[int]:
+    return [token async for step in stream for token in step.token_ids]
 
 
 @pytest.mark.slow
@@ -208,7 +197,7 @@ async def test_a_frozen_replica_is_as_good_as_dead(cluster: LiveCluster, client:
         firsts = [await anext(stream) for stream in streams]
         os.kill(victim, signal.SIGSTOP)
         async with asyncio.timeout(RECOVERY_S):
-            rests = [[token async for step in stream for token in step.token_ids] for stream in streams]
+            rests = [await rest_of(stream) for stream in streams]
     for first, rest in zip(firsts, rests, strict=True):
         assert [*first.token_ids, *rest] == list(wanted)
     for kind in (streams[:4], streams[4:]):

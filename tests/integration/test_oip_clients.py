@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import proto_compat
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
@@ -132,16 +132,11 @@ async def test_tritonclient_calls_every_method_it_has_for_us(
 
 @pytest.mark.slow
 async def test_our_protocol_is_part_of_tritons(triton_python: Path) -> None:
-    spec = importlib.util.spec_from_file_location("proto_compat", ROOT / "scripts" / "proto_compat.py")
-    assert spec is not None
-    assert spec.loader is not None
-    compat = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compat)
     encoded = await run(str(triton_python), str(SUPPORT / "triton_calls.py"), "--descriptors")
     standard = FileDescriptorSet.FromString(base64.b64decode(encoded))
-    ours = compat.compile_protocol(package="inference")
-    assert compat.breaking_changes(ours, standard, "inference") == []
-    assert compat.breaking_changes(standard, ours, "inference"), "the standard has more: the check sees"
+    ours = proto_compat.compile_protocol(package="inference")
+    assert proto_compat.breaking_changes(ours, standard, "inference") == []
+    assert proto_compat.breaking_changes(standard, ours, "inference"), "the standard has more: the check sees"
 
 
 async def test_a_client_that_knows_only_reflection_calls_both_protocols(cluster: LocalCluster) -> None:

@@ -1,6 +1,7 @@
 """A real cluster for tests, driven through the command line as a user would."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 from loraserve.client import Client, Completion
 from loraserve.client_types import ClusterStatus
-from loraserve.cluster.processes import processes_of
+from loraserve.cluster.processes import processes_of, titled
 from loraserve.cluster.state import RunningCluster, read_running, start_ticks
 from loraserve.request import SamplingParams
 
@@ -84,26 +85,20 @@ class LiveCluster:
 
     def pids(self, title: str) -> list[int]:
         """This cluster's processes whose command line begins with `title`."""
-        found = []
-        for pid in processes_of(self.running().run_id):
-            try:
-                line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if line.startswith(title):
-                found.append(pid)
-        return found
+        return titled(self.running().run_id, title)
 
 
 async def wait_status(client: Client, condition: Any, timeout_s: float, what: str) -> ClusterStatus:
-    """Ask for the status until the condition holds for it."""
-    async with asyncio.timeout(timeout_s):
-        while True:
-            status = await client.status()
-            if condition(status):
-                return status
-            await asyncio.sleep(POLL_S)
-    raise AssertionError(what)
+    """Ask for the status until the condition holds for it; AssertionError with `what` and the last one."""
+    status: ClusterStatus | None = None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while True:
+                status = await client.status()
+                if condition(status):
+                    return status
+                await asyncio.sleep(POLL_S)
+    raise AssertionError(f"not so after {timeout_s:g} s: {what}; the last status: {status}")
 
 
 async def wait_gone(pids: Sequence[int], timeout_s: float) -> None:
@@ -113,12 +108,6 @@ async def wait_gone(pids: Sequence[int], timeout_s: float) -> None:
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"processes {left} live {timeout_s} s later")
         await asyncio.sleep(POLL_S)
-
-
-def parent_of(pid: int) -> int:
-    """The process that started this one."""
-    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    return int(stat.rpartition(")")[2].split()[1])
 
 
 def kill(pid: int) -> None:

@@ -7,17 +7,15 @@ from pathlib import Path
 
 from loraserve.clock import WallClock
 from loraserve.cluster.local_fleet import LocalFleet
-from loraserve.config import parse_config
 from loraserve.controller.controller import Controller
-from loraserve.controller.library import open_library
 from loraserve.controller.service import add_controller_services
-from loraserve.controller.store import Store
 from loraserve.engines.base import Engine
 from loraserve.engines.emulated import EmulatedEngine
 from loraserve.router.router import Router
 from loraserve.rpc.server import bind, make_server
 from loraserve.samples import SampleSet
 from placement.types import ReplicaId
+from tests.support.controller_kit import Setup, small_config
 from tests.support.router_bench import until
 
 START_S = 30.0
@@ -40,29 +38,15 @@ async def local_cluster(
     folder: Path, samples: SampleSet, *, num_routers: int = 1
 ) -> AsyncIterator[LocalCluster]:
     """Two replicas that serve the sample adapters; ends with a check that nothing is in flight."""
-    config = parse_config(
-        {
-            "model": {"path": str(samples.model)},
-            "engine": {"kind": "emulated", "adapter_slots": 8},
-            "emulated": {"speed": 50.0, "load_bytes_per_s": 1e12},
-            "replica": {"check_interval_s": 0.02, "drain_timeout_s": 2.0},
-            "router": {"port": 0},
-        }
-    )
+    config = small_config(samples.model, router={"port": 0})
 
     def engine(replica: ReplicaId) -> Engine:
         return EmulatedEngine(config.engine, config.emulated, config.model, clock=WallClock())
 
     async with AsyncExitStack() as stack:
-        fleet = LocalFleet(config, engine)
-        stack.push_async_callback(fleet.close)
-        store = Store(folder / "controller.sqlite")
-        recovering = store.begin_life("run", config.model.path)
-        library = open_library(folder / "adapters", config)
-        controller = Controller(config, store=store, fleet=fleet, library=library, recovering=recovering)
-        controller.start()
-        stack.push_async_callback(controller.stop)
-        await controller.wait_until(controller.is_ready, START_S)
+        setup = Setup(folder, config, engine)
+        stack.push_async_callback(setup.close)
+        controller = await setup.start()
         server = make_server()
         add_controller_services(controller, server)
         port = bind(server, "127.0.0.1", 0)
@@ -86,7 +70,7 @@ async def local_cluster(
             address=addresses[0],
             router=routers[0],
             controller=controller,
-            fleet=fleet,
+            fleet=setup.fleet,
             addresses=tuple(addresses),
             routers=tuple(routers),
         )

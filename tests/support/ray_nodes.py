@@ -91,7 +91,11 @@ def ray_nodes(folder: Path, *, cpus: int, dashboard: bool = False) -> Iterator[R
             finally:
                 assert holder.stdin is not None
                 holder.stdin.close()
-                holder.wait(STOP_TIMEOUT_S)
+                try:
+                    holder.wait(STOP_TIMEOUT_S)
+                finally:
+                    # Without effect on one that has ended; leaving the block waits for it without a bound.
+                    holder.kill()
         assert _left(run_id) == []
     finally:
         end_processes(run_id, grace_s=0.0)

@@ -8,9 +8,10 @@ import pytest
 import pytest_asyncio
 
 from loraserve.client import Client, GenerationStream
+from loraserve.cluster.processes import parent_of
 from loraserve.request import SamplingParams
 from loraserve.samples import SampleSet
-from tests.support.live_cluster import LiveCluster, kill, parent_of, wait_gone, wait_status
+from tests.support.live_cluster import LiveCluster, kill, wait_gone, wait_status
 from tests.support.vllm_bench import MAX_TOKENS, PROMPTS
 
 pytestmark = [pytest.mark.ray, pytest.mark.asyncio(loop_scope="session")]

@@ -1,35 +1,22 @@
 """What scripts/bench/chaos makes of an answer, and how it plans its kills."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import chaos_account as account
 import pytest
+from chaos_account import Bucket, Kind
 from hypothesis import given
 from hypothesis import strategies as st
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "bench" / "chaos_account.py"
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chaos_account", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by its name.
-    sys.modules["chaos_account"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-account = _load()
-Bucket, Kind = account.Bucket, account.Kind
-
 WHOLE = account.Expected(token_ids=tuple(range(100, 120)), text="a text of twenty tok", finish="length")
 
 
-def received(*token_ids: int, text: str | None = None, finishes: tuple[str, ...] = ("length",)) -> object:
+def received(
+    *token_ids: int, text: str | None = None, finishes: tuple[str, ...] = ("length",)
+) -> account.Received:
     """An answer whose text goes with its tokens, a character each."""
     text = WHOLE.text[: len(token_ids)] if text is None else text
     return account.Received(token_ids=token_ids, text=text, finishes=finishes)
@@ -51,7 +38,7 @@ def received(*token_ids: int, text: str | None = None, finishes: tuple[str, ...]
         (received(*range(100, 120), finishes=()), Bucket.LOST, "not length"),
     ],
 )
-def test_only_the_whole_right_answer_is_complete(answer: object, bucket: object, says: str) -> None:
+def test_only_the_whole_right_answer_is_complete(answer: account.Received, bucket: Bucket, says: str) -> None:
     found, note = account.judge_whole(WHOLE, answer)
     assert found is bucket
     assert says in note

@@ -1,26 +1,13 @@
 """What scripts/setup concludes from pip's reports and from a wheel's metadata."""
 
-import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
+import lib_setup
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "lib_setup.py"
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lib_setup", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lib_setup = _load()
 
 
 def report(folder: Path, packages: Iterable[tuple[str, str]]) -> Path:

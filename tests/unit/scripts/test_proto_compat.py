@@ -1,12 +1,11 @@
 """Every kind of break of the released client protocol is caught, and growth is not."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import proto_compat
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
@@ -46,18 +45,6 @@ enum Mode {
   MODE_FAST = 1;
 }
 """
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("proto_compat", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-proto_compat = _load()
 
 
 def compiled(folder: Path, text: str) -> FileDescriptorSet:
