@@ -173,7 +173,8 @@ class Controller:
 
         AlreadyExistsError for a name that is taken, unless `replace`; AdapterRejectedError or
         OverloadedError if nobody can serve it, WorkFailedError if it cannot be saved, and then the
-        registration is undone.
+        registration is undone. WorkFailedError, too, if it is loaded but the table with it cannot be
+        saved: it stays registered, and the table that names it follows when there is room.
         """
         lock = self._registering.setdefault(name, asyncio.Lock())
         async with lock:
@@ -215,15 +216,19 @@ class Controller:
                 ),
                 LOAD_TIMEOUT_S,
             )
+            reason = state.refusal(version)
         except TimeoutError:
-            self.dispatch(messages.AdapterWithdrawn(version))
-            raise WorkFailedError(f"{version}: no replica loaded it within {LOAD_TIMEOUT_S:.0f} s") from None
+            reason = None
         if self.is_served(version):
             return
-        reason = state.refusal(version)
+        if state.is_served(version):
+            # The version before it is forgotten, so that taking this one back would lose the name.
+            raise WorkFailedError(
+                f"{version} is registered, but served only once the table can be saved: {self.problem}"
+            )
         self.dispatch(messages.AdapterWithdrawn(version))
         if reason is None:
-            raise WorkFailedError(f"{version}: the routing table cannot be saved: {self.problem}")
+            raise WorkFailedError(f"{version}: no replica loaded it within {LOAD_TIMEOUT_S:.0f} s")
         if "no replica has" in reason:
             raise OverloadedError(f"{version}: {reason}")
         raise AdapterRejectedError(f"{version}: {reason}")

@@ -1,6 +1,7 @@
 """A controller whose disk is full: what it refuses, what it holds back, and that nothing is lost."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from loraserve.controller import drains
 from loraserve.errors import WorkFailedError
 from loraserve.samples import SampleSet, build_adapter
+from placement import cluster_messages as messages
 from placement.cluster_records import DrainOrder, ReplicaPhase
 from placement.types import AdapterName, ReplicaId
 from tests.support.controller_kit import TIMEOUT_S, Setup
@@ -140,3 +142,34 @@ async def test_a_controller_comes_back_on_a_full_disk_and_goes_on_when_there_is_
     assert controller.table.version > before
     assert controller.table.entries[AdapterName("a")].version_id == version
     assert one.fleet.starts.count(R0) == 1
+
+
+async def test_a_replacement_that_is_loaded_when_the_disk_fills_is_kept(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup()
+    full = ExitStack()
+    replaced: list[messages.AdapterRegistered] = []
+
+    def fill(step: messages.Event | messages.Command, stage: str) -> None:
+        if isinstance(step, messages.AdapterRegistered) and stage == "before":
+            replaced.append(step)
+            if len(replaced) == 2:
+                full.enter_context(full_disk(one.folder / "controller.sqlite"))
+
+    one.on_step = fill
+    one.controller = one.make()
+    controller = await one.start()
+    first = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    with full:
+        with pytest.raises(WorkFailedError, match=r"^a@\w+ is registered, but served only once .*disk"):
+            await controller.register("a", str(samples.adapters["rank-16"]), replace=True)
+        second = replaced[1].adapter
+        assert controller.table.entries[AdapterName("a")].version_id == first, "routers serve on"
+        assert controller.state.is_served(second.version_id)
+    await controller.wait_until(lambda: controller.is_served(second.version_id), TIMEOUT_S)
+    await controller.wait_until(lambda: controller.library.contents() == (second.sha256,), TIMEOUT_S)
+    controller = await one.restart()
+    assert list(controller.registrations) == [second.version_id]
+    assert controller.is_served(second.version_id)
+    assert controller.library.contents() == (second.sha256,)
