@@ -311,14 +311,23 @@ class Controller:
     def _collect_files(self) -> None:
         """Delete the files of versions that nobody registers or holds any more."""
         held = {version for record in self.state.replicas.values() for version in record.copies}
-        for version in [key for key in self.registrations if key not in self.state.adapters]:
-            if version not in held:
-                self._delete_files(self.registrations.pop(version).adapter.sha256)
+        for version, entry in list(self.registrations.items()):
+            needed = version in held or version in self.state.adapters
+            if not needed and self._delete_files(entry.adapter.sha256, version):
+                del self.registrations[version]
 
-    def _delete_files(self, sha256: str) -> None:
-        """Delete content that no registration names."""
-        if all(entry.adapter.sha256 != sha256 for entry in self.registrations.values()):
+    def _delete_files(self, sha256: str, version: VersionId | None = None) -> bool:
+        """Delete content that no registration names, but for this version's; False if it is to be tried
+        again."""
+        others = (entry for key, entry in self.registrations.items() if key != version)
+        if any(entry.adapter.sha256 == sha256 for entry in others):
+            return True
+        try:
             self.library.remove(sha256)
+        except WorkFailedError as error:
+            logger.warning("files that nobody needs any more are kept for now: %s", error)
+            return False
+        return True
 
     async def _epochs(self) -> None:
         while True:

@@ -1,5 +1,6 @@
 """A controller whose disk is full: what it refuses, what it holds back, and that nothing is lost."""
 
+import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -173,3 +174,31 @@ async def test_a_replacement_that_is_loaded_when_the_disk_fills_is_kept(
     assert list(controller.registrations) == [second.version_id]
     assert controller.is_served(second.version_id)
     assert controller.library.contents() == (second.sha256,)
+
+
+async def test_files_that_cannot_be_deleted_are_tried_again_and_end_nothing(
+    setup: Callable[..., Setup], samples: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setup(placement={"epoch_s": 0.05})
+    controller = await one.start()
+    await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    remove, failed = controller.library.remove, asyncio.Event()
+
+    def refuse_once(sha256: str) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise WorkFailedError("no room for the adapter; free some space")
+        remove(sha256)
+
+    monkeypatch.setattr(controller.library, "remove", refuse_once)
+    controller.remove("a")
+    async with asyncio.timeout(TIMEOUT_S):
+        await failed.wait()
+    # The event whose files could not be deleted, and the epochs, go on.
+    await controller.wait_until(lambda: controller.library.contents() == (), TIMEOUT_S)
+    assert controller.registrations == {}
+    await one.fleet.lose(R0)
+    await controller.wait_until(
+        lambda: one.fleet.starts.count(R0) == 2 and controller.state.replicas[R0].phase is ReplicaPhase.READY,
+        TIMEOUT_S,
+    )
