@@ -26,6 +26,9 @@ LOAD_TIMEOUT_S = 120.0
 REPORT_TIMEOUT_S = 10.0
 STATUS_TIMEOUT_S = 0.5
 MAX_BACKOFF_S = 10.0
+MAX_KILLS = 5
+"""How often a replica that is to stay ended is killed before its process is left to the next start."""
+
 DRAIN_MARGIN_S = 30.0
 """What a drain may take beyond its deadline before its replica is ended without an answer."""
 
@@ -146,7 +149,20 @@ class ReplicaKeeper:
         if before is not None:
             before.cancel()
             await asyncio.wait({before})
-        await self.fleet.kill(replica)
+        for attempt in range(1, MAX_KILLS):
+            if await self._kill(replica):
+                return
+            await asyncio.sleep(self._backoff_s(attempt))
+        await self._kill(replica)
+
+    async def _kill(self, replica: ReplicaId) -> bool:
+        """End the replica's process; False, and a line in the log, if that failed."""
+        try:
+            await self.fleet.kill(replica)
+        except LoraServeError as error:
+            logger.error("%s is not ended in order: %s", replica, error)
+            return False
+        return True
 
     async def _live(
         self, replica: ReplicaId, coming: Coroutine[Any, Any, ReplicaLink], *, is_first: bool
@@ -178,9 +194,10 @@ class ReplicaKeeper:
             del self._links[replica]
             self.reports.pop(replica, None)
             self.pids.pop(replica, None)
-        await self.fleet.kill(replica)
         logger.warning("lost %s: %s", replica, reason)
+        # At once, for the kill may take its time or fail; the next start waits for it and kills again.
         self._dispatch(messages.ReplicaLost(replica, reason))
+        await self._kill(replica)
 
     def _not_started(self, replica: ReplicaId, error: LoraServeError, *, is_first: bool) -> None:
         failed = error if isinstance(error, ReplicaStartError) else ReplicaStartError(replica, str(error))

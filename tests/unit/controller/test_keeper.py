@@ -1,0 +1,83 @@
+"""The keeper over replicas that do not end when told to."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from loraserve.cluster.local_fleet import LocalFleet
+from loraserve.controller import drains
+from loraserve.controller.keeper import MAX_KILLS
+from loraserve.errors import ReplicaStartError
+from loraserve.samples import SampleSet
+from placement.cluster_records import DrainOrder, ReplicaPhase
+from placement.types import ReplicaId
+from tests.support.controller_kit import TIMEOUT_S, Setup
+
+R0 = ReplicaId("replica-0")
+AT_ONCE = DrainOrder(deadline_s=0.0)
+
+
+class FailingKills:
+    """The first kills of a fleet fail; `killed` is set by the first that does not."""
+
+    def __init__(self, fleet: LocalFleet, times: int) -> None:
+        self.left = times
+        self.killed = asyncio.Event()
+        self._kill = fleet.kill
+
+    async def __call__(self, replica_id: ReplicaId) -> None:
+        if self.left:
+            self.left -= 1
+            raise ReplicaStartError(replica_id, "Ray does not remove its placement group")
+        await self._kill(replica_id)
+        self.killed.set()
+
+
+def failing_kills(monkeypatch: pytest.MonkeyPatch, fleet: LocalFleet, times: int) -> FailingKills:
+    kills = FailingKills(fleet, times)
+    monkeypatch.setattr(fleet, "kill", kills)
+    return kills
+
+
+async def test_a_lost_replica_is_started_again_though_its_end_fails(
+    setup: Callable[..., Setup], samples: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setup()
+    controller = await one.start()
+    version = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    # Once after the loss, and once more as it is to be started.
+    kills = failing_kills(monkeypatch, one.fleet, 2)
+    await one.fleet.lose(R0)
+    await controller.wait_until(lambda: R0 not in controller.table.replicas, TIMEOUT_S)
+    await controller.wait_until(
+        lambda: one.fleet.starts.count(R0) == 2 and R0 in controller.state.holders(version), TIMEOUT_S
+    )
+    assert kills.left == 0
+
+
+async def test_a_drained_replica_is_ended_though_that_fails_at_first(
+    setup: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setup()
+    controller = await one.start()
+    kills = failing_kills(monkeypatch, one.fleet, 2)
+    drains.begin_drain(controller, [R0], AT_ONCE)
+    async with asyncio.timeout(TIMEOUT_S):
+        await kills.killed.wait()
+    assert controller.state.replicas[R0].phase is ReplicaPhase.DRAINED
+    assert R0 not in one.fleet.links
+
+
+async def test_a_drained_replica_that_does_not_end_is_left_to_its_next_start(
+    setup: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setup()
+    controller = await one.start()
+    kills = failing_kills(monkeypatch, one.fleet, MAX_KILLS)
+    record = controller.state.replicas[R0]
+    drains.begin_drain(controller, [R0], AT_ONCE)
+    await controller.wait_until(lambda: record.phase is ReplicaPhase.DRAINED, TIMEOUT_S)
+    drains.begin_undrain(controller, [R0])
+    await controller.wait_until(lambda: record.phase is ReplicaPhase.READY, TIMEOUT_S)
+    assert (kills.left, one.fleet.starts.count(R0)) == (0, 2)
