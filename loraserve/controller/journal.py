@@ -82,14 +82,15 @@ class Journal:
     def flush(self) -> None:
         """Write what has been put and carry out what rests on it, or leave all of it for later."""
         if self._changes:
+            self._touch()
             try:
                 self._store.write(self._changes)
             except WorkFailedError as error:
                 self._has_failed(error)
                 return
-        if self.problem is not None:
-            logger.warning("the store takes writes again; nothing was lost")
-            self.problem = None
+            if self.problem is not None:
+                logger.warning("the store takes writes again; nothing was lost")
+                self.problem = None
         self._changes = Changes()
         table, self._table = self._table, None
         waiting, self._waiting = self._waiting, {}
@@ -112,10 +113,14 @@ class Journal:
             on_recovered()
 
     def _probe(self) -> None:
-        if not self._changes and self.problem is not None:
-            # Nothing waits: a write that changes nothing tells whether there is room again.
-            self._changes.table_version = self._store.table_version()
+        self._touch()
         self.flush()
+
+    def _touch(self) -> None:
+        """While there is a problem, write more than deletions: one of what is not there succeeds on a
+        full disk, and only a real write tells whether there is room again."""
+        if self.problem is not None and self._changes.table_version is None:
+            self._changes.table_version = self._store.table_version()
 
     def _has_failed(self, error: WorkFailedError) -> None:
         if self.problem is None:

@@ -202,3 +202,20 @@ async def test_files_that_cannot_be_deleted_are_tried_again_and_end_nothing(
         lambda: one.fleet.starts.count(R0) == 2 and controller.state.replicas[R0].phase is ReplicaPhase.READY,
         TIMEOUT_S,
     )
+
+
+async def test_a_problem_stands_until_something_was_really_written(setup: Callable[..., Setup]) -> None:
+    one = setup()
+    controller = await one.start()
+    with full_disk(one.folder / "controller.sqlite"):
+        with pytest.raises(WorkFailedError):
+            drains.begin_drain(controller, [R0], DrainOrder(deadline_s=1.0))
+        problem = controller.problem
+        assert problem is not None
+        controller.dispatch(messages.EpochElapsed())
+        assert controller.problem == problem, "nothing had to be written"
+        await one.fleet.lose(R1)
+        await controller.wait_until(lambda: R1 not in controller.state.table.replicas, TIMEOUT_S)
+        drains.begin_undrain(controller, [R1])
+        assert controller.problem == problem, "to delete a drain that is not there is no write"
+    await controller.wait_until(lambda: controller.problem is None, TIMEOUT_S)
