@@ -59,6 +59,7 @@ class ReplicaKeeper:
         self._first_backoff_s = first_backoff_s
         self._links: dict[ReplicaId, ReplicaLink] = {}
         self._lives: dict[ReplicaId, asyncio.Task[None]] = {}
+        self._drains: dict[ReplicaId, asyncio.Task[None]] = {}
         self._unloading: set[tuple[ReplicaLink, VersionId]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -89,9 +90,12 @@ class ReplicaKeeper:
             self.spawn(self._unload(replica, link, version))
 
     def drain(self, replica: ReplicaId, deadline_s: float) -> None:
-        """Have the replica finish its work."""
+        """Have the replica finish its work, by this deadline instead of an earlier one."""
         if (link := self._links.get(replica)) is not None:
-            self.spawn(self._drain(replica, link, deadline_s))
+            if (before := self._drains.get(replica)) is not None:
+                # Its answer would come first, and knows nothing of what the new deadline ends.
+                before.cancel()
+            self._drains[replica] = self.spawn(self._drain(replica, link, deadline_s))
 
     async def refresh_reports(self) -> None:
         """Ask every replica for its report now; one that is slow keeps its last one."""

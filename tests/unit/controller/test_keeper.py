@@ -1,4 +1,4 @@
-"""The keeper over replicas that do not end when told to."""
+"""The keeper over replicas that do not end when told to, or end later than at first asked for."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from loraserve.controller import drains
 from loraserve.controller.keeper import MAX_KILLS
 from loraserve.errors import ReplicaStartError
 from loraserve.samples import SampleSet
+from placement import cluster_messages as messages
 from placement.cluster_records import DrainOrder, ReplicaPhase
 from placement.types import ReplicaId
 from tests.support.controller_kit import TIMEOUT_S, Setup
@@ -81,3 +82,39 @@ async def test_a_drained_replica_that_does_not_end_is_left_to_its_next_start(
     drains.begin_undrain(controller, [R0])
     await controller.wait_until(lambda: record.phase is ReplicaPhase.READY, TIMEOUT_S)
     assert (kills.left, one.fleet.starts.count(R0)) == (0, 2)
+
+
+async def test_of_two_drains_the_later_one_says_how_many_requests_were_moved(
+    setup: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, moved = setup(), list[int]()
+
+    def note(step: messages.Event | messages.Command, stage: str) -> None:
+        if isinstance(step, messages.ReplicaDrained) and stage == "before":
+            moved.append(one.controller.keeper.moved[R0])
+
+    one.on_step = note
+    one.controller = one.make()
+    controller = await one.start()
+    waits, idle = asyncio.Event(), asyncio.Event()
+
+    async def drain(deadline_s: float) -> int:
+        if deadline_s > 0:
+            waits.set()
+            await idle.wait()
+            return 0
+        idle.set()
+        for _ in range(10):
+            # Whoever has waited for the end of the requests hears of it first.
+            await asyncio.sleep(0)
+        return 3
+
+    monkeypatch.setattr(one.fleet.links[R0], "drain", drain)
+    drains.begin_drain(controller, [R0], DrainOrder(deadline_s=60.0))
+    async with asyncio.timeout(TIMEOUT_S):
+        await waits.wait()
+    drains.begin_drain(controller, [R0], AT_ONCE)
+    await controller.wait_until(
+        lambda: controller.state.replicas[R0].phase is ReplicaPhase.DRAINED, TIMEOUT_S
+    )
+    assert moved == [3]
