@@ -125,6 +125,10 @@ class Head:
         self.running = replace(self.running, ray_address=session.address)
         write_running(self.folder, self.running)
         self._check_ray(session)
+        if cluster.ray_address:
+            # Not before: what has this name there would be of another cluster, and `down` sweeps by name.
+            self.running = replace(self.running, ray_goes_on=True)
+            write_running(self.folder, self.running)
 
     def _worker_environment(self) -> dict[str, str]:
         """What actors would inherit from a Ray cluster of our own."""

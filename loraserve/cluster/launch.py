@@ -247,7 +247,6 @@ def _spawn_head(config: Config, folder: Path, run_id: str, spec: dict[str, Any])
         head_pid=head.pid,
         head_start_ticks=start_ticks(head.pid) or 0,
         ray_address=config.cluster.ray_address,
-        ray_goes_on=bool(config.cluster.ray_address),
         temp_dir=temp_dir,
     )
     write_running(folder, running)

@@ -18,7 +18,7 @@ from loraserve.errors import NotFoundError
 class RunningCluster:
     """A running cluster. `run_id` is in the environment of each of its processes; `ready` is False
     while it is still starting; `temp_dir` holds Ray's session and all temporary files, and goes with it.
-    `ray_goes_on` in a Ray cluster that was there before and stays."""
+    `ray_goes_on` in a Ray cluster that was there before and stays, once the name was found free there."""
 
     name: str
     run_id: str
