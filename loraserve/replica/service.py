@@ -77,20 +77,25 @@ class DirectService(inference_pb2_grpc.InferenceServicer):
     def __init__(self, replica: ReplicaServer) -> None:
         self._replica = replica
 
-    async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: Any
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:  # type: ignore[override]
         """Stream one request's steps."""
+        # Written here and not yielded: a cancelled write would end the call behind a generator's back.
+        write = context.write
         try:
             parsed, turn = self._parse(request)
             shown_id = request.request_id or parsed.request_id
             first = True
             async with aclosing(self._replica.generate(parsed, turn)) as steps:
                 async for step in steps:
-                    yield encode_step(step, first=first, request_id=shown_id, version_id=parsed.version_id)
+                    await write(
+                        encode_step(step, first=first, request_id=shown_id, version_id=parsed.version_id)
+                    )
                     first = False
         except asyncio.CancelledError as cancelled:
             await _end(context, cancelled)
+        except grpc.aio.InternalError:
+            # A write that failed: gRPC has ended the call, mostly because the client has gone.
+            raise asyncio.CancelledError from None
         except Exception as error:
             await abort_with(context, error)
 

@@ -1,12 +1,17 @@
 """A reader that stands still must not keep an adapter or a replica from going."""
 
 import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import pytest
 
 from loraserve.replica import server as replica_server
 from loraserve.rpc.link_client import CREDIT
+from loraserve.rpc.v1 import inference_pb2, inference_pb2_grpc
 from placement.types import VersionId
 from tests.support.engine_kit import adapter
 from tests.support.link_calls import LinkCall
@@ -31,7 +36,35 @@ async def stalled(bench: ReplicaBench) -> LinkCall:
     return call
 
 
-async def rest(call: LinkCall) -> tuple[int, str]:
+@asynccontextmanager
+async def stalled_directly(bench: ReplicaBench) -> AsyncIterator[Any]:
+    """A look-aside stream whose answer is far longer than gRPC holds for a client that does not read.
+
+    Its engine has finished, so nothing but its status is left to be said.
+    """
+    await bench.server.load_adapter(adapter("a"))
+    window = (
+        ("grpc.http2.lookahead_bytes", 1024),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.enable_http_proxy", 0),
+    )
+    async with grpc.aio.insecure_channel(bench.server.describe().address, options=window) as channel:
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)
+        call = stub.Generate(
+            inference_pb2.GenerateRequest(
+                adapter="a",
+                text="hello",
+                idempotency_key="q",
+                sampling=inference_pb2.SamplingParams(max_tokens=2000, ignore_eos=True, logprobs=20),
+                lease=inference_pb2.Lease(lease_id="l1", adapter_version=A, table_version=1),
+            )
+        )
+        await eventually(lambda: bench.server.load_report().outstanding_tokens > 0)
+        await eventually(lambda: (load := bench.engine.load()).running + load.waiting == 0)
+        yield call
+
+
+async def rest(call: Any) -> tuple[int, str]:
     """The messages that were on their way, and the status after them."""
     messages = 0
     try:
@@ -59,3 +92,25 @@ async def test_a_drain_ends_a_stream_that_nobody_reads(make_bench: MakeBench) ->
     async with asyncio.timeout(10):
         assert await bench.server.drain(0.05) == 1
     assert await rest(call) == (CREDIT, "UNAVAILABLE request q was ended by replica r0 while draining")
+
+
+async def test_a_drop_ends_a_look_aside_stream_that_nobody_reads(make_bench: MakeBench) -> None:
+    bench = await make_bench(replica={"drain_timeout_s": 1.0})
+    async with stalled_directly(bench) as call, asyncio.timeout(10):
+        await bench.server.unload_adapter(A)
+        assert await bench.engine.resident() == frozenset()
+        messages, details = await rest(call)
+    assert messages > 0
+    assert details == "UNAVAILABLE request q was ended by replica r0 while draining"
+
+
+async def test_a_client_that_leaves_without_reading_is_no_error(
+    make_bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = await make_bench()
+    async with stalled_directly(bench) as call:
+        call.cancel()
+        await eventually(lambda: bench.server.load_report().outstanding_tokens == 0)
+        await bench.server.unload_adapter(A)
+    await bench.server.stop(0.0)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
