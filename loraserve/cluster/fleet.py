@@ -5,11 +5,12 @@ Each has a placement group of its own, by which they are spread over the nodes.
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loraserve.cluster.groups import ReplicaGroups
+from loraserve.cluster.groups import Place, ReplicaGroups
 from loraserve.cluster.names import NAMESPACE, actor_name
 from loraserve.cluster.nodes import LOOPBACK, replica_need
 from loraserve.cluster.processes import tail
@@ -20,6 +21,8 @@ from loraserve.engines.base import AdapterFiles
 from loraserve.engines.description import ReplicaDescription, ReplicaReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError, WorkFailedError
 from placement.types import ReplicaId, VersionId
+
+logger = logging.getLogger(__name__)
 
 FIND_TIMEOUT_S = 10.0
 MAX_PENDING_CALLS = 1000
@@ -98,15 +101,26 @@ class RayFleet:
         )
 
     async def start(self, replica_id: ReplicaId) -> ReplicaLink:
-        """Find a node with room, create the actor there and wait until its engine is up."""
+        """Find a node with room, create the actor there and wait until its engine is up; ReplicaStartError
+        for whatever fails, also in Ray."""
+        try:
+            await self.kill(replica_id)
+            place = await self._groups.reserve(replica_id, self._config.cluster.room_timeout_s)
+            actor = self._create(replica_id, place)
+            await self._wait_up(replica_id, actor)
+        except Exception as error:
+            await self._give_up(replica_id)
+            if isinstance(error, ReplicaStartError):
+                raise
+            raise ReplicaStartError(replica_id, f"{type(error).__name__}: {_first_line(error)}") from error
+        return RayLink(actor)
+
+    def _create(self, replica_id: ReplicaId, place: Place) -> Any:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        await self.kill(replica_id)
-        cluster = self._config.cluster
-        place = await self._groups.reserve(replica_id, cluster.room_timeout_s)
         options: dict[str, Any] = {
-            "name": actor_name(cluster.name, replica_id),
+            "name": actor_name(self._config.cluster.name, replica_id),
             "namespace": NAMESPACE,
             "lifetime": "detached",
             "max_restarts": 0,
@@ -116,22 +130,27 @@ class RayFleet:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(place.group),
         }
         listen = {"host": place.host, "node_id": place.node_id, "insecure_listen": self._insecure_listen}
-        actor = (
-            ray.remote(ReplicaActor)
-            .options(**options)
-            .remote(replica_id, config_tree(self._config), self._folder, **listen)
-        )
+        remote = ray.remote(ReplicaActor).options(**options)
+        return remote.remote(replica_id, config_tree(self._config), self._folder, **listen)
+
+    async def _wait_up(self, replica_id: ReplicaId, actor: Any) -> None:
+        timeout_s = self._config.cluster.start_timeout_s
         try:
-            async with asyncio.timeout(cluster.start_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await answer(actor.start.remote())
+        except ReplicaStartError:
+            raise
         except (LoraServeError, TimeoutError) as error:
-            await self.kill(replica_id)
-            if isinstance(error, ReplicaStartError):
-                raise
-            reason = str(error) or f"not ready within {cluster.start_timeout_s:.0f} s"
+            reason = str(error) or f"not ready within {timeout_s:.0f} s"
             log = Path(self._folder) / "logs" / f"{replica_id}.log"
             raise ReplicaStartError(replica_id, reason, tail(log)) from None
-        return RayLink(actor)
+
+    async def _give_up(self, replica_id: ReplicaId) -> None:
+        """End what a failed start has left, as far as Ray lets us: the next start does it again."""
+        try:
+            await self.kill(replica_id)
+        except Exception as error:
+            logger.warning("%s: what its start has left is still there: %s", replica_id, _first_line(error))
 
     async def find(self, replica_id: ReplicaId) -> ReplicaLink | None:
         """The actor of this name, if it answers."""
@@ -166,3 +185,7 @@ class RayFleet:
             return ray.get_actor(actor_name(self._config.cluster.name, replica_id), namespace=NAMESPACE)
         except ValueError:
             return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
