@@ -22,6 +22,8 @@ MAX_SECONDS = 1e9
 MAX_MESSAGE_BYTES = 2**31 - 1
 # Refuses infinity; more than any cost or rate is.
 MAX_FINITE = 1e18
+# Ray counts processors in ten-thousandths.
+MIN_CPUS = 1e-4
 MAX_SHOWN_CHARS = 80
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -55,6 +57,12 @@ class ClusterSection(Section, frozen=True):
     ray_address: str = ""
     cpus_per_replica: Cost = 1.0
     room_timeout_s: Seconds = 3600.0
+
+    def __post_init__(self) -> None:
+        if 0 < self.cpus_per_replica < MIN_CPUS:
+            raise ValueError(
+                f"cpus_per_replica: {_shown(self.cpus_per_replica)}; expected 0 or at least {MIN_CPUS:g}"
+            )
 
 
 class ModelSection(Section, frozen=True):
@@ -190,7 +198,10 @@ def parse_config(tree: Mapping[str, Any], where: str = "the configuration") -> C
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
-        raise ConfigError(f"{where}: {_explained(tree, path.rstrip('`')) or message}") from error
+        path = path.rstrip("`")
+        # A section's own check has said it all.
+        said = f"{path}.{message}" if isinstance(error.__cause__, ValueError) else _explained(tree, path)
+        raise ConfigError(f"{where}: {said or message}") from error
 
 
 def config_tree(config: Config) -> dict[str, Any]:

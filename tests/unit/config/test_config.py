@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from loraserve.config import Config, config_tree, load_config, parse_config
+from loraserve.config import MIN_CPUS, Config, config_tree, load_config, parse_config
 from loraserve.errors import ConfigError
 
 MISTAKES = [
@@ -38,6 +38,8 @@ MISTAKES = [
         "emulated.base_step_ms = -0.5",
         "emulated.base_step_ms: -0.5; expected a number from 0 to 1e18",
     ),
+    ("cluster.cpus_per_replica = -1", "cluster.cpus_per_replica: -1; expected a number from 0 to 1e18"),
+    ("cluster.cpus_per_replica = 1e-5", "cluster.cpus_per_replica: 1e-05; expected 0 or at least 0.0001"),
     ("model.path = 1", "model.path: 1; expected a string"),
     ("model.path = 1979-05-27", 'model.path: "1979-05-27"; expected a string'),
     ('adapters.allow_urls = ["a", 1]', "adapters.allow_urls[1]: 1; expected a string"),
@@ -147,7 +149,12 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
     raise AssertionError(f"no values for {kind}")
 
 
-@given(values(inspect.type_info(Config)))
+def has_countable_cpus(tree: dict[str, Any]) -> bool:
+    cpus = tree.get("cluster", {}).get("cpus_per_replica", 1.0)
+    return bool(cpus == 0 or cpus >= MIN_CPUS)
+
+
+@given(values(inspect.type_info(Config)).filter(has_countable_cpus))
 def test_a_configuration_survives_the_way_to_plain_values_and_back(tree: dict[str, Any]) -> None:
     config = parse_config(tree)
     plain = config_tree(config)
