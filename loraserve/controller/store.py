@@ -91,14 +91,14 @@ class Store:
             raise BadInputError(f"{path}: the store cannot be created: {error}") from error
         try:
             self._open()
-        except (sqlite3.Error, WorkFailedError) as error:
+        except Exception as error:
             self._db.close()
             if is_new:
                 # An empty file would be refused as a damaged store the next time.
                 path.unlink(missing_ok=True)
-            if isinstance(error, WorkFailedError):
-                raise
-            raise WorkFailedError(f"{path}: {_explained(error)}") from error
+            if isinstance(error, sqlite3.Error):
+                raise WorkFailedError(f"{path}: {_explained(error)}") from error
+            raise
 
     def _check(self) -> None:
         """Refuse a file that is damaged, without a write to it."""
@@ -122,6 +122,8 @@ class Store:
                     )
                 if version == SCHEMA_VERSION:
                     _check_rows(db)
+                else:
+                    _check_values(db)
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise BadInputError(
                 f"{self.path}: not a readable store ({error}); restore it or move it away"
@@ -313,6 +315,21 @@ def _check_rows(db: sqlite3.Connection) -> None:
         for *row, checksum in db.execute(f"SELECT {columns}, checksum FROM {table}"):
             if _checksum(tuple(row)) != checksum:
                 raise ValueError(f"a row of {table} is damaged")
+
+
+def _check_values(db: sqlite3.Connection) -> None:
+    """ValueError or TypeError for a value of a first-release store, which has no checksums, that cannot be
+    what was written."""
+    for (modules,) in db.execute("SELECT target_modules FROM adapters"):
+        if not isinstance(json.loads(modules), list):
+            raise ValueError("a row of adapters is damaged")
+    values = dict(db.execute("SELECT key, value FROM meta"))
+    int(values.get("table_version", "0"))
+    plan = json.loads(values.get("plan", "{}"))
+    if not isinstance(plan, dict) or not all(isinstance(holders, dict) for holders in plan.values()):
+        raise ValueError("the plan is damaged")
+    for holders in plan.values():
+        sum(holders.values())  # shares are numbers
 
 
 def _explained(error: Exception) -> str:

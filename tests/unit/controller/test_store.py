@@ -128,6 +128,30 @@ def test_a_store_of_the_first_release_is_taken_over_with_all_it_has(tmp_path: Pa
         store.close()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        """UPDATE adapters SET target_modules = '["q_proj", "v_pr'""",
+        "UPDATE adapters SET target_modules = '8'",
+        "UPDATE meta SET value = '4x' WHERE key = 'table_version'",
+        """INSERT INTO meta VALUES ('plan', '{"a@1": {"replica-0": 1.')""",
+        """INSERT INTO meta VALUES ('plan', '["a@1"]')""",
+        """INSERT INTO meta VALUES ('plan', '{"a@1": ["replica-0"]}')""",
+        """INSERT INTO meta VALUES ('plan', '{"a@1": {"replica-0": "all"}}')""",
+    ],
+)
+def test_a_damaged_store_of_the_first_release_is_refused_and_left_alone(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "controller.sqlite"
+    version_1(path, registration("a"))
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute(damage)
+    before = path.read_bytes()
+    with pytest.raises(BadInputError, match=r"controller\.sqlite: .*; restore it or move it away"):
+        Store(path)
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
 def test_a_disk_too_full_to_take_an_old_store_over_leaves_it_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "controller.sqlite"
     version_1(path, *(replace(registration(name), source="x" * 20_000) for name in "abc"))
