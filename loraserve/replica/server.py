@@ -296,20 +296,19 @@ class ReplicaServer:
                 raise accounted.verdict from None
 
     async def _supersede(self, request_id: str, turn: Turn) -> None:
-        """End the earlier attempt at this request, if one runs here, and wait until it has let go."""
-        earlier = self._in_flight.get(request_id)
-        if earlier is None:
-            return
-        if turn.order <= earlier.order or earlier.task is None:
-            raise AlreadyExistsError(f"request_id: {request_id} is in flight; choose another")
-        earlier.end(SupersededError(f"request {request_id}: a later attempt has taken over"))
-        try:
-            async with asyncio.timeout(SUPERSEDE_TIMEOUT_S):
-                await earlier.released.wait()
-        except TimeoutError:
-            raise UnavailableError(
-                f"request {request_id}: its earlier attempt did not end within {SUPERSEDE_TIMEOUT_S:g} s"
-            ) from None
+        """End the earlier attempts at this request that run here, and wait until they have let go."""
+        # In a loop: another attempt may have waited for the same one and have been admitted meanwhile.
+        while (earlier := self._in_flight.get(request_id)) is not None:
+            if turn.order <= earlier.order or earlier.task is None:
+                raise AlreadyExistsError(f"request_id: {request_id} is in flight; choose another")
+            earlier.end(SupersededError(f"request {request_id}: a later attempt has taken over"))
+            try:
+                async with asyncio.timeout(SUPERSEDE_TIMEOUT_S):
+                    await earlier.released.wait()
+            except TimeoutError:
+                raise UnavailableError(
+                    f"request {request_id}: its earlier attempt did not end within {SUPERSEDE_TIMEOUT_S:g} s"
+                ) from None
 
     async def drain(self, deadline_s: float) -> int:
         """Take no new requests, but for those that were leased, and wait until nothing is in flight.

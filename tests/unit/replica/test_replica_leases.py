@@ -17,7 +17,7 @@ from loraserve.rpc.server import make_channel
 from loraserve.rpc.v1 import inference_pb2, inference_pb2_grpc
 from placement.types import VersionId
 from tests.support.engine_kit import adapter
-from tests.support.replica_bench import ReplicaBench, eventually
+from tests.support.replica_bench import ReplicaBench, eventually, status_of_call
 
 CODE = grpc.StatusCode
 A = VersionId("a@0")
@@ -138,6 +138,23 @@ async def test_of_two_attempts_the_earlier_one_is_aborted(bench: ReplicaBench) -
     assert caught.value.code() is CODE.ABORTED
     await bench.engine.allow()
     assert sum([len(part.token_ids) async for part in second]) == 3
+
+
+@pytest.mark.parametrize(("arriving", "lower_ends"), [((2, 3), CODE.ABORTED), ((3, 2), CODE.ALREADY_EXISTS)])
+async def test_of_three_attempts_the_latest_one_runs(
+    bench: ReplicaBench, arriving: tuple[int, int], lower_ends: grpc.StatusCode
+) -> None:
+    first = await bench.running("k")
+    calls = {}
+    for attempt in arriving:
+        message = bench.message("k", max_tokens=3)
+        message.router_attempt = attempt
+        # Both leave in one frame, so that both wait for the first attempt to let go.
+        calls[attempt] = bench.router.call(message)
+    assert (await status_of_call(first))[0] is CODE.ABORTED
+    assert (await status_of_call(calls[2]))[0] is lower_ends
+    await bench.engine.allow()
+    assert sum([len(part.token_ids) async for part in calls[3]]) == 3
 
 
 @given(
