@@ -55,6 +55,7 @@ class ReplicaGroups:
         deadline_s = loop.time() + timeout_s
         said = ""
         while True:
+            round_s = loop.time()
             place = await self._take(replica) or await self._ask(replica, None)
             if place is not None:
                 logger.info("%s goes to node %s at %s", replica, place.node_id, place.host)
@@ -66,6 +67,8 @@ class ReplicaGroups:
             if reason != said:
                 logger.warning("%s waits for %s", replica, reason)
                 said = reason
+            # Room on a node that cannot be used is given at once, as often as it is asked for.
+            await asyncio.sleep(round_s + ATTEMPT_S - loop.time())
 
     async def release(self, replica: ReplicaId) -> None:
         """Give the replica's room back, which ends what runs in it; no room is no error."""
