@@ -90,7 +90,8 @@ def down(
 ) -> bool:
     """End the cluster and everything it started; False if there was nothing to end.
 
-    `ray_address` is where to look for what is left of a cluster that this machine has forgotten.
+    `ray_address` is where to look for what is left of a cluster that this machine has forgotten. If what is
+    left in a Ray cluster cannot be ended, the cluster is not forgotten: `down` can be tried again.
     """
     folder = cluster_dir(name, state_dir)
     running = read_running(folder)
@@ -103,39 +104,50 @@ def down(
         deadline_s = time.monotonic() + STOP_TIMEOUT_S
         while is_alive(running) and time.monotonic() < deadline_s:
             time.sleep(0.05)
-    # The head deletes the file when all is ended.
-    if running.ray_goes_on and read_running(folder) is not None:
-        remote_sweep(name, running.ray_address, on_step)
-    _end(running.head_pid if is_alive(running) else None, running.run_id)
+    try:
+        # The head deletes the file when all is ended.
+        if running.ray_goes_on and read_running(folder) is not None:
+            remote_sweep(name, running.ray_address, on_step)
+    finally:
+        _end(running.head_pid if is_alive(running) else None, running.run_id)
     _clean(folder, running)
     return True
 
 
 def remote_sweep(name: str, address: str, on_step: Callable[[str], None]) -> bool:
     """End the actors and placement groups of the cluster of this name in a Ray cluster; whether there were
-    any. A Ray cluster that has gone has none left."""
+    any. A Ray cluster that has gone has none left. WorkFailedError if they cannot be ended."""
     address = ray_session.find_address(address)
     if not ray_session.is_listening(address):
         on_step(f"the Ray cluster at {address} is gone, and all that ran in it")
         return False
     ray_session.check_reachable(address, os.environ)
-    done = subprocess.run(
-        [sys.executable, "-m", "loraserve.cluster.sweep", address, name],
-        env={**os.environ, **ray_session.token_environment(os.environ)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SWEEP_TIMEOUT_S,
-        check=False,
-    )
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        answer = {"error": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
+    answer = _sweep_apart(name, address)
     if "error" in answer:
         raise WorkFailedError(f"cannot end cluster {name} in the Ray cluster at {address}: {answer['error']}")
     on_step(f"ended {answer['actors']} actors and {answer['groups']} placement groups in the Ray cluster")
     return bool(answer["actors"] or answer["groups"])
+
+
+def _sweep_apart(name: str, address: str) -> dict[str, Any]:
+    """What a sweep in a process of its own says, or `error`: why it says nothing."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "loraserve.cluster.sweep", address, name],
+            env={**os.environ, **ray_session.token_environment(os.environ)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SWEEP_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {SWEEP_TIMEOUT_S:g} s"}
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"error": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
+    return answer
 
 
 def check_before_start(config: Config, folder: Path, *, fresh: bool, insecure_listen: bool) -> None:
