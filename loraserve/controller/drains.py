@@ -1,6 +1,6 @@
 """What operators may ask of replicas: drain them, take that back, and see how far it is."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from loraserve.controller.controller import Controller
 from loraserve.errors import BadInputError, NotFoundError, ReplicaStartError, StaleError, UnavailableError
@@ -11,23 +11,29 @@ from placement.types import ReplicaId
 
 MAX_DEADLINE_S = 86_400.0
 
+RUNNING = (ReplicaPhase.READY, ReplicaPhase.DRAINING)
+
 DRAINS = (ReplicaPhase.DRAINING, ReplicaPhase.DRAINED, ReplicaPhase.UNKNOWN)
 
 
-def select(controller: Controller, replica_ids: Sequence[str], node_id: str) -> tuple[ReplicaId, ...]:
-    """The replicas named, or those of the node; BadInputError or NotFoundError."""
+def select(
+    controller: Controller, replica_ids: Sequence[str], node_id: str, *, phases: Collection[ReplicaPhase]
+) -> tuple[ReplicaId, ...]:
+    """The replicas named, or those in one of these phases on the node; BadInputError or NotFoundError."""
     replicas = controller.state.replicas
     if bool(replica_ids) == bool(node_id):
         raise BadInputError("replica_ids, node_id: give one of them")
     if node_id:
-        known = {record.spec.node_id for record in replicas.values() if record.spec is not None}
-        if node_id not in known:
-            raise NotFoundError(f"no replica is known on node {node_id}; nodes: {', '.join(sorted(known))}")
-        return tuple(
-            record.replica_id
+        # One that is being started again may come up on another node than the one it was on.
+        nodes = {
+            record.replica_id: record.spec.node_id
             for record in replicas.values()
-            if record.spec is not None and record.spec.node_id == node_id
-        )
+            if record.spec is not None and record.phase in phases
+        }
+        if node_id not in nodes.values():
+            known = ", ".join(sorted(set(nodes.values()))) or "none"
+            raise NotFoundError(f"no replica is known on node {node_id}; nodes: {known}")
+        return tuple(replica for replica, node in nodes.items() if node == node_id)
     for name in replica_ids:
         if name not in replicas:
             raise NotFoundError(f"no replica {name}; replicas: {', '.join(sorted(replicas))}")
@@ -92,8 +98,7 @@ def progress(controller: Controller, replicas: Sequence[ReplicaId]) -> managemen
     for replica in replicas:
         record = controller.state.replicas[replica]
         # A replica that is being ended may still have its last report.
-        runs = record.phase in (ReplicaPhase.READY, ReplicaPhase.DRAINING)
-        report = controller.reports.get(replica) if runs else None
+        report = controller.reports.get(replica) if record.phase in RUNNING else None
         message.replicas.add(
             replica_id=replica,
             state=record.phase.value,

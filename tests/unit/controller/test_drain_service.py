@@ -9,9 +9,12 @@ import pytest
 
 from loraserve.client import Client
 from loraserve.client_types import DrainStatus
+from loraserve.controller.fleet import ReplicaLink
 from loraserve.errors import BadInputError, NotFoundError, StaleError
 from loraserve.request import SamplingParams
 from loraserve.samples import SampleSet
+from placement.cluster_records import ReplicaPhase
+from placement.types import ReplicaId
 from tests.support.cli import run_cli
 from tests.support.local_cluster import LocalCluster, local_cluster
 
@@ -75,6 +78,30 @@ async def test_what_names_no_replica_is_refused(cluster: LocalCluster) -> None:
             await drained(client, "replica-0", deadline_s=-1.0)
         with pytest.raises(StaleError, match="no replica would be left"):
             await drained(client, node="local")
+
+
+async def test_a_node_s_drain_leaves_out_what_is_being_started_elsewhere(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, may_start = cluster.fleet.start, asyncio.Event()
+
+    async def start_late(replica_id: ReplicaId) -> ReplicaLink:
+        await may_start.wait()
+        return await start(replica_id)
+
+    monkeypatch.setattr(cluster.fleet, "start", start_late)
+    controller = cluster.controller
+    lost = controller.state.replicas[ReplicaId("replica-0")]
+    await cluster.fleet.lose(lost.replica_id)
+    await controller.wait_until(lambda: lost.phase is ReplicaPhase.STARTING, WAIT_S)
+    async with Client(cluster.address) as client:
+        statuses = await drained(client, node="local", deadline_s=0.0, force=True)
+        assert [(one.replica_id, one.state) for one in statuses] == [("replica-1", "drained")]
+        assert lost.phase is ReplicaPhase.STARTING
+        may_start.set()
+        async with aclosing(client.undrain(node="local")) as progress:
+            last = [statuses async for statuses in progress][-1]
+        assert ("replica-1", "ready") in [(one.replica_id, one.state) for one in last]
 
 
 async def test_the_commands_show_how_far_it_is_and_how_it_ended(cluster: LocalCluster) -> None:
