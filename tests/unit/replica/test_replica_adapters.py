@@ -58,6 +58,25 @@ async def test_a_version_serves_nobody_before_it_is_acknowledged(bench: ReplicaB
     assert await status_of_call(bench.execute(version=A, max_tokens=1)) == (CODE.OK, "")
 
 
+async def test_a_replica_says_what_it_is_loading_and_dropping(bench: ReplicaBench) -> None:
+    def said() -> tuple[tuple[VersionId, ...], ...]:
+        description = bench.server.describe()
+        return description.resident, description.loading, description.dropping
+
+    load = await begun_load(bench)
+    assert said() == ((), (A,), ())
+    await bench.engine.allow()
+    await load
+    assert said() == ((A,), (), ())
+    running = await bench.running(version=A)
+    drop = await begun_drop(bench)
+    assert said() == ((), (), (A,))
+    await bench.engine.allow()
+    assert await status_of_call(running) == (CODE.OK, "")
+    await drop
+    assert said() == ((), (), ())
+
+
 async def test_what_has_no_room_is_refused_before_the_engine_hears_of_it(bench: ReplicaBench) -> None:
     with pytest.raises(OverloadedError, match="needs 20000 bytes, the pool has 10000 left"):
         await bench.server.load_adapter(adapter("big", size_bytes=20_000))
