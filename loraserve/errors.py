@@ -108,3 +108,10 @@ class ReplicaStartError(WorkFailedError):
 
 class EngineDeadError(WorkFailedError):
     """The engine behind a replica is gone and takes no more requests."""
+
+
+def verdict_of(cancelled: BaseException) -> LoraServeError | None:
+    """Why our own side has cancelled a task: the error that it gave `Task.cancel` as message; None for a
+    cancellation by anybody else."""
+    found = cancelled.args[0] if cancelled.args else None
+    return found if isinstance(found, LoraServeError) else None

@@ -76,17 +76,11 @@ class InFlight:
     def end(self, verdict: LoraServeError) -> None:
         """End the request wherever it stands: in the engine, or with a reader that does not read.
 
-        Who runs it finds the verdict in the cancellation (`verdict_of`).
+        Who runs it finds the verdict in the cancellation (`errors.verdict_of`).
         """
         if self.verdict is None and self.task is not None:
             self.verdict = verdict
             self.task.cancel(msg=verdict)
-
-
-def verdict_of(cancelled: asyncio.CancelledError) -> LoraServeError | None:
-    """Why the replica itself has cancelled a request; None if somebody else has."""
-    found = cancelled.args[0] if cancelled.args else None
-    return found if isinstance(found, LoraServeError) else None
 
 
 class ReplicaServer:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import grpc
 
 from loraserve.clock import Clock, WallClock
-from loraserve.errors import BadInputError, LoraServeError
+from loraserve.errors import BadInputError, verdict_of
 from loraserve.rpc.codec import check_protocol
 from loraserve.rpc.internal.v1 import internal_pb2
 from loraserve.rpc.status import status_of
@@ -179,8 +179,8 @@ class LinkServer:
                     self._dirty.set()
         except asyncio.CancelledError as cancelled:
             # By the router, which has forgotten the stream; with the whole link; or by the replica itself.
-            verdict = cancelled.args[0] if cancelled.args else None
-            if not isinstance(verdict, LoraServeError) or stream.stream_id not in self._streams:
+            verdict = verdict_of(cancelled)
+            if verdict is None or stream.stream_id not in self._streams:
                 raise
             self._set_status(end, start, verdict)
         except Exception as error:
