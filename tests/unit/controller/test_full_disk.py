@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from loraserve.controller import drains
+from loraserve.controller.service import ManagementService
 from loraserve.errors import WorkFailedError
+from loraserve.rpc.v1 import management_pb2
 from loraserve.samples import SampleSet, build_adapter
 from placement import cluster_messages as messages
 from placement.cluster_records import DrainOrder, ReplicaPhase
@@ -145,27 +147,31 @@ async def test_a_controller_comes_back_on_a_full_disk_and_goes_on_when_there_is_
     assert one.fleet.starts.count(R0) == 1
 
 
-async def test_a_replacement_that_is_loaded_when_the_disk_fills_is_kept(
-    setup: Callable[..., Setup], samples: SampleSet
-) -> None:
-    one = setup()
-    full = ExitStack()
-    replaced: list[messages.AdapterRegistered] = []
+def fill_at(one: Setup, kind: type[messages.Event], nth: int) -> ExitStack:
+    """Have the disk full from the nth event of this kind on, until the stack is closed."""
+    full, seen = ExitStack(), list[messages.Event]()
 
     def fill(step: messages.Event | messages.Command, stage: str) -> None:
-        if isinstance(step, messages.AdapterRegistered) and stage == "before":
-            replaced.append(step)
-            if len(replaced) == 2:
+        if isinstance(step, kind) and stage == "before":
+            seen.append(step)
+            if len(seen) == nth:
                 full.enter_context(full_disk(one.folder / "controller.sqlite"))
 
     one.on_step = fill
     one.controller = one.make()
-    controller = await one.start()
-    first = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
-    with full:
+    return full
+
+
+async def test_a_replacement_that_is_loaded_when_the_disk_fills_is_kept(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup()
+    with fill_at(one, messages.AdapterRegistered, 2):
+        controller = await one.start()
+        first = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
         with pytest.raises(WorkFailedError, match=r"^a@\w+ is registered, but served only once .*disk"):
             await controller.register("a", str(samples.adapters["rank-16"]), replace=True)
-        second = replaced[1].adapter
+        second = controller.state.adapters[controller.state.active[AdapterName("a")]]
         assert controller.table.entries[AdapterName("a")].version_id == first, "routers serve on"
         assert controller.state.is_served(second.version_id)
     await controller.wait_until(lambda: controller.is_served(second.version_id), TIMEOUT_S)
@@ -174,6 +180,39 @@ async def test_a_replacement_that_is_loaded_when_the_disk_fills_is_kept(
     assert list(controller.registrations) == [second.version_id]
     assert controller.is_served(second.version_id)
     assert controller.library.contents() == (second.sha256,)
+
+
+async def test_what_is_registered_again_outlives_a_deletion_that_waited_for_room(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup()
+    with fill_at(one, messages.AdapterRegistered, 2):
+        controller = await one.start()
+        version = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+        with pytest.raises(WorkFailedError):
+            await controller.register("a", str(samples.adapters["rank-16"]), replace=True)
+        assert version not in controller.state.adapters
+    # There is room, and the deletion of the first version still waits.
+    assert await controller.register("a", str(samples.adapters["rank-8"]), replace=True) == version
+    controller = await one.restart()
+    assert controller.is_served(version)
+
+
+async def test_a_removal_is_answered_once_a_table_without_the_name_is_out(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    one = setup()
+    with fill_at(one, messages.AdapterRemoved, 1):
+        controller = await one.start()
+        await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+        request = management_pb2.RemoveAdapterRequest(name="a")
+        removal = asyncio.ensure_future(ManagementService(controller).RemoveAdapter(request, None))
+        await controller.wait_until(lambda: controller.problem is not None, TIMEOUT_S)
+        assert AdapterName("a") in controller.table.entries
+    async with asyncio.timeout(TIMEOUT_S):
+        response = await removal
+    assert AdapterName("a") not in controller.table.entries
+    assert response.table_version == controller.table.version
 
 
 async def test_files_that_cannot_be_deleted_are_tried_again_and_end_nothing(

@@ -84,6 +84,27 @@ async def test_a_drained_replica_that_does_not_end_is_left_to_its_next_start(
     assert (kills.left, one.fleet.starts.count(R0)) == (0, 2)
 
 
+async def test_a_drained_replica_that_its_controller_did_not_end_is_ended_by_the_next_one(
+    setup: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setup()
+    controller = await one.start()
+    kills = failing_kills(monkeypatch, one.fleet, MAX_KILLS)
+    drains.begin_drain(controller, [R0], AT_ONCE)
+    await controller.wait_until(
+        lambda: controller.state.replicas[R0].phase is ReplicaPhase.DRAINED, TIMEOUT_S
+    )
+    await one.crash()
+    assert R0 in one.fleet.links
+    kills.left = 0
+    one.controller = one.make()
+    controller = await one.start()
+    async with asyncio.timeout(TIMEOUT_S):
+        await kills.killed.wait()
+    assert controller.state.replicas[R0].phase is ReplicaPhase.DRAINED
+    assert R0 not in one.fleet.links
+
+
 async def test_of_two_drains_the_later_one_says_how_many_requests_were_moved(
     setup: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,8 +46,11 @@ def test_a_drain_waits_for_the_last_copy_then_the_table_then_the_work() -> None:
     assert kinds.index(messages.PublishTable) < kinds.index(messages.DrainReplica)
     assert list(state.table.replicas) == [R1]
     assert state.drain_waits_for(R0) == ()
+    sooner = DrainOrder(deadline_s=1.0)
+    commands = state.handle(messages.DrainRequested(R0, sooner))
+    assert commands == [messages.SaveDrain(R0, sooner), messages.DrainReplica(R0, 1.0)], "it is told"
     commands = state.handle(messages.ReplicaDrained(R0))
-    done = DrainOrder(deadline_s=5.0, done=True)
+    done = DrainOrder(deadline_s=1.0, done=True)
     assert commands == [messages.SaveDrain(R0, done), messages.StopReplica(R0)]
     assert state.handle(messages.ReplicaLost(R0, "it was stopped")) == []
     assert state.replicas[R0].phase is ReplicaPhase.DRAINED
@@ -130,6 +133,17 @@ def test_a_replica_found_draining_that_nobody_drains_any_more_is_started_again()
     assert any(isinstance(command, messages.DrainReplica) for command in commands)
     assert list(state.table.replicas) == [R1]
     assert messages.StartReplica(R0, 0) in state.handle(messages.ReplicaDrained(R0))
+
+
+def test_a_replica_found_draining_keeps_the_deadline_of_its_order() -> None:
+    state = ClusterState(
+        replica_ids=(R0, R1), policy=policy("least-loaded"), drains={R0: ORDER}, recovering=True
+    )
+    state.handle(messages.ReplicaReady(spec(R1), "h:1"))
+    commands = state.handle(messages.ReplicaReady(spec(R0), "h:0", draining=True))
+    assert [command for command in commands if isinstance(command, messages.DrainReplica)] == [
+        messages.DrainReplica(R0, 5.0)
+    ]
 
 
 def test_what_an_earlier_controller_asked_for_is_asked_for_again() -> None:
