@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+from loraserve.cluster.addresses import split_address
 from loraserve.errors import BadInputError, LoraServeError
 
 P = ParamSpec("P")
@@ -89,7 +90,6 @@ def resolve_addresses(given: Sequence[str] | None, cluster: str) -> tuple[str, .
         return router_addresses(cluster)
     addresses = tuple(one.strip() for text in given for one in text.split(","))
     for address in addresses:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if split_address(address) is None:
             raise BadInputError(f"--address: {address} is not HOST:PORT, such as 127.0.0.1:50051")
     return addresses

@@ -11,6 +11,7 @@ from functools import partial
 from queue import Empty, Queue
 from typing import Any, NoReturn, TypeVar
 
+from loraserve.cluster.addresses import split_address
 from loraserve.cluster.ray_session import TOKEN_VARIABLES, read_token, token_environment
 from loraserve.errors import BadInputError, LoraServeError, UnavailableError, WorkFailedError
 
@@ -38,7 +39,9 @@ class Jobs:
     """The job server of one Ray cluster, by its HTTP address."""
 
     def __init__(self, address: str) -> None:
-        """UnavailableError if nothing answers there, BadInputError if it wants another token."""
+        """UnavailableError if nothing answers there, BadInputError if it wants another token or the address
+        is none."""
+        _check_address(address)
         # Ray reads the environment when it is imported.
         os.environ.update(token_environment(os.environ))
         self.address = address
@@ -132,6 +135,17 @@ def default_address() -> str:
 
 def _raise(error: LoraServeError, cause: Exception) -> NoReturn:
     raise error from cause
+
+
+def _check_address(address: str) -> None:
+    """Refuse what Ray would look up in other ways, or not understand."""
+    scheme, _, rest = address.partition("://")
+    place = rest.partition("/")[0]
+    is_place = split_address(place if ":" in place else f"{place}:80") is not None
+    if scheme not in ("http", "https") or not is_place:
+        raise BadInputError(
+            f"--ray-address: {address} is not the address of a Ray job server, such as {DEFAULT_ADDRESS}"
+        )
 
 
 def _connect(address: str) -> Any:

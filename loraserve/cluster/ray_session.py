@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraserve.cluster.addresses import split_address
 from loraserve.cluster.names import NAMESPACE
 from loraserve.cluster.nodes import LOOPBACK
 from loraserve.errors import BadInputError, UnavailableError
@@ -97,8 +98,7 @@ def find_address(address: str) -> str:
                 "cluster.ray_address: auto: no Ray cluster was started on this machine; start one with"
                 " `ray start --head`, or give its HOST:PORT"
             )
-    host, _, port = address.rpartition(":")
-    if "/" in host or not host or not port.isdigit():
+    if split_address(address) is None:
         raise BadInputError(
             f"cluster.ray_address: {address} is neither auto nor HOST:PORT of a Ray cluster, such as"
             " 127.0.0.1:6379"
@@ -108,11 +108,14 @@ def find_address(address: str) -> str:
 
 def is_listening(address: str) -> bool:
     """Whether anything takes a connection at HOST:PORT."""
-    host, _, port = address.rpartition(":")
+    where = split_address(address)
+    if where is None:
+        return False
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S):
+        with socket.create_connection(where, PROBE_TIMEOUT_S):
             return True
-    except OSError:
+    except (OSError, ValueError):
+        # ValueError, of which UnicodeError is one: no host can have this name.
         return False
 
 

@@ -9,7 +9,11 @@ from typing import Any
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from loraserve.cluster.addresses import split_address
+from loraserve.cluster.jobs import Jobs
 from loraserve.cluster.ray_session import (
     PROBE_METHOD,
     check_reachable,
@@ -104,7 +108,21 @@ def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
             check_reachable(address, {})
 
 
-@pytest.mark.parametrize("address", ["", "6379", "host", "ray://127.0.0.1:10001", ":1", "host:port"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "6379",
+        "host",
+        "ray://127.0.0.1:10001",
+        ":1",
+        "host:port",
+        "host:²",
+        "host:0",
+        "host:99999",
+        "[]:1",
+    ],
+)
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(BadInputError, match=r"neither auto nor HOST:PORT"):
         find_address(address)
@@ -122,3 +140,43 @@ def test_an_unreadable_token_is_none(tmp_path: Path) -> None:
     assert read_token({"RAY_AUTH_TOKEN_PATH": str(binary)}) is None
     assert read_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path)}) is None
     assert read_token({"RAY_AUTH_TOKEN": "  t\n"}) == "t"
+
+
+def test_a_host_that_cannot_be_is_not_there() -> None:
+    for address in ("127.0.0..1:6379", f"{'a' * 64}.b:6379", "a\0b:6379"):
+        assert not is_listening(find_address(address))
+
+
+@given(st.text(), st.integers(0, 99_999))
+def test_what_is_split_is_a_host_and_a_port(text: str, port: int) -> None:
+    split = split_address(f"{text}:{port}")
+    assert split is None or (split[0] in text and split[1] == port)
+    assert split_address(f"10.0.0.1:{port}") == (("10.0.0.1", port) if 0 < port < 65536 else None)
+    assert split_address(f"[::1]:{port}") == (("::1", port) if 0 < port < 65536 else None)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "foo",
+        "auto",
+        "htp://x:1",
+        "ray://x:1",
+        "127.0.0.1:8265",
+        "http://",
+        "http://x:²",
+        "http://x:99999",
+    ],
+)
+def test_what_is_no_address_of_a_job_server_is_refused_before_ray_is_asked(address: str) -> None:
+    with pytest.raises(BadInputError, match=r"is not the address of a Ray job server, such as http://"):
+        Jobs(address)
+
+
+@pytest.mark.parametrize("address", ["http://{}", "https://{}/jobs"])
+def test_an_address_of_a_job_server_is_asked(address: str) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(UnavailableError, match="no Ray job server answers"):
+            Jobs(address.format(f"127.0.0.1:{closed.getsockname()[1]}"))
