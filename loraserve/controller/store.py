@@ -144,10 +144,6 @@ class Store:
                 self._set(key, value)
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
-    def limit_pages(self, max_pages: int) -> None:
-        """Let the file grow to so many pages; what needs more fails as on a full disk."""
-        self._db.execute(f"PRAGMA max_page_count={max_pages}")
-
     def begin_life(self, run_id: str, base_model: str) -> bool:
         """Note that a controller starts; True if an earlier one of the same run has been here, whose
         replicas may still be running. A new run forgets the drains of the one before.
