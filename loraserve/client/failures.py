@@ -9,7 +9,7 @@ from loraserve.errors import LoraServeError, UnavailableError
 from loraserve.rpc.status import error_of
 
 NOT_CONNECTED = ("failed to connect", "DNS resolution failed", "name resolution failure")
-"""gRPC's words for a call that never left this machine."""
+"""How gRPC's words for a call that never left this machine begin."""
 
 MARK = "loraserve-"
 """The prefix of the trailing metadata with which a router says that the answer is its own."""
@@ -22,8 +22,8 @@ def is_unavailable(error: grpc.aio.AioRpcError) -> bool:
 
 def never_sent(error: grpc.aio.AioRpcError) -> bool:
     """Whether the call failed for want of a connection, so that nothing of it was ever sent."""
-    details = error.details() or ""
-    return is_unavailable(error) and any(words in details for words in NOT_CONNECTED)
+    # The beginning alone: a router that tells why it does not reach the cluster quotes them.
+    return is_unavailable(error) and (error.details() or "").startswith(NOT_CONNECTED)
 
 
 def is_told(error: grpc.aio.AioRpcError) -> bool:

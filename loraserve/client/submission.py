@@ -228,21 +228,21 @@ class Submission:
         routers = self._means.routers
         while True:
             if self.attempts >= MAX_ATTEMPTS or self._num_failures >= MAX_FAILURES:
-                raise self._final()
+                raise self._final(going_on=True)
             self._check_deadline()
-            if routers.closed:
-                raise UnavailableError("the client is closed")
             if self._pause:
                 self._pause = False
                 await self._wait()
+            if routers.closed:
+                raise UnavailableError("the client is closed")
             router = routers.next(self._tried)
             if router is not None:
                 return router
             now_s = self._means.clock.now_s()
             if not routers.reached:
-                raise self._final()
+                raise self._final(going_on=True)
             if self._lost_since_s is not None and now_s - self._lost_since_s >= self._means.reconnect_s:
-                raise self._final()
+                raise self._final(going_on=True)
             self._tried.clear()
             self._pause = True
 
@@ -256,7 +256,7 @@ class Submission:
         request = inference_pb2.PickRequest(
             adapter=self._message.adapter,
             exclude_replicas=sorted(self._excluded),
-            adapter_version=self.adapter_version if self._token_ids else "",
+            adapter_version=self.adapter_version if self._token_ids else None,
             max_tokens=self._sampling.max_tokens - len(self._token_ids),
             remaining_s=left_s,
         )
@@ -287,12 +287,12 @@ class Submission:
         if code is grpc.StatusCode.UNIMPLEMENTED and self._means.look_aside is None:
             self._note_answered(router)
             self._means.routers.note_no_pick(router)
-        elif self._excluded and code in NOBODY_ELSE:
+        elif self._excluded and code in NOBODY_ELSE and not self._is_lost(error):
             # Those excluded may be back, or may have failed this client alone.
             self._num_failures += 1
             self._excluded.clear()
         elif not self._router_failed(router, error):
-            raise self._final()
+            raise self._final(going_on=True)
 
     def _router_failed(self, router: Router, error: grpc.aio.AioRpcError) -> bool:
         """Note what a router answered or that it is lost; whether to try again."""
@@ -300,7 +300,7 @@ class Submission:
         if not failures.never_sent(error):
             self._num_failures += 1
         if code is grpc.StatusCode.UNAVAILABLE:
-            if not failures.is_told(error):
+            if self._is_lost(error):
                 self._means.routers.note_lost(router)
             self._tried.add(router.address)
             if self._lost_since_s is None:
@@ -310,6 +310,11 @@ class Submission:
         # Part of the answer is with the caller already: worth more patience than a new request is.
         self._pause = code is grpc.StatusCode.RESOURCE_EXHAUSTED and bool(self._token_ids)
         return self._pause
+
+    @staticmethod
+    def _is_lost(error: grpc.aio.AioRpcError) -> bool:
+        """Whether a router is gone, as opposed to one that says that it has nobody to send to."""
+        return failures.is_unavailable(error) and not failures.is_told(error)
 
     def _replica_failed(self, replica: ReplicaChannel, error: grpc.aio.AioRpcError) -> bool:
         """Note what a replica answered or that it is lost; whether to try again."""
@@ -353,11 +358,14 @@ class Submission:
                 f"request {self.request_id}: {self._timeout_s:g} s passed before it was answered{before}"
             )
 
-    def _final(self) -> LoraServeError:
-        """The error that ends the request: with part of an answer that was to go on, what came of it."""
+    def _final(self, *, going_on: bool = False) -> LoraServeError:
+        """The error that ends the request: with part of an answer that was to go on, what came of it.
+
+        `going_on` says that it failed between two attempts.
+        """
         error = self._error
         # Stale: the weights that the answer began with have been replaced since.
-        began_again = self.attempts > 1 or isinstance(error, UnavailableError | StaleError)
+        began_again = going_on or self.attempts > 1 or isinstance(error, UnavailableError | StaleError)
         if self._token_ids and began_again and not isinstance(error, DeadlineError | StreamBrokenError):
             return self._broken(str(error))
         return error

@@ -135,7 +135,7 @@ class PickHandlers:
         if request.exclude_replicas:
             flight.excluded = frozenset(map(ReplicaId, request.exclude_replicas))
             flight.excluded_at = self._choice.tables.table.version
-        if request.adapter_version:
+        if request.HasField("adapter_version"):
             flight.pinned_version = request.adapter_version
         return flight
 

@@ -175,7 +175,7 @@ class PickRequest(_message.Message):
     adapter: _builtins.str
     """As in GenerateRequest."""
     adapter_version: _builtins.str
-    """When set, only holders of these weights: for a request that is resumed."""
+    """When set, only holders of these weights, "" for the base model: for a request that is resumed."""
     max_tokens: _builtins.int
     """The request's, for early refusal; 0: not known."""
     remaining_s: _builtins.float
@@ -188,15 +188,17 @@ class PickRequest(_message.Message):
         *,
         adapter: _builtins.str = ...,
         exclude_replicas: _abc.Iterable[_builtins.str] | None = ...,
-        adapter_version: _builtins.str = ...,
+        adapter_version: _builtins.str | None = ...,
         max_tokens: _builtins.int = ...,
         remaining_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "adapter_version", b"adapter_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_version", b"adapter_version", "exclude_replicas", b"exclude_replicas", "max_tokens", b"max_tokens", "remaining_s", b"remaining_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "adapter", b"adapter", "adapter_version", b"adapter_version", "exclude_replicas", b"exclude_replicas", "max_tokens", b"max_tokens", "remaining_s", b"remaining_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__adapter_version: _TypeAlias = _typing.Literal["adapter_version"]  # noqa: Y015
+    _WhichOneofArgType__adapter_version: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter_version) -> _WhichOneofReturnType__adapter_version | None: ...
 
 Global___PickRequest: _TypeAlias = PickRequest  # noqa: Y015
 

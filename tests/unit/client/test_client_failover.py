@@ -248,6 +248,36 @@ async def test_an_unreachable_replica_is_asked_through_the_router_for_a_while(
             assert (len(router.requests), len(second.requests)) == (2, 1)
 
 
+async def test_a_node_with_a_router_and_a_replica_is_lost_and_the_others_serve(
+    routers: tuple[FakeRouter, ...],
+) -> None:
+    gone, router = routers
+    first, second = router.replicas
+    first.script.extend([LOST_AT_ONCE] * 16)
+    await gone.die()
+    # Each client begins with a router of its own choice.
+    for _ in range(8):
+        async with Client(addresses(routers)) as client:
+            done = await client.complete("hi", adapter="a", sampling=GREEDY)
+            assert (done.attempts, done.served_by.replica) == (2, "r1")
+    assert len(second.requests) == 8
+
+
+@pytest.mark.parametrize("refusal", [NotFoundError("adapter a is gone"), OverloadedError("full")], ids=str)
+async def test_what_came_of_an_answer_is_given_when_nobody_is_picked_to_go_on(
+    routers: tuple[FakeRouter, ...], refusal: LoraServeError
+) -> None:
+    router = routers[0]
+    router.replicas[0].script.append(LOST)
+    router.pick_script.extend([None, *[refusal] * 16])
+    async with Client(router.address, look_aside=True) as client:
+        stream = client.generate("hi", adapter="a", sampling=GREEDY)
+        steps = [await anext(stream) for _ in range(3)]
+        with pytest.raises(StreamBrokenError, match=str(refusal)) as caught:
+            await anext(stream)
+    assert (caught.value.token_ids, caught.value.text) == joined(steps)
+
+
 async def test_a_router_that_picks_one_by_one_is_asked_so(routers: tuple[FakeRouter, ...]) -> None:
     router = routers[0]
     router.picks_many = False
@@ -464,6 +494,19 @@ class TestNothingLeaks:
             await client.close()
             ends = await asyncio.gather(*waiting, return_exceptions=True)
         assert {type(end) for end in ends} <= {UnavailableError, asyncio.CancelledError}, ends
+
+    async def test_closing_the_client_ends_what_waits_for_a_router(
+        self, routers: tuple[FakeRouter, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        choices = Choices(monkeypatch)
+        client = Client(routers[0].address, look_aside=False)
+        await client.complete("hi", sampling=GREEDY)
+        await routers[0].die()
+        waiting = [asyncio.create_task(client.complete("hi", sampling=GREEDY)) for _ in range(5)]
+        await choices.more(15)
+        await client.close()
+        for end in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(end, UnavailableError | asyncio.CancelledError), repr(end)
 
     async def test_a_stream_that_is_dropped_unread(self, routers: tuple[FakeRouter, ...]) -> None:
         async with Client(addresses(routers)) as client:
