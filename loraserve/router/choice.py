@@ -15,6 +15,7 @@ from loraserve.errors import (
     UnavailableError,
 )
 from loraserve.router.flight import Flight
+from loraserve.router.leases import LeaseCounter
 from loraserve.router.loads import LoadBook
 from loraserve.router.peers import Peers
 from loraserve.router.tables import TableFollower
@@ -31,7 +32,6 @@ from placement.routing import (
 STALE_WAIT_S = 0.5
 """How long a request waits for the table that must be on its way when every holder calls ours stale."""
 
-
 CUT_OFF_WAIT_S = 2.0
 """How long a request waits in a router that reaches nobody at all."""
 
@@ -42,6 +42,7 @@ class Choice:
 
     clock: Clock
     loads: LoadBook
+    leases: LeaseCounter
     peers: Peers
     tables: TableFollower
     chooser: Chooser
@@ -112,6 +113,7 @@ class Choice:
         if self.peers.down:
             exclude |= self.peers.down
         request = RouteRequest(adapter=flight.adapter, exclude=exclude)
+        self.leases.sweep()
         view = self.loads.view()
         try:
             if self.early_refusal and flight.pinned_version is None:
@@ -123,7 +125,6 @@ class Choice:
                 # Who has part of an answer gets the rest, late or not.
                 decision = self.chooser.choose(request, table, view)
         except TooLateError as error:
-            flight.retry_after_s = error.retry_after_s
             raise OverloadedError(f"{error}; try again in {error.retry_after_s:.1f} s") from error
         except UnknownAdapterError as error:
             raise NotFoundError(f"adapter: {error}") from error
@@ -131,8 +132,8 @@ class Choice:
             raise OverloadedError(f"{error}; try again later") from error
         if flight.pinned_version is not None and flight.pinned_version != (decision.version_id or ""):
             raise _replaced(flight, decision)
-        if not flight.refusals and decision.reason.startswith("retry:"):
-            # Excluded were only replicas that cannot be reached.
+        if not flight.refusals and not flight.excluded and decision.reason.startswith("retry:"):
+            # Excluded were only replicas that this router cannot reach.
             decision = decision._replace(reason=decision.reason.removeprefix("retry:"))
         flight.decision = decision
         return decision

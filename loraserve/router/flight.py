@@ -36,7 +36,6 @@ class Flight:
         "remaining_s",
         "request_id",
         "resumed_ids",
-        "retry_after_s",
         "sent",
         "started_s",
         "task",
@@ -70,7 +69,6 @@ class Flight:
         # The messages as they were sent, one after the other: read as one, protobuf joins their tokens.
         self.sent: bytearray | None = bytearray()
         self.resumed_ids: tuple[int, ...] = ()
-        self.retry_after_s: float | None = None
         self.code = StatusCode.UNKNOWN
         # Why this router itself ends the request, when it is not the client who does.
         self.verdict: tuple[StatusCode, str] | None = None

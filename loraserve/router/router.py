@@ -200,6 +200,7 @@ class Router:
         choice = Choice(
             clock=self._clock,
             loads=self._loads,
+            leases=self._leases,
             peers=peers,
             tables=tables,
             chooser=self._chooser,

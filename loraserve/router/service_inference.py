@@ -118,11 +118,10 @@ class InferenceService:
         flight: Flight | None = None
         try:
             admitted = self._parse(body, context)
-            if admitted.request_id in self._flights:
+            while admitted.request_id in self._flights:
                 await self._supersede(admitted)
-            self._parts.ledger.open(admitted.request_id)
+            self._admit(admitted, context)
             flight = admitted
-            self._flights[flight.request_id] = flight
             while True:
                 decision = self._parts.choice.now(flight) or await self._parts.choice.later(flight)
                 check_deadline(flight, self._parts.clock.now_s())
@@ -195,10 +194,16 @@ class InferenceService:
             flight.pinned_version = message.resume.adapter_version
         if message.sampling.HasField("logprobs"):
             flight.sent = None
-        if given_s is None:
-            # A client's own deadline ends the call by itself.
-            flight.timer = asyncio.get_running_loop().call_later(remaining_s, _expire, flight)
         return flight
+
+    def _admit(self, flight: Flight, context: Context) -> None:
+        """Open the request, to be closed by `_close`."""
+        self._parts.ledger.open(flight.request_id)
+        self._flights[flight.request_id] = flight
+        if context.time_remaining() is None:
+            # A client's own deadline ends the call by itself.
+            left_s = max(0.0, flight.deadline_s - self._parts.clock.now_s())
+            flight.timer = asyncio.get_running_loop().call_later(left_s, _expire, flight)
 
     async def _supersede(self, flight: Flight) -> None:
         """End the earlier attempt at this request and wait until it has let go."""
@@ -274,6 +279,9 @@ class InferenceService:
         return answer
 
     def _close(self, flight: Flight) -> None:
+        """Let go of everything; once is enough."""
+        if self._flights.get(flight.request_id) is not flight:
+            return
         del self._flights[flight.request_id]
         if flight.timer is not None:
             flight.timer.cancel()
@@ -289,16 +297,15 @@ class InferenceService:
         # A client that went away fails the write to it before its cancellation arrives.
         gone = context.done() or context.cancelled()
         flight.code = grpc.StatusCode.CANCELLED if gone else code
+        # Before the status is out, which waits behind whatever the client does not read.
+        self._close(flight)
         await context.abort(code, message, self._trailers(flight))
 
     def _trailers(self, flight: Flight) -> tuple[tuple[str, str], ...]:
         """Who decided what, for the client's records."""
         decision = flight.decision
         if decision is None:
-            first = ("loraserve-router", self._parts.router_id)
-            if flight.retry_after_s is None:
-                return (first,)
-            return (first, ("loraserve-retry-after-ms", str(int(flight.retry_after_s * 1e3))))
+            return (("loraserve-router", self._parts.router_id),)
         trailers: tuple[tuple[str, str], ...] = (
             ("loraserve-router", self._parts.router_id),
             ("loraserve-replica", decision.replica_id),

@@ -106,7 +106,13 @@ class FakeReplica(internal_pb2_grpc.ReplicaServicer):
             self._server = None
 
     def report(
-        self, *, sequence: int, running: int = 0, waiting: int = 0, incarnation: str = "first"
+        self,
+        *,
+        sequence: int,
+        running: int = 0,
+        waiting: int = 0,
+        incarnation: str = "first",
+        starts_per_s: float = 0.0,
     ) -> None:
         """What whoever is connected is told from now on."""
         self._report = internal_pb2.LoadReport(
@@ -116,6 +122,7 @@ class FakeReplica(internal_pb2_grpc.ReplicaServicer):
             sequence=sequence,
             running=running,
             waiting=waiting,
+            starts_per_s=starts_per_s,
         )
 
     async def Connect(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
@@ -239,7 +246,9 @@ class FakeController(internal_pb2_grpc.ControlServicer, management_pb2_grpc.Mana
     async def DrainReplicas(  # noqa: N802
         self, request: management_pb2.DrainReplicasRequest, context: Context
     ) -> AsyncIterator[management_pb2.DrainProgress]:
-        """Drained at once."""
+        """Drained at once, but for "bad", which is refused."""
+        if "bad" in request.replica_ids:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "replica_ids: no bad")
         yield _drains(request.replica_ids, "drained")
 
     async def UndrainReplicas(  # noqa: N802

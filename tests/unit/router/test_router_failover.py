@@ -78,6 +78,7 @@ async def test_a_stream_goes_on_at_another_holder_from_the_tokens_sent(bench: Be
     await bench.idle()
     outcome = bench.router.outcomes[-1]
     assert (outcome.status, outcome.messages, outcome.attempts) == ("OK", 6, 2)
+    assert bench.router.counters.failovers == 1
 
 
 async def test_a_stream_that_goes_on_may_be_refused_like_a_new_one(make_bench: MakeBench) -> None:
