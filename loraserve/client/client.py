@@ -26,6 +26,8 @@ from loraserve.rpc.v1 import inference_pb2, management_pb2
 Prompt = str | tuple[int, ...] | tuple[ChatTurn, ...]
 
 READY_POLL_S = 0.05
+# The controller's bound; what is beyond it would end as this call's own timeout.
+MAX_DRAIN_DEADLINE_S = 86_400.0
 DEFAULT_SAMPLING = SamplingParams()
 
 
@@ -161,8 +163,13 @@ class Client:
         """Drain these replicas, or all of a node, and yield how far they are until all are drained.
 
         Leaving early does not stop it, asking again for the same joins it. StaleError if adapters or all
-        replicas would be lost and it is not forced, or if the drain is taken back.
+        replicas would be lost and it is not forced, or if the drain is taken back; BadInputError at once for
+        a deadline that is none.
         """
+        if deadline_s is not None and not 0 <= deadline_s <= MAX_DRAIN_DEADLINE_S:
+            raise BadInputError(
+                f"deadline_s: {deadline_s:g}; expected seconds from 0 to {MAX_DRAIN_DEADLINE_S:g}"
+            )
         request = management_pb2.DrainReplicasRequest(
             replica_ids=replicas, node_id=node, deadline_s=deadline_s, force=force
         )
