@@ -13,8 +13,6 @@ MAX_DEADLINE_S = 86_400.0
 
 RUNNING = (ReplicaPhase.READY, ReplicaPhase.DRAINING)
 
-DRAINS = (ReplicaPhase.DRAINING, ReplicaPhase.DRAINED, ReplicaPhase.UNKNOWN)
-
 
 def select(
     controller: Controller, replica_ids: Sequence[str], node_id: str, *, phases: Collection[ReplicaPhase]
@@ -76,7 +74,7 @@ def drain_is_done(controller: Controller, replicas: Sequence[ReplicaId]) -> bool
     """Whether all are drained; StaleError if one of them is not to be drained any more."""
     records = [controller.state.replicas[replica] for replica in replicas]
     for record in records:
-        if record.drain is None or record.phase not in DRAINS:
+        if record.drain is None:
             raise StaleError(f"{record.replica_id}: its drain was taken back; it is {record.phase.value}")
     return all(record.phase is ReplicaPhase.DRAINED for record in records)
 
