@@ -21,13 +21,12 @@ from loraserve.clock import Clock, WallClock
 from loraserve.errors import BadInputError, LoraServeError, UnavailableError
 from loraserve.request import ChatTurn, GenerationRequest, SamplingParams
 from loraserve.rpc import codec
+from loraserve.rpc.limits import check_drain_deadline
 from loraserve.rpc.v1 import inference_pb2, management_pb2
 
 Prompt = str | tuple[int, ...] | tuple[ChatTurn, ...]
 
 READY_POLL_S = 0.05
-# The controller's bound; what is beyond it would end as this call's own timeout.
-MAX_DRAIN_DEADLINE_S = 86_400.0
 DEFAULT_SAMPLING = SamplingParams()
 
 
@@ -166,10 +165,8 @@ class Client:
         replicas would be lost and it is not forced, or if the drain is taken back; BadInputError at once for
         a deadline that is none.
         """
-        if deadline_s is not None and not 0 <= deadline_s <= MAX_DRAIN_DEADLINE_S:
-            raise BadInputError(
-                f"deadline_s: {deadline_s:g}; expected seconds from 0 to {MAX_DRAIN_DEADLINE_S:g}"
-            )
+        if deadline_s is not None:
+            check_drain_deadline(deadline_s)
         request = management_pb2.DrainReplicasRequest(
             replica_ids=replicas, node_id=node, deadline_s=deadline_s, force=force
         )

@@ -1,32 +1,30 @@
 """What operators may ask of replicas: drain them, take that back, and see how far it is."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from loraserve.controller.controller import Controller
 from loraserve.errors import BadInputError, NotFoundError, ReplicaStartError, StaleError, UnavailableError
+from loraserve.rpc.limits import check_drain_deadline
 from loraserve.rpc.v1 import management_pb2
 from placement import cluster_messages as messages
 from placement.cluster_records import DrainOrder, ReplicaPhase
 from placement.types import ReplicaId
 
-MAX_DEADLINE_S = 86_400.0
-
 RUNNING = (ReplicaPhase.READY, ReplicaPhase.DRAINING)
+SETTLED = (*RUNNING, ReplicaPhase.DRAINED)
+"""One that is being started again may come up on another node than the one it was on."""
 
 
-def select(
-    controller: Controller, replica_ids: Sequence[str], node_id: str, *, phases: Collection[ReplicaPhase]
-) -> tuple[ReplicaId, ...]:
-    """The replicas named, or those in one of these phases on the node; BadInputError or NotFoundError."""
+def select(controller: Controller, replica_ids: Sequence[str], node_id: str) -> tuple[ReplicaId, ...]:
+    """The replicas named, or those on the node; BadInputError or NotFoundError."""
     replicas = controller.state.replicas
     if bool(replica_ids) == bool(node_id):
         raise BadInputError("replica_ids, node_id: give one of them")
     if node_id:
-        # One that is being started again may come up on another node than the one it was on.
         nodes = {
             record.replica_id: record.spec.node_id
             for record in replicas.values()
-            if record.spec is not None and record.phase in phases
+            if record.spec is not None and record.phase in SETTLED
         }
         if node_id not in nodes.values():
             known = ", ".join(sorted(set(nodes.values()))) or "none"
@@ -45,10 +43,7 @@ def begin_drain(controller: Controller, replicas: Sequence[ReplicaId], order: Dr
     adapters or all replicas would be lost and `order` does not force it, WorkFailedError if it cannot be
     saved; nothing is done then.
     """
-    if not 0 <= order.deadline_s <= MAX_DEADLINE_S:
-        raise BadInputError(
-            f"deadline_s: {order.deadline_s:g}; expected seconds from 0 to {MAX_DEADLINE_S:g}"
-        )
+    check_drain_deadline(order.deadline_s)
     state = controller.state
     if controller.table.version == 0:
         raise UnavailableError("the controller is still looking for its replicas; try again in a moment")

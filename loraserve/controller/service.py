@@ -17,7 +17,7 @@ from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
 from loraserve.rpc.status import abort_with
 from loraserve.rpc.table_codec import encode_table
 from loraserve.rpc.v1 import management_pb2, management_pb2_grpc
-from placement.cluster_records import DrainOrder, ReplicaPhase, ReplicaRecord
+from placement.cluster_records import DrainOrder, ReplicaRecord
 from placement.types import AdapterName, ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)
@@ -131,9 +131,7 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
     ) -> AsyncIterator[management_pb2.DrainProgress]:
         """Drain; a client that hangs up does not stop it."""
         try:
-            replicas = drains.select(
-                self._controller, request.replica_ids, request.node_id, phases=drains.RUNNING
-            )
+            replicas = drains.select(self._controller, request.replica_ids, request.node_id)
             default_s = self._controller.config.replica.drain_timeout_s
             deadline_s = request.deadline_s if request.HasField("deadline_s") else default_s
             order = DrainOrder(deadline_s=deadline_s, force=request.force)
@@ -148,8 +146,7 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
     ) -> AsyncIterator[management_pb2.DrainProgress]:
         """Take drains back; a client that hangs up does not stop it."""
         try:
-            phases = (*drains.RUNNING, ReplicaPhase.DRAINED)
-            replicas = drains.select(self._controller, request.replica_ids, request.node_id, phases=phases)
+            replicas = drains.select(self._controller, request.replica_ids, request.node_id)
             drains.begin_undrain(self._controller, replicas)
             async for message in self._progress(replicas, drains.undrain_is_done):
                 yield message

@@ -1,4 +1,4 @@
-"""The limits and ranges of a generation request, each checked by one function."""
+"""The limits and ranges of requests, each checked by one function."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,13 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGPROBS = 20
 MAX_PENALTY = 2.0
+MAX_DRAIN_S = 86_400.0
+
+
+def check_drain_deadline(deadline_s: float) -> None:
+    """BadInputError for what is no deadline of a drain."""
+    if not 0 <= deadline_s <= MAX_DRAIN_S:
+        raise BadInputError(f"deadline_s: {deadline_s:g}; expected seconds from 0 to {MAX_DRAIN_S:g}")
 
 
 def _number(

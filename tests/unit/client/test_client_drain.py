@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from loraserve.client import Client
-from loraserve.client.client import MAX_DRAIN_DEADLINE_S
 from loraserve.controller import drains
 from loraserve.errors import BadInputError
 from loraserve.samples import SampleSet
@@ -29,7 +28,6 @@ async def test_a_deadline_that_is_none_is_refused_before_a_router_is_asked(deadl
 async def test_client_and_controller_draw_the_line_at_the_same_place(
     tmp_path: Path, samples: SampleSet
 ) -> None:
-    assert MAX_DRAIN_DEADLINE_S == drains.MAX_DEADLINE_S
     async with local_cluster(tmp_path, samples) as cluster, Client(NOWHERE) as client:
         for deadline in NO_DEADLINES:
             with pytest.raises(BadInputError) as by_client:

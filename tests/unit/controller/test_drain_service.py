@@ -97,6 +97,7 @@ async def test_a_node_s_drain_leaves_out_what_is_being_started_elsewhere(
     async with Client(cluster.address) as client:
         statuses = await drained(client, node="local", deadline_s=0.0, force=True)
         assert [(one.replica_id, one.state) for one in statuses] == [("replica-1", "drained")]
+        assert await drained(client, node="local") == statuses, "what is drained already is done"
         assert lost.phase is ReplicaPhase.STARTING
         may_start.set()
         async with aclosing(client.undrain(node="local")) as progress:
