@@ -74,7 +74,9 @@ class ModelSection(Section, frozen=True):
 
 class EngineSection(Section, frozen=True):
     """One engine instance. `adapter_slots` is how many adapters it holds at once; `extra` is passed
-    to vLLM's engine arguments as it is, except for what LoRAServe owns or cannot run."""
+    to vLLM's engine arguments as it is, except for what LoRAServe owns or cannot run. `lora_execution`
+    says how vLLM computes adapters: at their own rank, padded to `max_lora_rank` by our own grouped product
+    (to compare with), as vLLM itself does, or not at all."""
 
     kind: Literal["vllm", "emulated"] = "vllm"
     max_lora_rank: LoraRank = 128
@@ -86,6 +88,7 @@ class EngineSection(Section, frozen=True):
     kv_cache_bytes: Positive = 256 * 1024**2
     tensor_parallel_size: Positive = 1
     gpus_per_replica: Count = 0
+    lora_execution: Literal["rank-true", "padded", "stock", "off"] = "rank-true"
     extra: dict[str, Any] = {}
 
 
