@@ -26,6 +26,7 @@ CHAT_TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+_MAX_HIDDEN = 8192
 _RECALL_GAIN = 1.5
 _MIX_GAIN = 0.9
 _TIE_BREAK = 0.03
@@ -54,8 +55,10 @@ def build_checkpoint(
 
     Heads are 64 wide (two query heads to a key-value head), so `hidden_size` is a multiple of 128.
     """
-    if hidden_size % 128 or not 128 <= hidden_size <= 256:
-        raise BadInputError(f"hidden_size is {hidden_size}; expected 128 or 256")
+    if hidden_size % 128 or not 128 <= hidden_size <= _MAX_HIDDEN:
+        raise BadInputError(
+            f"hidden_size is {hidden_size}; expected a multiple of 128, from 128 to {_MAX_HIDDEN}"
+        )
     if num_layers < 1:
         raise BadInputError(f"num_layers is {num_layers}; expected at least 1")
     from safetensors.numpy import save_file

@@ -117,9 +117,16 @@ def test_a_wrong_adapter_recipe_is_refused(
         build_adapter(tmp_path / "a", samples.model, **arguments)  # type: ignore[arg-type]
 
 
-def test_a_wrong_checkpoint_recipe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="hidden_size is 100"):
-        build_checkpoint(tmp_path / "m", hidden_size=100)
+@pytest.mark.parametrize("hidden_size", [0, 100, 192, 8320])
+def test_a_wrong_checkpoint_recipe_is_refused(tmp_path: Path, hidden_size: int) -> None:
+    with pytest.raises(BadInputError, match=f"hidden_size is {hidden_size}; expected a multiple of 128"):
+        build_checkpoint(tmp_path / "m", hidden_size=hidden_size)
+
+
+def test_a_checkpoint_may_be_wider_than_the_sample(tmp_path: Path) -> None:
+    weights = load_file(build_checkpoint(tmp_path / "m", hidden_size=384, num_layers=3) / "model.safetensors")
+    assert weights["model.layers.2.self_attn.q_proj.weight"].shape == (384, 384)
+    assert weights["model.layers.2.mlp.down_proj.weight"].shape == (384, 768)
 
 
 def test_the_command_prints_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
