@@ -25,6 +25,8 @@ MAX_FINITE = 1e18
 # Ray counts processors in ten-thousandths.
 MIN_CPUS = 1e-4
 MAX_SHOWN_CHARS = 80
+# What a replica holds at most where the configuration names no number.
+MAX_POOL_ADAPTERS = 4096
 
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -32,6 +34,7 @@ Seconds = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
 Cost = Annotated[float, Meta(ge=0, le=MAX_FINITE)]
 Rate = Annotated[float, Meta(gt=0, le=MAX_FINITE)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+LoraExecution = Literal["rank-true", "padded", "stock", "off"]
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
 
 
@@ -73,14 +76,16 @@ class ModelSection(Section, frozen=True):
 
 
 class EngineSection(Section, frozen=True):
-    """One engine instance. `adapter_slots` is how many adapters it holds at once; `extra` is passed
-    to vLLM's engine arguments as it is, except for what LoRAServe owns or cannot run. `lora_execution`
-    says how vLLM computes adapters: at their own rank, padded to `max_lora_rank` by our own grouped product
-    (to compare with), as vLLM itself does, or not at all."""
+    """One engine instance. It holds up to `pool_adapters` adapters (0: as many as `pool_bytes` holds, at most
+    4096), and a batch up to `adapter_slots` different ones. `extra` is passed to vLLM's engine arguments as
+    it is, except for what LoRAServe owns or cannot run. `lora_execution` says how vLLM computes adapters: at
+    their own rank, padded to `max_lora_rank` by our own grouped product (to compare with), as vLLM itself
+    does, which holds none beside those in slots, or not at all."""
 
     kind: Literal["vllm", "emulated"] = "vllm"
     max_lora_rank: LoraRank = 128
     adapter_slots: Annotated[int, Meta(ge=1, le=4096)] = 8
+    pool_adapters: Annotated[int, Meta(ge=0, le=65536)] = 0
     pool_bytes: Positive = 4 * 1024**3
     max_num_seqs: Positive = 64
     max_model_len_tokens: Positive = 2048
@@ -88,8 +93,16 @@ class EngineSection(Section, frozen=True):
     kv_cache_bytes: Positive = 256 * 1024**2
     tensor_parallel_size: Positive = 1
     gpus_per_replica: Count = 0
-    lora_execution: Literal["rank-true", "padded", "stock", "off"] = "rank-true"
+    lora_execution: LoraExecution = "rank-true"
     extra: dict[str, Any] = {}
+
+    @property
+    def max_held_adapters(self) -> int:
+        """How many adapters it may hold at once."""
+        if self.lora_execution == "off":
+            return 0
+        most = self.pool_adapters or MAX_POOL_ADAPTERS
+        return min(most, self.adapter_slots) if self.lora_execution == "stock" else most
 
 
 class EmulatedSection(Section, frozen=True):

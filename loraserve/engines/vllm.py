@@ -7,6 +7,7 @@ that runs the engine, and off its event loop.
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from loraserve.config import EngineSection, ModelSection
+from loraserve.config import EngineSection, LoraExecution, ModelSection
 from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, check_resumed
 from loraserve.engines.vllm_arguments import (
     check_extra,
@@ -24,7 +25,9 @@ from loraserve.engines.vllm_arguments import (
     engine_environment,
     environment_set,
 )
+from loraserve.engines.vllm_lora.support import untested, vllm_version
 from loraserve.engines.vllm_outputs import LoadRecorder
+from loraserve.engines.vllm_pool import EnginePool
 from loraserve.engines.vllm_processes import EngineProcesses, engine_children, kill_pids, with_descendants
 from loraserve.engines.vllm_prompts import PromptEncoder
 from loraserve.engines.vllm_resume import vllm_work
@@ -41,9 +44,12 @@ from loraserve.errors import (
 from loraserve.request import GenerationRequest, GenerationStep
 from placement.types import VersionId
 
+logger = logging.getLogger(__name__)
+
 _SHUTDOWN_S = 5.0
 _KILL_S = 5.0
 _START_POLL_S = 0.05
+_MAX_ADAPTERS = 4096
 
 
 @dataclass(slots=True)
@@ -53,7 +59,7 @@ class _Started:
     client: Any
     info: EngineInfo
     prompts: PromptEncoder
-    slots: AdapterSlots
+    adapters: AdapterSlots | EnginePool
     processes: EngineProcesses
 
 
@@ -87,6 +93,7 @@ class VllmEngine:
         self._starting: asyncio.Future[Any] | None = None
         self._children_before: frozenset[int] = frozenset()
         self._temp_dir = ""
+        self._execution: LoraExecution = engine.lora_execution
         self._started: _Started | None = None
         self._closing: asyncio.Future[None] | None = None
 
@@ -112,15 +119,15 @@ class VllmEngine:
 
     async def load_adapter(self, adapter: AdapterFiles) -> None:
         """Make the version usable; done when every worker rank lists it."""
-        await self._running().slots.load(adapter)
+        await self._running().adapters.load(adapter)
 
     async def unload_adapter(self, version_id: VersionId) -> None:
         """Free what the version held; StaleError while a request of this engine uses it."""
-        await self._running().slots.unload(version_id)
+        await self._running().adapters.unload(version_id)
 
     async def resident(self) -> frozenset[VersionId]:
         """The versions that every worker rank lists."""
-        return await self._running().slots.resident()
+        return await self._running().adapters.resident()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Stream the request's steps; closing or cancelling the stream aborts it in vLLM."""
@@ -134,8 +141,9 @@ class VllmEngine:
                 check_resumed(request, started.info.vocab_size)
                 prompt_ids = await started.prompts.encode(request.prompt)
                 work = vllm_work(started.client, request, prompt_ids)
-                # vLLM knows the request from the first step of its stream on, without a pause before it.
-                only = work.aborted() if entry.aborted else work.ended
+                entered = await self._enter(started, request)
+                # Nothing pauses between this and the first step of the stream, when vLLM knows of it.
+                only = work.aborted() if entry.aborted or not entered else work.ended
                 if only is not None:
                     finished = True
                     yield only
@@ -163,6 +171,7 @@ class VllmEngine:
         entry = self._in_flight.get(request_id)
         if entry is not None and self._started is not None:
             entry.aborted = True
+            self._started.adapters.give_up(request_id)
             await self._abort_in_vllm(self._started, (request_id,))
 
     def load(self) -> EngineLoad:
@@ -193,12 +202,14 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         check_known(self._engine.extra, {field.name for field in dataclasses.fields(AsyncEngineArgs)})
-        environment = engine_environment(self._engine, self._parent_pid, on_cpu=on_cpu)
+        execution = self._execution = _execution(self._engine)
+        environment = engine_environment(self._engine, self._parent_pid, on_cpu=on_cpu, execution=execution)
         # vLLM deletes neither its sockets nor its rendezvous file: they go with this folder.
         environment |= {"VLLM_RPC_BASE_PATH": self._temp_dir, "TMPDIR": self._temp_dir}
         with environment_set(environment):
             try:
-                arguments = AsyncEngineArgs(**engine_arguments(self._model, self._engine, on_cpu=on_cpu))
+                values = engine_arguments(self._model, self._engine, on_cpu=on_cpu, execution=execution)
+                arguments = AsyncEngineArgs(**values)
                 config = arguments.create_engine_config()
             except (ValueError, TypeError, OSError) as error:
                 raise ConfigError(f"engine: vLLM refuses the configuration: {_reason(error)}") from error
@@ -232,10 +243,25 @@ class VllmEngine:
             max_model_len_tokens=info.max_model_len_tokens,
             vocab_size=info.vocab_size,
         )
-        slots = AdapterSlots(
-            client, num_slots=self._engine.adapter_slots, max_lora_rank=self._engine.max_lora_rank
+        return _Started(
+            client=client,
+            info=info,
+            prompts=prompts,
+            adapters=self._adapters(client),
+            processes=processes,
         )
-        return _Started(client=client, info=info, prompts=prompts, slots=slots, processes=processes)
+
+    def _adapters(self, client: Any) -> AdapterSlots | EnginePool:
+        slots, rank = self._engine.adapter_slots, self._engine.max_lora_rank
+        if self._execution in ("stock", "off"):
+            num_slots = 0 if self._execution == "off" else slots
+            return AdapterSlots(client, num_slots=num_slots, max_lora_rank=rank)
+        return EnginePool(
+            client,
+            num_slots=slots,
+            num_adapters=self._engine.pool_adapters or _MAX_ADAPTERS,
+            max_lora_rank=rank,
+        )
 
     def _running(self) -> _Started:
         if self._started is None or self._closing is not None:
@@ -247,16 +273,22 @@ class VllmEngine:
             raise AlreadyExistsError(f"request {request.request_id}: a request of this id is in flight")
         lora = None
         if request.version_id is not None:
-            lora = started.slots.pin(request.version_id)
+            lora = started.adapters.pin(request.version_id)
             if lora is None:
                 raise NotFoundError(f"adapter {request.version_id}: not loaded in this engine")
         entry = self._in_flight[request.request_id] = _InFlight(lora)
         return entry
 
+    async def _enter(self, started: _Started, request: GenerationRequest) -> bool:
+        if request.version_id is None:
+            return True
+        return await started.adapters.enter(request.version_id, request.request_id)
+
     def _release(self, started: _Started, request: GenerationRequest) -> None:
         del self._in_flight[request.request_id]
         if request.version_id is not None:
-            started.slots.unpin(request.version_id)
+            started.adapters.leave(request.version_id, request.request_id)
+            started.adapters.unpin(request.version_id)
 
     async def _abort_in_vllm(self, started: _Started, request_ids: tuple[str, ...]) -> None:
         if not started.client.errored:
@@ -295,9 +327,22 @@ class VllmEngine:
         processes.kill()
         await processes.wait(_KILL_S)
         processes.close()
+        if started is not None:
+            started.adapters.close()
         await asyncio.wait({shutdown}, timeout=_KILL_S)
         if shutdown.done():
             shutdown.exception()
+
+
+def _execution(engine: EngineSection) -> LoraExecution:
+    """The configured execution, or vLLM's own where ours was not tested; then the log says so."""
+    if engine.lora_execution in ("stock", "off"):
+        return engine.lora_execution
+    reason = untested(vllm_version())
+    if reason:
+        logger.warning("%s", reason)
+        return "stock"
+    return engine.lora_execution
 
 
 def _shut_down(client: Any) -> None:

@@ -8,15 +8,17 @@ from typing import Any
 
 from loraserve.config import EngineSection, ModelSection
 from loraserve.engines.vllm_guard import PARENT_PID, PARENT_START, process_start
+from loraserve.engines.vllm_lora.install import EXECUTION
 from loraserve.errors import ConfigError
 
 _PLUGIN = "loraserve"
+_EXTENSION = "loraserve.engines.vllm_lora.worker.WorkerExtension"
 
 # vLLM's name: where the value comes from instead.
 _OWNED = {
     "model": "model.path",
     "dtype": "model.dtype",
-    "enable_lora": "always on",
+    "enable_lora": "engine.lora_execution",
     "max_loras": "engine.adapter_slots",
     "max_cpu_loras": "engine.adapter_slots",
     "max_lora_rank": "engine.max_lora_rank",
@@ -27,6 +29,7 @@ _OWNED = {
     "tensor_parallel_size": "engine.tensor_parallel_size",
     "distributed_executor_backend": "chosen by LoRAServe",
     "disable_log_stats": "chosen by LoRAServe",
+    "worker_extension_cls": "chosen by LoRAServe",
 }
 # vLLM's name: the one value that is no request for what LoRAServe cannot run, and what that is.
 _REFUSED: dict[str, tuple[object, str]] = {
@@ -66,21 +69,13 @@ def check_known(extra: Mapping[str, Any], known: Collection[str]) -> None:
             raise ConfigError(f"engine.extra.{key}: this vLLM has no such engine argument{hint}")
 
 
-def engine_arguments(model: ModelSection, engine: EngineSection, *, on_cpu: bool) -> dict[str, Any]:
-    """The keyword arguments of vLLM's AsyncEngineArgs.
-
-    There is one LoRA slot more than adapters are ever loaded. vLLM fills the first free slot, so the
-    last one stays zero; on the CPU a base-model row of a mixed batch reads exactly that slot (index -1)
-    and would otherwise get another request's adapter.
-    """
-    slots = engine.adapter_slots + 1
+def engine_arguments(
+    model: ModelSection, engine: EngineSection, *, on_cpu: bool, execution: str
+) -> dict[str, Any]:
+    """The keyword arguments of vLLM's AsyncEngineArgs, given the LoRA execution that it really gets."""
     arguments: dict[str, Any] = {
         "model": model.path,
         "dtype": model.dtype,
-        "enable_lora": True,
-        "max_loras": slots,
-        "max_cpu_loras": slots,
-        "max_lora_rank": engine.max_lora_rank,
         "max_num_seqs": engine.max_num_seqs,
         "max_model_len": engine.max_model_len_tokens,
         "max_num_batched_tokens": engine.max_num_batched_tokens,
@@ -91,10 +86,33 @@ def engine_arguments(model: ModelSection, engine: EngineSection, *, on_cpu: bool
     }
     if on_cpu:
         arguments["enforce_eager"] = True
-    return arguments | engine.extra
+    return arguments | _lora_arguments(engine, on_cpu=on_cpu, execution=execution) | engine.extra
 
 
-def engine_environment(engine: EngineSection, parent_pid: int, *, on_cpu: bool) -> dict[str, str | None]:
+def _lora_arguments(engine: EngineSection, *, on_cpu: bool, execution: str) -> dict[str, Any]:
+    """With vLLM's own execution on the CPU there is one slot more than adapters are ever loaded.
+
+    vLLM fills the first free slot, so the last one stays zero; a base-model row of a mixed batch reads
+    exactly that slot (index -1) and would otherwise get another request's adapter.
+    """
+    if execution == "off":
+        return {"enable_lora": False}
+    slots = engine.adapter_slots + (1 if execution == "stock" and on_cpu else 0)
+    arguments: dict[str, Any] = {
+        "enable_lora": True,
+        "max_loras": slots,
+        # Enough: an adapter is in a slot before a request names it, and what holds it is our pool.
+        "max_cpu_loras": slots,
+        "max_lora_rank": engine.max_lora_rank,
+    }
+    if execution != "stock":
+        arguments["worker_extension_cls"] = _EXTENSION
+    return arguments
+
+
+def engine_environment(
+    engine: EngineSection, parent_pid: int, *, on_cpu: bool, execution: str
+) -> dict[str, str | None]:
     """The variables that vLLM's processes start with; None removes one."""
     environment: dict[str, str | None] = {
         PARENT_PID: str(parent_pid),
@@ -103,6 +121,7 @@ def engine_environment(engine: EngineSection, parent_pid: int, *, on_cpu: bool) 
         "DO_NOT_TRACK": "1",
         # A replica runs gRPC's threads, which do not survive a fork.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        EXECUTION: execution if execution in ("rank-true", "padded") else None,
     }
     plugins = os.environ.get("VLLM_PLUGINS")
     if plugins is not None and _PLUGIN not in plugins.split(","):

@@ -1,11 +1,12 @@
-"""The adapters that a vLLM engine holds, one LoRA slot each."""
+"""The adapters of an engine with vLLM's own LoRA execution: loaded from files, one LoRA slot each."""
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Mapping
 from typing import Any
 
 from loraserve.engines.base import AdapterFiles
+from loraserve.engines.vllm_calls import EngineCalls
 from loraserve.errors import (
     AdapterRejectedError,
     EngineDeadError,
@@ -15,9 +16,6 @@ from loraserve.errors import (
     WorkFailedError,
 )
 from placement.types import VersionId
-
-_CALL_TIMEOUT_S = 600.0
-_LIVENESS_POLL_S = 0.5
 
 
 class AdapterSlots:
@@ -29,6 +27,7 @@ class AdapterSlots:
     """
 
     def __init__(self, client: Any, *, num_slots: int, max_lora_rank: int) -> None:
+        self._calls = EngineCalls(client)
         self._client = client
         self._num_slots = num_slots
         self._max_lora_rank = max_lora_rank
@@ -36,18 +35,17 @@ class AdapterSlots:
         self._uses: Counter[VersionId] = Counter()
         self._last_id = 0
         self._lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def load(self, adapter: AdapterFiles) -> None:
         """Bring the version into a slot; one that is held already is no error.
 
         AdapterRejectedError if vLLM refuses it (nothing stays behind), OverloadedError without a free slot.
         """
-        await self._finish(self._load(adapter))
+        await self._calls.finish(self._load(adapter))
 
     async def unload(self, version_id: VersionId) -> None:
         """Free the version's slot; StaleError while requests use it."""
-        await self._finish(self._unload(version_id))
+        await self._calls.finish(self._unload(version_id))
 
     async def resident(self) -> frozenset[VersionId]:
         """The versions that every rank holds."""
@@ -68,8 +66,27 @@ class AdapterSlots:
         if not self._uses[version_id]:
             del self._uses[version_id]
 
+    async def enter(self, version_id: VersionId, request_id: str) -> bool:
+        """Whether a request may be given to vLLM: at once, for what is held has its slot."""
+        return True
+
+    def give_up(self, request_id: str) -> None:
+        """End the wait of `enter`, which there is none of."""
+
+    def leave(self, version_id: VersionId, request_id: str) -> None:
+        """The request has ended."""
+
+    async def report(self) -> Mapping[str, Any]:
+        """What the workers say of their adapters: nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Let go of what the engine does not know of: nothing."""
+
     async def _load(self, adapter: AdapterFiles) -> None:
         name = adapter.version_id
+        if not self._num_slots:
+            raise AdapterRejectedError(f"adapter {name}: engine.lora_execution is off; expected another one")
         async with self._lock:
             if name in self._held:
                 return
@@ -108,7 +125,7 @@ class AdapterSlots:
             lora_path=str(adapter.directory.absolute()),
         )
         try:
-            await self._call(self._client.add_lora(lora))
+            await self._calls.call(self._client.add_lora(lora))
             missing = [rank for rank, ids in enumerate(await self._listed()) if lora.lora_int_id not in ids]
             if missing:
                 raise WorkFailedError(f"worker ranks {missing} do not list it")
@@ -134,36 +151,13 @@ class AdapterSlots:
                 raise
 
     async def _remove(self, lora_id: int) -> None:
-        await self._call(self._client.remove_lora(lora_id))
+        await self._calls.call(self._client.remove_lora(lora_id))
         holding = [rank for rank, ids in enumerate(await self._listed()) if lora_id in ids]
         if holding:
             raise WorkFailedError(f"worker ranks {holding} did not unload adapter number {lora_id}")
 
     async def _listed(self) -> list[frozenset[int]]:
-        ranks = await self._call(self._client.collective_rpc("list_loras"))
+        if not self._num_slots:
+            return [frozenset()]
+        ranks = await self._calls.call(self._client.collective_rpc("list_loras"))
         return [frozenset(ids) for ids in ranks]
-
-    async def _call(self, call: Coroutine[Any, Any, Any]) -> Any:
-        """The call's result. vLLM never answers a call that its engine died under: watch that too."""
-        task = asyncio.ensure_future(call)
-        try:
-            for _ in range(int(_CALL_TIMEOUT_S / _LIVENESS_POLL_S)):
-                done, _ = await asyncio.wait({task}, timeout=_LIVENESS_POLL_S)
-                if self._client.errored:
-                    raise EngineDeadError("the vLLM engine process is gone")
-                if done:
-                    return task.result()
-            raise WorkFailedError(f"vLLM did not answer within {_CALL_TIMEOUT_S:.0f} s")
-        finally:
-            task.cancel()
-
-    async def _finish(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
-        await asyncio.shield(task)
-
-    def _forget(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # seen: its caller may have gone

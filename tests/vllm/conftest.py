@@ -80,14 +80,15 @@ def references(
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def session_bench(samples: SampleSet) -> AsyncIterator[Bench]:
-    """The one engine, five adapters in its five slots."""
+    """The one engine: five adapters, of which three have a slot at a time."""
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     engine = VllmEngine(
         ModelSection(path=str(samples.model), dtype="float32"),
         EngineSection(
             max_lora_rank=128,
-            adapter_slots=5,
+            adapter_slots=3,
+            pool_adapters=5,
             max_num_seqs=32,
             max_model_len_tokens=512,
             max_num_batched_tokens=512,

@@ -169,7 +169,7 @@ async def test_what_a_started_engine_says_of_itself(bench: Bench) -> None:
 
     config = json.loads((bench.samples.model / "config.json").read_text())
     info = bench.engine._running().info
-    assert (info.kind, info.max_lora_rank, info.adapter_slots) == ("vllm", 128, 5)
+    assert (info.kind, info.max_lora_rank, info.adapter_slots) == ("vllm", 128, 3)
     assert (info.max_model_len_tokens, info.vocab_size) == (512, config["vocab_size"])
     assert running_pids(info.pids) == list(info.pids)
     assert info.pids

@@ -18,21 +18,45 @@ from loraserve.errors import ConfigError
 MODEL = ModelSection(path="/models/base", dtype="bfloat16")
 
 
-def test_one_slot_more_than_adapters_are_loaded() -> None:
-    arguments = engine_arguments(MODEL, EngineSection(adapter_slots=5), on_cpu=True)
-    assert arguments["max_loras"] == 6
-    assert arguments["max_cpu_loras"] == 6
+@pytest.mark.parametrize(
+    ("execution", "on_cpu", "slots"),
+    [("rank-true", True, 5), ("padded", True, 5), ("stock", True, 6), ("stock", False, 5)],
+)
+def test_only_stock_execution_on_the_cpu_needs_a_slot_that_stays_empty(
+    execution: str, on_cpu: bool, slots: int
+) -> None:
+    engine = EngineSection(adapter_slots=5)
+    arguments = engine_arguments(MODEL, engine, on_cpu=on_cpu, execution=execution)
+    assert (arguments["max_loras"], arguments["max_cpu_loras"]) == (slots, slots)
+    assert ("worker_extension_cls" in arguments) == (execution != "stock")
+
+
+def test_an_engine_without_adapters_knows_nothing_of_them() -> None:
+    arguments = engine_arguments(MODEL, EngineSection(), on_cpu=True, execution="off")
+    assert not [name for name in arguments if "lora" in name and arguments[name]]
+
+
+@pytest.mark.parametrize(
+    ("execution", "variable"),
+    [("rank-true", "rank-true"), ("padded", "padded"), ("stock", None), ("off", None)],
+)
+def test_vllms_processes_are_told_how_adapters_are_computed(execution: str, variable: str | None) -> None:
+    environment = engine_environment(EngineSection(), 1, on_cpu=True, execution=execution)
+    assert environment["LORASERVE_LORA_EXECUTION"] == variable
 
 
 @pytest.mark.parametrize(("tensor_parallel_size", "backend"), [(1, "uni"), (2, "mp")])
 def test_one_gpu_needs_no_worker_process(tensor_parallel_size: int, backend: str) -> None:
     engine = EngineSection(tensor_parallel_size=tensor_parallel_size)
-    assert engine_arguments(MODEL, engine, on_cpu=False)["distributed_executor_backend"] == backend
+    assert (
+        engine_arguments(MODEL, engine, on_cpu=False, execution="rank-true")["distributed_executor_backend"]
+        == backend
+    )
 
 
 def test_extra_reaches_vllm_as_it_is() -> None:
     engine = EngineSection(extra={"enable_prefix_caching": False, "enforce_eager": False})
-    arguments = engine_arguments(MODEL, engine, on_cpu=True)
+    arguments = engine_arguments(MODEL, engine, on_cpu=True, execution="rank-true")
     assert arguments["enable_prefix_caching"] is False
     assert arguments["enforce_eager"] is False
 
@@ -83,18 +107,18 @@ def test_a_model_is_needed() -> None:
 
 def test_the_environment_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
-    environment = engine_environment(EngineSection(), os.getpid(), on_cpu=True)
+    environment = engine_environment(EngineSection(), os.getpid(), on_cpu=True, execution="rank-true")
     assert environment["LORASERVE_PARENT_PID"] == str(os.getpid())
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
     assert environment["VLLM_CPU_KVCACHE_SPACE"] is None
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND")
-    environment = engine_environment(EngineSection(), os.getpid(), on_cpu=True)
+    environment = engine_environment(EngineSection(), os.getpid(), on_cpu=True, execution="rank-true")
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
 def test_the_environment_on_a_gpu_leaves_the_cpu_out() -> None:
-    environment = engine_environment(EngineSection(), os.getpid(), on_cpu=False)
+    environment = engine_environment(EngineSection(), os.getpid(), on_cpu=False, execution="rank-true")
     assert not [name for name in environment if "CPU" in name or "DYNAMO" in name]
     assert environment["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
@@ -104,9 +128,11 @@ def test_a_list_of_allowed_plugins_gains_ours(
     monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", before)
-    assert engine_environment(EngineSection(), 1, on_cpu=False)["VLLM_PLUGINS"] == after
+    assert (
+        engine_environment(EngineSection(), 1, on_cpu=False, execution="rank-true")["VLLM_PLUGINS"] == after
+    )
     monkeypatch.setenv("VLLM_PLUGINS", "loraserve")
-    assert "VLLM_PLUGINS" not in engine_environment(EngineSection(), 1, on_cpu=False)
+    assert "VLLM_PLUGINS" not in engine_environment(EngineSection(), 1, on_cpu=False, execution="rank-true")
 
 
 def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

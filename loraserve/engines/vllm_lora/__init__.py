@@ -1,0 +1,1 @@
+"""What runs inside vLLM's own processes: the one package that touches vLLM's internals."""

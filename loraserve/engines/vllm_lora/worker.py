@@ -1,0 +1,66 @@
+"""What a replica calls in vLLM's workers, by `collective_rpc`: plain values in, plain values out.
+
+vLLM mixes this class into its worker (`worker_extension_cls`). Each call runs between two engine steps, so
+each one is short: what takes long happens in the pool's thread, or piece by piece.
+"""
+
+from typing import Any
+
+from loraserve.adapters.segment import SegmentError, SegmentRef
+
+PREPARING, READY, ACTIVE, FAILED = "preparing", "ready", "active", "failed"
+
+
+class WorkerExtension:
+    """Methods that LoRAServe adds to vLLM's worker."""
+
+    model_runner: Any
+
+    def loraserve_state(self) -> dict[str, Any]:
+        """How this worker computes adapters, and how many slots it has."""
+        manager = self.model_runner.lora_manager
+        return {"execution": manager.execution, "slots": manager.model_manager.lora_slots}
+
+    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, sha256: str) -> str:
+        """Map an adapter's segment and begin to check it; '' or what is wrong."""
+        ref = SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, sha256=sha256)
+        try:
+            self.model_runner.lora_manager.pool.open(lora_id, ref)
+        except SegmentError as error:
+            return str(error)
+        return ""
+
+    def loraserve_advance(self, lora_id: int, activate: bool) -> tuple[str, str]:
+        """Bring an adapter one piece further: checked and prepared, then, if `activate`, into a slot.
+
+        The state it is in now, and the reason if that is FAILED.
+        """
+        manager = self.model_runner.lora_manager
+        try:
+            if not manager.pool.begin(lora_id):
+                return PREPARING, ""
+            if activate and manager.write_piece(lora_id):
+                return ACTIVE, ""
+        except (SegmentError, ValueError, RuntimeError, KeyError) as error:
+            return FAILED, f"{type(error).__name__}: {error}"
+        return READY, ""
+
+    def loraserve_deactivate(self, lora_id: int) -> None:
+        """Free the adapter's slot; one without a slot is no error. Its prepared form goes as well."""
+        self.model_runner.lora_manager.deactivate(lora_id)
+
+    def loraserve_close(self, lora_id: int) -> None:
+        """Free the adapter's slot and its mapping; one that is not here is no error."""
+        manager = self.model_runner.lora_manager
+        manager.deactivate(lora_id)
+        manager.pool.close(lora_id)
+
+    def loraserve_report(self) -> dict[str, Any]:
+        """The pool's adapters with their bytes, the active ones with their slots, and the slots' memory."""
+        manager = self.model_runner.lora_manager
+        slots = manager.model_manager.lora_index_to_id
+        return {
+            "pool": dict(manager.pool.sizes_bytes()),
+            "active": {lora_id: slot for slot, lora_id in enumerate(slots) if lora_id is not None},
+            **manager.model_manager.slot_memory(),
+        }

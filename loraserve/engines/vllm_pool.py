@@ -1,0 +1,286 @@
+"""The adapters of an engine with rank-true execution: held in shared memory, active in slots as needed.
+
+`placement.adapter_slots` decides which version has a slot; this shell publishes segments, tells vLLM's
+workers and feeds back what they say. vLLM's own caches never have to evict: a request enters vLLM only while
+its version is active.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from loraserve.adapters.segment import AdapterSegment, publish
+from loraserve.engines.base import AdapterFiles
+from loraserve.engines.vllm_calls import CALL_TIMEOUT_S, EngineCalls
+from loraserve.errors import (
+    AdapterRejectedError,
+    EngineDeadError,
+    LoraServeError,
+    OverloadedError,
+    StaleError,
+    WorkFailedError,
+)
+from placement.adapter_slots import SlotTable
+from placement.adapter_slots_messages import (
+    Activate,
+    Activated,
+    ActivationFailed,
+    Admit,
+    Deactivate,
+    Deactivated,
+    Dropped,
+    Ended,
+    Event,
+    Loaded,
+    Refuse,
+    Wanted,
+)
+from placement.types import VersionId
+
+_FIRST_POLL_S = 0.001
+_LAST_POLL_S = 0.02
+_PREPARING, _READY, _ACTIVE, _FAILED = "preparing", "ready", "active", "failed"
+
+
+class _Held:
+    """A version in the pool: its memory, and vLLM's name for it."""
+
+    def __init__(self, segment: AdapterSegment, lora: Any) -> None:
+        self.segment = segment
+        self.lora = lora
+
+    @property
+    def lora_id(self) -> int:
+        number: int = self.lora.lora_int_id
+        return number
+
+
+class EnginePool:
+    """Loads and unloads one version at a time, and believes what every worker rank reports, no status.
+
+    A version gets an integer id and a name of its own, and no id is used twice in an engine's life: vLLM
+    tells adapters apart by the one in some places and by the other elsewhere (its prefix cache).
+    """
+
+    def __init__(self, client: Any, *, num_slots: int, num_adapters: int, max_lora_rank: int) -> None:
+        self._calls = EngineCalls(client)
+        self._num_adapters = num_adapters
+        self._max_lora_rank = max_lora_rank
+        self._table = SlotTable(num_slots=num_slots)
+        self._held: dict[VersionId, _Held] = {}
+        self._uses: Counter[VersionId] = Counter()
+        self._waiting: dict[str, asyncio.Future[bool]] = {}
+        self._changed = asyncio.Event()
+        self._last_id = 0
+        self._changing = asyncio.Lock()
+        self._writing = asyncio.Lock()
+        self._dead = ""
+
+    async def load(self, adapter: AdapterFiles) -> None:
+        """Publish the version to every worker and have it checked there; one that is held is no error.
+
+        AdapterRejectedError for what cannot be served (nothing stays behind), OverloadedError without room.
+        """
+        await self._calls.finish(self._load(adapter))
+
+    async def unload(self, version_id: VersionId) -> None:
+        """Free the version's slot and memory; StaleError while requests use it."""
+        await self._calls.finish(self._unload(version_id))
+
+    async def resident(self) -> frozenset[VersionId]:
+        """The versions that every rank holds."""
+        everywhere = frozenset.intersection(*await self._pooled())
+        return frozenset(name for name, held in self._held.items() if held.lora_id in everywhere)
+
+    async def report(self) -> Mapping[str, Any]:
+        """What the first worker rank says of its pool, slots and their memory."""
+        answers = await self._calls.workers("loraserve_report")
+        report: Mapping[str, Any] = answers[0]
+        return report
+
+    def pin(self, version_id: VersionId) -> Any | None:
+        """vLLM's name for the version, which cannot be unloaded until `unpin`; None if it is not held."""
+        held = self._held.get(version_id)
+        if held is None:
+            return None
+        self._uses[version_id] += 1
+        return held.lora
+
+    def unpin(self, version_id: VersionId) -> None:
+        """Give back one `pin`."""
+        self._uses[version_id] -= 1
+        if not self._uses[version_id]:
+            del self._uses[version_id]
+
+    async def enter(self, version_id: VersionId, request_id: str) -> bool:
+        """Wait until the version is active in a slot; False if `give_up` came first.
+
+        WorkFailedError if it cannot be made active, EngineDeadError if the engine has died.
+        """
+        if self._dead:
+            raise EngineDeadError(self._dead)
+        waiting = self._waiting[request_id] = asyncio.get_running_loop().create_future()
+        self._handle(Wanted(version_id=version_id, request_id=request_id))
+        try:
+            admitted: bool = await waiting
+            return admitted
+        finally:
+            del self._waiting[request_id]
+
+    def give_up(self, request_id: str) -> None:
+        """End the request's wait in `enter`, if it is in one."""
+        waiting = self._waiting.get(request_id)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(False)
+
+    def leave(self, version_id: VersionId, request_id: str) -> None:
+        """The request has ended, wherever it was."""
+        self._handle(Ended(version_id=version_id, request_id=request_id))
+
+    def close(self) -> None:
+        """Give all memory back: the engine's processes have ended."""
+        self._dead = self._dead or "the vLLM engine is closed"
+        for held in self._held.values():
+            held.segment.close()
+
+    # -- pool ----------------------------------------------------------------------------------
+
+    async def _load(self, adapter: AdapterFiles) -> None:
+        name = adapter.version_id
+        async with self._changing:
+            if name in self._held:
+                return
+            if adapter.rank > self._max_lora_rank:
+                raise AdapterRejectedError(
+                    f"adapter {name}: rank {adapter.rank} is above engine.max_lora_rank {self._max_lora_rank}"
+                )
+            if len(self._held) >= self._num_adapters:
+                raise OverloadedError(f"adapter {name}: the pool holds {self._num_adapters} already")
+            if not adapter.directory.is_dir():
+                raise AdapterRejectedError(f"adapter {name}: no folder {adapter.directory}")
+            segment = await asyncio.to_thread(
+                publish, adapter.directory, name=name, max_lora_rank=self._max_lora_rank
+            )
+            try:
+                self._held[name] = await self._open(name, segment)
+            except BaseException:
+                segment.close()
+                raise
+        self._handle(Loaded(version_id=name))
+
+    async def _open(self, name: VersionId, segment: AdapterSegment) -> _Held:
+        """Every rank has mapped and checked the segment, or none keeps it."""
+        from vllm.lora.request import LoRARequest
+
+        self._last_id += 1
+        number, ref = self._last_id, segment.ref
+        # vLLM wants a path; ours names no file.
+        lora = LoRARequest(lora_name=str(name), lora_int_id=number, lora_path=f"memory:{name}")
+        try:
+            answers = await self._calls.workers(
+                "loraserve_open", number, ref.pid, ref.fd, ref.size_bytes, ref.sha256
+            )
+            wrong = next(filter(None, answers), "") or await self._advance(number, activate=False)
+            if wrong:
+                raise AdapterRejectedError(f"adapter {name}: the engine refuses it: {wrong}")
+            missing = [rank for rank, ids in enumerate(await self._pooled()) if number not in ids]
+            if missing:
+                raise WorkFailedError(f"adapter {name}: worker ranks {missing} do not report it")
+        except EngineDeadError:
+            raise
+        except LoraServeError:
+            await self._calls.workers("loraserve_close", number)
+            raise
+        return _Held(segment, lora)
+
+    async def _unload(self, version_id: VersionId) -> None:
+        async with self._changing:
+            held = self._held.get(version_id)
+            if held is None:
+                return
+            if self._uses[version_id]:
+                raise StaleError(f"adapter {version_id}: {self._uses[version_id]} requests still use it")
+            del self._held[version_id]
+            self._handle(Dropped(version_id=version_id))
+            while self._table.phase(version_id) is not None:
+                self._changed.clear()
+                await self._changed.wait()
+            await self._calls.workers("loraserve_close", held.lora_id)
+            holding = [rank for rank, ids in enumerate(await self._pooled()) if held.lora_id in ids]
+            held.segment.close()
+            if holding:
+                raise WorkFailedError(f"adapter {version_id}: worker ranks {holding} did not let go of it")
+
+    async def _pooled(self) -> list[frozenset[int]]:
+        answers = await self._calls.workers("loraserve_report")
+        return [frozenset(int(number) for number in answer["pool"]) for answer in answers]
+
+    # -- slots ---------------------------------------------------------------------------------
+
+    def _handle(self, event: Event) -> None:
+        for command in self._table.handle(event):
+            match command:
+                case Activate(version_id=version):
+                    self._calls.start(self._activate(version))
+                case Deactivate(version_id=version):
+                    self._calls.start(self._deactivate(version))
+                case Admit(request_id=request):
+                    self._answer(request, None)
+                case Refuse(request_id=request, reason=reason):
+                    dead = EngineDeadError(self._dead) if self._dead else None
+                    self._answer(request, dead or WorkFailedError(f"request {request}: {reason}"))
+        self._changed.set()
+
+    def _answer(self, request: str, error: LoraServeError | None) -> None:
+        waiting = self._waiting.get(request)
+        if waiting is None or waiting.done():
+            return
+        if error is None:
+            waiting.set_result(True)
+        else:
+            waiting.set_exception(error)
+
+    async def _activate(self, version: VersionId) -> None:
+        try:
+            async with self._writing:
+                held = self._held.get(version)
+                wrong = "it was dropped" if held is None else await self._advance(held.lora_id, activate=True)
+        except LoraServeError as error:
+            self._note(error)
+            wrong = str(error)
+        if wrong:
+            self._handle(ActivationFailed(version_id=version, reason=f"adapter {version}: {wrong}"))
+        else:
+            self._handle(Activated(version_id=version))
+
+    async def _deactivate(self, version: VersionId) -> None:
+        held = self._held.get(version)
+        if held is not None:  # closing it frees the slot as well
+            try:
+                async with self._writing:
+                    await self._calls.workers("loraserve_deactivate", held.lora_id)
+            except LoraServeError as error:
+                self._note(error)
+        self._handle(Deactivated(version_id=version))
+
+    async def _advance(self, lora_id: int, *, activate: bool) -> str:
+        """Advance the adapter on every rank until it is checked, or active; '' or what is wrong with it."""
+        wanted = _ACTIVE if activate else _READY
+        pause_s, waited_s = _FIRST_POLL_S, 0.0
+        while waited_s < CALL_TIMEOUT_S:
+            answers = await self._calls.workers("loraserve_advance", lora_id, activate)
+            for state, reason in answers:
+                if state == _FAILED:
+                    return str(reason)
+            if all(state == wanted for state, _ in answers):
+                return ""
+            if any(state == _PREPARING for state, _ in answers):
+                await asyncio.sleep(pause_s)
+                waited_s += pause_s
+                pause_s = min(2 * pause_s, _LAST_POLL_S)
+        return f"it was not ready within {CALL_TIMEOUT_S:.0f} s"
+
+    def _note(self, error: LoraServeError) -> None:
+        if isinstance(error, EngineDeadError):
+            self._dead = str(error)
