@@ -40,13 +40,15 @@ class AdapterStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """One replica; `resident` are version ids."""
+    """One replica; `resident` are version ids, at most `pool_adapters` of them; `adapter_slots` is how many
+    different ones a batch may hold."""
 
     replica_id: str
     state: str
     address: str
     max_lora_rank: int
     adapter_slots: int
+    pool_adapters: int
     resident: tuple[str, ...]
     resident_bytes: int
     running: int
@@ -125,6 +127,7 @@ def replica_status(message: management_pb2.Replica) -> ReplicaStatus:
         address=message.address,
         max_lora_rank=message.max_lora_rank,
         adapter_slots=message.adapter_slots,
+        pool_adapters=message.pool_adapters,
         resident=tuple(message.resident),
         resident_bytes=message.resident_bytes,
         running=message.running,

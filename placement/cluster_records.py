@@ -84,7 +84,7 @@ class ReplicaRecord:
         used_bytes = sum(copy.size_bytes for copy in self.copies.values())
         return (
             self.spec.admits(adapter)
-            and len(self.copies) < self.spec.adapter_slots
+            and len(self.copies) < self.spec.pool_adapters
             and used_bytes + adapter.size_bytes <= self.spec.pool_bytes
         )
 

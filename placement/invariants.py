@@ -6,7 +6,7 @@ from placement.types import SHARE_TOLERANCE, Placement, Snapshot
 
 
 def check_cluster(state: ClusterState) -> None:
-    """AssertionError unless slots, bytes, ranks, the published table and the registry agree."""
+    """AssertionError unless counts, bytes, ranks, the published table and the registry agree."""
     for record in state.replicas.values():
         _check_drain(state, record)
         if record.phase not in (ReplicaPhase.READY, ReplicaPhase.DRAINING) or record.gone:
@@ -17,7 +17,7 @@ def check_cluster(state: ClusterState) -> None:
         if spec is None:
             continue
         used_bytes = sum(copy.size_bytes for copy in record.copies.values())
-        _require(len(record.copies) <= spec.adapter_slots, f"{record.replica_id} is over its slots")
+        _require(len(record.copies) <= spec.pool_adapters, f"{record.replica_id} holds too many")
         _require(used_bytes <= spec.pool_bytes, f"{record.replica_id} is over its bytes")
         for version in record.copies:
             adapter = state.adapters.get(version)
@@ -75,10 +75,10 @@ def _check_drain(state: ClusterState, record: ReplicaRecord) -> None:
 
 
 def check_placement(snapshot: Snapshot, placement: Placement) -> None:
-    """AssertionError unless the placement respects slots, bytes and ranks and its shares sum to one."""
+    """AssertionError unless the placement respects counts, bytes and ranks and its shares sum to one."""
     adapters = {adapter.version_id: adapter for adapter in snapshot.adapters}
     specs = {spec.replica_id: spec for spec in snapshot.replicas}
-    slots = dict.fromkeys(specs, 0)
+    counts = dict.fromkeys(specs, 0)
     used_bytes = dict.fromkeys(specs, 0)
     for version, holders in placement.holders.items():
         adapter = adapters[version]
@@ -89,10 +89,10 @@ def check_placement(snapshot: Snapshot, placement: Placement) -> None:
         for holder in holders:
             spec = specs[holder.replica_id]
             _require(adapter.rank <= spec.max_lora_rank, f"{version} is above {spec.replica_id}'s rank")
-            slots[holder.replica_id] += 1
+            counts[holder.replica_id] += 1
             used_bytes[holder.replica_id] += adapter.size_bytes
     for replica, spec in specs.items():
-        _require(slots[replica] <= spec.adapter_slots, f"{replica} is over its slots")
+        _require(counts[replica] <= spec.pool_adapters, f"{replica} is to hold too many")
         _require(used_bytes[replica] <= spec.pool_bytes, f"{replica} is over its bytes")
 
 

@@ -39,12 +39,12 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
-    """What a replica can hold: no adapter above `max_lora_rank`, no more than `adapter_slots`
+    """What a replica can hold: no adapter above `max_lora_rank`, no more than `pool_adapters`
     adapters, no more than `pool_bytes` of them."""
 
     replica_id: ReplicaId
     max_lora_rank: int
-    adapter_slots: int
+    pool_adapters: int
     pool_bytes: int
     node_id: NodeId = NodeId("local")
 
@@ -53,7 +53,7 @@ class ReplicaSpec:
         return (
             adapter.rank <= self.max_lora_rank
             and adapter.size_bytes <= self.pool_bytes
-            and self.adapter_slots > 0
+            and self.pool_adapters > 0
         )
 
 

@@ -24,7 +24,10 @@ def up(
     host: str = typer.Option(None, help="The address to listen at. [default: 127.0.0.1]"),
     policy: str = typer.Option(None, help="The placement policy. [default: least-loaded]"),
     max_lora_rank: int = typer.Option(None, help="The highest rank a replica takes. [default: 128]"),
-    adapter_slots: int = typer.Option(None, help="Adapters per replica at once. [default: 8]"),
+    adapter_slots: int = typer.Option(None, help="Different adapters in one batch. [default: 8]"),
+    pool_adapters: int = typer.Option(
+        None, help="Adapters that a replica holds. [default: as many as engine.pool_bytes holds]"
+    ),
     dtype: str = typer.Option(None, help="auto, float32, bfloat16 or float16. [default: auto]"),
     ray_address: str = typer.Option(
         None, help="A Ray cluster to run in, HOST:PORT or auto. [default: one of its own]"
@@ -52,6 +55,7 @@ def up(
         "engine.kind": engine,
         "engine.max_lora_rank": max_lora_rank,
         "engine.adapter_slots": adapter_slots,
+        "engine.pool_adapters": pool_adapters,
         "router.port": port,
         "router.host": host,
         "placement.policy": policy,

@@ -210,9 +210,10 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
         if record.spec is not None:
             message.node_id = record.spec.node_id
             message.max_lora_rank = record.spec.max_lora_rank
-            message.adapter_slots = record.spec.adapter_slots
+            message.pool_adapters = record.spec.pool_adapters
         if (engine := controller.engines.get(replica)) is not None:
             message.engine = engine.kind
+            message.adapter_slots = engine.adapter_slots
         if (report := controller.reports.get(replica)) is not None:
             message.running = report.running
             message.waiting = report.waiting

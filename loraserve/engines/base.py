@@ -22,7 +22,11 @@ class AdapterFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What a started engine says of itself; `pids` are the processes it runs beside its caller."""
+    """What a started engine says of itself; `pids` are the processes it runs beside its caller.
+
+    It holds up to `pool_adapters` adapters, and one batch up to `adapter_slots` different ones; 0 for the
+    former stands for as many as there are slots.
+    """
 
     kind: str
     base_model: str
@@ -30,6 +34,7 @@ class EngineInfo:
     adapter_slots: int
     max_model_len_tokens: int
     vocab_size: int
+    pool_adapters: int = 0
     pids: tuple[int, ...] = ()
 
 
@@ -49,7 +54,7 @@ class Engine(Protocol):
     called; outputs of one request come in order and the last one carries a finish reason; closing
     or cancelling the iterator of `generate` aborts the request and releases all it held.
     Does not guarantee fairness, nor that `load` is newer than the last engine step. The caller must
-    not unload what a running request names, and must not exceed `EngineInfo.adapter_slots`.
+    not unload what a running request names, and must not exceed `EngineInfo.pool_adapters`.
     """
 
     async def start(self) -> EngineInfo:

@@ -14,6 +14,7 @@ from loraserve.config import EmulatedSection, EngineSection, ModelSection
 from loraserve.engines import batching
 from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, check_resumed
 from loraserve.engines.emulated_process import StandInProcess
+from loraserve.engines.emulated_slots import SlottedBatch
 from loraserve.engines.outputs import Output
 from loraserve.engines.tokenizer import PromptRenderer
 from loraserve.errors import (
@@ -80,6 +81,7 @@ class EmulatedEngine:
                 kv_capacity_tokens=kv_capacity_tokens,
             )
         )
+        self._requests = SlottedBatch(self._batch, num_slots=config.adapter_slots)
         self._streams: dict[str, _Stream] = {}
         self._adapters: dict[VersionId, AdapterFiles] = {}
         self._loading: dict[VersionId, asyncio.Lock] = {}
@@ -107,11 +109,12 @@ class EmulatedEngine:
             adapter_slots=self._config.adapter_slots,
             max_model_len_tokens=self._config.max_model_len_tokens,
             vocab_size=self._renderer.vocab_size,
+            pool_adapters=self._config.max_held_adapters,
             pids=() if self._process is None else (self._process.pid,),
         )
 
     async def load_adapter(self, adapter: AdapterFiles) -> None:
-        """Take the time that the adapter's bytes take; OverloadedError if every slot is taken."""
+        """Take the time that the adapter's bytes take; OverloadedError if it holds as many as it may."""
         self._check_alive()
         version_id = adapter.version_id
         if adapter.rank > self._config.max_lora_rank:
@@ -121,10 +124,12 @@ class EmulatedEngine:
             )
         lock = self._loading.setdefault(version_id, asyncio.Lock())
         if version_id not in self._adapters and len(self._adapters.keys() | self._loading.keys()) > (
-            self._config.adapter_slots
+            self._config.max_held_adapters
         ):
             del self._loading[version_id]
-            raise OverloadedError(f"{version_id}: all {self._config.adapter_slots} adapter slots are taken")
+            raise OverloadedError(
+                f"{version_id}: the engine holds {self._config.max_held_adapters} adapters already, its most"
+            )
         try:
             async with lock:
                 if version_id not in self._adapters:
@@ -135,7 +140,7 @@ class EmulatedEngine:
             self._loading.pop(version_id, None)
 
     async def unload_adapter(self, version_id: VersionId) -> None:
-        """Free the slot; WorkFailedError if a request still names the version, which callers must avoid."""
+        """Let it go; WorkFailedError if a request still names the version, which callers must avoid."""
         users = sum(
             1
             for stream in self._streams.values()
@@ -143,7 +148,8 @@ class EmulatedEngine:
         )
         if users:
             raise WorkFailedError(f"{version_id}: cannot be unloaded, {users} requests use it")
-        self._adapters.pop(version_id, None)
+        if self._adapters.pop(version_id, None) is not None:
+            self._requests.drop(version_id)
 
     async def resident(self) -> frozenset[VersionId]:
         """The versions loaded."""
@@ -167,13 +173,13 @@ class EmulatedEngine:
                     await stream.news.wait()
         finally:
             self._streams.pop(request.request_id, None)
-            self._batch.remove(request.request_id)
+            self._requests.remove(request.request_id)
 
     async def abort(self, request_id: str) -> None:
         """Take the request out of the batch now; its stream ends with ABORTED."""
         stream = self._streams.get(request_id)
         if stream is not None:
-            self._batch.remove(request_id)
+            self._requests.remove(request_id)
             stream.output.abort()
             stream.news.set()
 
@@ -181,7 +187,7 @@ class EmulatedEngine:
         """The batch's load now."""
         return EngineLoad(
             running=self._batch.num_running,
-            waiting=self._batch.num_waiting,
+            waiting=self._batch.num_waiting + self._requests.num_outside,
             kv_cache_usage=self._batch.kv_usage,
         )
 
@@ -208,9 +214,9 @@ class EmulatedEngine:
 
     def check_invariants(self) -> None:
         """AssertionError unless requests, tokens and slots are conserved."""
-        self._batch.check_invariants()
-        assert len(self._adapters) <= self._config.adapter_slots, "more adapters than slots"
-        members = {sequence.request_id for sequence in self._batch}
+        self._requests.check_invariants()
+        assert len(self._adapters) <= self._config.max_held_adapters, "more adapters than it may hold"
+        members = {sequence.request_id for sequence in self._requests}
         assert members <= self._streams.keys(), "the batch runs a request that nobody reads"
         for request_id, stream in self._streams.items():
             ended = stream.output.finished or stream.error is not None
@@ -244,9 +250,8 @@ class EmulatedEngine:
             # The output so far is in no KV cache here: it is computed like a prompt.
             known_tokens = len(prompt_ids) + len(request.resumed_token_ids)
             rank = 0 if version_id is None else self._adapters[version_id].rank
-            self._batch.add(
-                batching.Sequence(request_id=request.request_id, prompt_tokens=known_tokens, rank=rank)
-            )
+            sequence = batching.Sequence(request_id=request.request_id, prompt_tokens=known_tokens, rank=rank)
+            self._requests.add(sequence, version_id)
             self._work.set()
         return stream
 
@@ -271,7 +276,7 @@ class EmulatedEngine:
                 stream = self._streams[sequence.request_id]
                 stream.output.extend()
                 if stream.output.finished:
-                    self._batch.remove(sequence.request_id)
+                    self._requests.remove(sequence.request_id)
                 stream.news.set()
 
     def _check_alive(self) -> None:
@@ -281,7 +286,7 @@ class EmulatedEngine:
     def _die(self, reason: str) -> None:
         self._dead = self._dead or reason
         for request_id, stream in self._streams.items():
-            self._batch.remove(request_id)
+            self._requests.remove(request_id)
             if not stream.output.finished and stream.error is None:
                 stream.error = EngineDeadError(reason)
                 stream.news.set()

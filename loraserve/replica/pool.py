@@ -40,10 +40,10 @@ class PoolEntry:
 
 
 class AdapterPool:
-    """Bounded by slots and bytes; `check_invariants` holds between any two calls."""
+    """Bounded by number and bytes; `check_invariants` holds between any two calls."""
 
-    def __init__(self, *, slots: int, capacity_bytes: int) -> None:
-        self.slots = slots
+    def __init__(self, *, max_adapters: int, capacity_bytes: int) -> None:
+        self.max_adapters = max_adapters
         self.capacity_bytes = capacity_bytes
         self._entries: dict[VersionId, PoolEntry] = {}
 
@@ -75,8 +75,10 @@ class AdapterPool:
             if entry.residency is Residency.RESIDENT:
                 return False
             raise AlreadyExistsError(f"{files.version_id} is {entry.residency.value}; try again later")
-        if len(self._entries) >= self.slots:
-            raise OverloadedError(f"{files.version_id}: all {self.slots} adapter slots are taken")
+        if len(self._entries) >= self.max_adapters:
+            raise OverloadedError(
+                f"{files.version_id}: the replica holds {self.max_adapters} adapters already, its most"
+            )
         free_bytes = self.capacity_bytes - self.used_bytes
         if files.size_bytes > free_bytes:
             raise OverloadedError(
@@ -150,8 +152,8 @@ class AdapterPool:
 
     def check_invariants(self, in_flight: frozenset[str]) -> None:
         """AssertionError unless room is respected and every pin belongs to a request in flight."""
-        if len(self._entries) > self.slots:
-            raise AssertionError(f"{len(self._entries)} adapters in {self.slots} slots")
+        if len(self._entries) > self.max_adapters:
+            raise AssertionError(f"{len(self._entries)} adapters in a pool of {self.max_adapters}")
         if self.used_bytes > self.capacity_bytes:
             raise AssertionError(f"{self.used_bytes} bytes in a pool of {self.capacity_bytes}")
         for version, entry in self._entries.items():

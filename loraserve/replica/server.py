@@ -101,7 +101,9 @@ class ReplicaServer:
         self.incarnation = uuid.uuid4().hex
         self.config = config
         self.engine = engine
-        self.pool = AdapterPool(slots=config.engine.adapter_slots, capacity_bytes=config.engine.pool_bytes)
+        self.pool = AdapterPool(
+            max_adapters=config.engine.max_held_adapters, capacity_bytes=config.engine.pool_bytes
+        )
         clock = clock or WallClock()
         self.leases = LeaseBook(self.pool, clock)
         self.meter = Meter(clock)
@@ -140,7 +142,7 @@ class ReplicaServer:
         spec = ReplicaSpec(
             replica_id=self.replica_id,
             max_lora_rank=self._info.max_lora_rank,
-            adapter_slots=min(self._info.adapter_slots, self.pool.slots),
+            pool_adapters=min(self._info.pool_adapters or self._info.adapter_slots, self.pool.max_adapters),
             pool_bytes=self.pool.capacity_bytes,
             node_id=self._node_id,
         )
@@ -368,7 +370,7 @@ class ReplicaServer:
                 accounted.released.set()
 
     def check_invariants(self, *, idle: bool = False) -> None:
-        """AssertionError unless pins, slots and bytes add up; when idle, also if any request is left."""
+        """AssertionError unless pins, adapters and bytes add up; when idle, also if any request is left."""
         if idle and self._in_flight:
             raise AssertionError(f"still in flight: {sorted(self._in_flight)}")
         self.pool.check_invariants(frozenset(self._in_flight) | self.leases.ids())

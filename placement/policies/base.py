@@ -12,8 +12,8 @@ class PlacementPolicy(Protocol):
     """Decides which replicas hold which adapters.
 
     Guarantees, for every policy: pure, the same plan for the same snapshot whatever the order of its
-    tuples, memory, slots and ranks respected, shares of one adapter sum to one. An adapter that no
-    replica has room for is left out of the placement rather than squeezed in.
+    tuples, memory, numbers of adapters and ranks respected, shares of one adapter sum to one. An adapter
+    that no replica has room for is left out of the placement rather than squeezed in.
     """
 
     @property
@@ -31,7 +31,7 @@ class Room:
     """What is left of one replica while a plan is being made."""
 
     spec: ReplicaSpec
-    free_slots: int
+    free_adapters: int
     free_bytes: int
     held: set[VersionId] = field(default_factory=set)
 
@@ -39,7 +39,7 @@ class Room:
     def of(replicas: Iterable[ReplicaSpec]) -> "dict[ReplicaId, Room]":
         """Empty rooms for these replicas, in the order of their ids."""
         return {
-            spec.replica_id: Room(spec=spec, free_slots=spec.adapter_slots, free_bytes=spec.pool_bytes)
+            spec.replica_id: Room(spec=spec, free_adapters=spec.pool_adapters, free_bytes=spec.pool_bytes)
             for spec in sorted(replicas, key=lambda spec: spec.replica_id)
         }
 
@@ -48,7 +48,7 @@ class Room:
         return (
             adapter.version_id not in self.held
             and self.spec.admits(adapter)
-            and self.free_slots > 0
+            and self.free_adapters > 0
             and self.free_bytes >= adapter.size_bytes
         )
 
@@ -57,7 +57,7 @@ class Room:
         if not self.fits(adapter):
             raise ValueError(f"{adapter.version_id} does not fit on {self.spec.replica_id}")
         self.held.add(adapter.version_id)
-        self.free_slots -= 1
+        self.free_adapters -= 1
         self.free_bytes -= adapter.size_bytes
 
 

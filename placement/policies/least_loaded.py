@@ -64,7 +64,7 @@ class LeastLoaded:
     def _roomiest(
         adapter: AdapterVersion, rooms: Mapping[ReplicaId, Room], snapshot: Snapshot
     ) -> Room | None:
-        """The replica to put the next copy on: a present holder, else the one with most slots free."""
+        """The replica to put the next copy on: a present holder, else the one with room for most."""
         present = snapshot.current.replicas_of(adapter.version_id)
         fitting = [room for room in rooms.values() if room.fits(adapter)]
         if not fitting:
@@ -73,7 +73,7 @@ class LeastLoaded:
             fitting,
             key=lambda room: (
                 room.spec.replica_id not in present,
-                -room.free_slots,
+                -room.free_adapters,
                 -room.free_bytes,
                 room.spec.replica_id,
             ),

@@ -53,7 +53,7 @@ NUM_SLOWEST = 5
 CALM_S = 3.0
 """Before the first kill: what is wrong then is wrong without any."""
 
-# Off the defaults: restarts come far more often here than an operator would let pass; three slots on
+# Off the defaults: restarts come far more often here than an operator would let pass; three adapters on
 # each of four replicas leave some of eight adapters with one holder; steps and loads are slow enough to
 # be met by a kill.
 CONFIG = """
@@ -64,7 +64,7 @@ replicas = {replicas}
 path = "{model}"
 [engine]
 kind = "emulated"
-adapter_slots = 3
+pool_adapters = 3
 [emulated]
 base_step_ms = 35.0
 load_bytes_per_s = 2e7
@@ -307,7 +307,7 @@ def main() -> int:
         routers=ROUTERS + (0 if unwilling else 1),
         adapters=ADAPTERS,
         in_flight=WORKERS,
-        config="replica.max_restarts = 1000, placement.epoch_s = 15, engine.adapter_slots = 3",
+        config="replica.max_restarts = 1000, placement.epoch_s = 15, engine.pool_adapters = 3",
     )
     if options.json:
         print(json.dumps(found))

@@ -11,7 +11,7 @@ R0, R1 = ReplicaId("replica-0"), ReplicaId("replica-1")
 
 def spec(replica: ReplicaId, *, slots: int = 4, max_rank: int = 128, pool_bytes: int = 1000) -> ReplicaSpec:
     """A replica's limits."""
-    return ReplicaSpec(replica_id=replica, max_lora_rank=max_rank, adapter_slots=slots, pool_bytes=pool_bytes)
+    return ReplicaSpec(replica_id=replica, max_lora_rank=max_rank, pool_adapters=slots, pool_bytes=pool_bytes)
 
 
 def adapter(name: str, *, digest: str = "0" * 64, rank: int = 8, size_bytes: int = 10) -> AdapterVersion:

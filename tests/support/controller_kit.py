@@ -20,7 +20,7 @@ TIMEOUT_S = 20.0
 def small_config(model: Path, *, slots: int = 8, **sections: dict[str, object]) -> Config:
     tree: dict[str, dict[str, object]] = {
         "model": {"path": str(model)},
-        "engine": {"kind": "emulated", "adapter_slots": slots},
+        "engine": {"kind": "emulated", "pool_adapters": slots},
         "emulated": {"speed": 50.0, "load_bytes_per_s": 1e12},
         "replica": {"check_interval_s": 0.02, "drain_timeout_s": 2.0},
     }

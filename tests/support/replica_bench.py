@@ -135,7 +135,7 @@ class MakeBench(Protocol):
 async def replica_bench(**sections: dict[str, Any]) -> AsyncIterator[ReplicaBench]:
     """A replica that at the end must hold nothing for anybody, in step with its engine."""
     tree: dict[str, dict[str, Any]] = {
-        "engine": {"kind": "emulated", "adapter_slots": 2, "pool_bytes": 10_000},
+        "engine": {"kind": "emulated", "pool_adapters": 2, "pool_bytes": 10_000},
         "replica": {"drain_timeout_s": WAIT_S, "report_interval_s": 0.005},
     }
     for name, section in sections.items():

@@ -289,11 +289,13 @@ class Replica(_message.Message):
     RESTARTS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
+    POOL_ADAPTERS_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     state: _builtins.str
     address: _builtins.str
     max_lora_rank: _builtins.int
     adapter_slots: _builtins.int
+    """How many different adapters one batch may hold."""
     resident_bytes: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
@@ -304,6 +306,8 @@ class Replica(_message.Message):
     reason: _builtins.str
     """Why it is not ready, where that is known."""
     node_id: _builtins.str
+    pool_adapters: _builtins.int
+    """How many adapters it may hold at once."""
     @_builtins.property
     def resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -324,10 +328,11 @@ class Replica(_message.Message):
         restarts: _builtins.int = ...,
         reason: _builtins.str = ...,
         node_id: _builtins.str = ...,
+        pool_adapters: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_slots", b"adapter_slots", "address", b"address", "engine", b"engine", "kv_cache_usage", b"kv_cache_usage", "max_lora_rank", b"max_lora_rank", "node_id", b"node_id", "pid", b"pid", "reason", b"reason", "replica_id", b"replica_id", "resident", b"resident", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "running", b"running", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_slots", b"adapter_slots", "address", b"address", "engine", b"engine", "kv_cache_usage", b"kv_cache_usage", "max_lora_rank", b"max_lora_rank", "node_id", b"node_id", "pid", b"pid", "pool_adapters", b"pool_adapters", "reason", b"reason", "replica_id", b"replica_id", "resident", b"resident", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "running", b"running", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -71,7 +71,7 @@ async def test_a_full_cluster_refuses_with_the_reason(
     controller = await setup(slots=1).start()
     for index, rank in enumerate(("rank-8", "rank-16")):
         await controller.register(f"a{index}", str(samples.adapters[rank]), replace=False)
-    with pytest.raises(OverloadedError, match="no replica has a free slot"):
+    with pytest.raises(OverloadedError, match="no replica has room"):
         await controller.register("a2", str(samples.adapters["rank-32"]), replace=False)
     assert sorted(controller.state.table.entries) == ["a0", "a1"]
 

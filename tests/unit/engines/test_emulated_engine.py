@@ -35,7 +35,7 @@ def time() -> VirtualTime:
 
 @pytest.fixture
 async def engine(time: VirtualTime) -> AsyncIterator[EmulatedEngine]:
-    engine = engine_on(time, adapter_slots=2, max_num_seqs=4, max_model_len_tokens=256)
+    engine = engine_on(time, pool_adapters=2, max_num_seqs=4, max_model_len_tokens=256)
     await engine.start()
     yield engine
     engine.check_invariants()
@@ -137,7 +137,7 @@ async def test_a_version_is_unknown_until_it_is_loaded_and_after_it_is_unloaded(
         await time.run(collect(engine, request("3", version="a@0")))
 
 
-async def test_slots_are_enforced_for_loads_under_way_too(engine: EmulatedEngine, time: VirtualTime) -> None:
+async def test_the_pool_is_bounded_for_loads_under_way_too(engine: EmulatedEngine, time: VirtualTime) -> None:
     loads = [engine.load_adapter(adapter(name)) for name in ("a", "b", "c", "a")]
     results = await time.run(asyncio.gather(*loads, return_exceptions=True))
     assert [type(one) for one in results] == [type(None), type(None), OverloadedError, type(None)]
@@ -145,6 +145,25 @@ async def test_slots_are_enforced_for_loads_under_way_too(engine: EmulatedEngine
     await engine.unload_adapter(VersionId("a@0"))
     await time.run(engine.load_adapter(adapter("c")))
     assert await engine.resident() == {VersionId("b@0"), VersionId("c@0")}
+
+
+async def test_a_batch_holds_no_more_adapters_than_slots(time: VirtualTime) -> None:
+    engine = engine_on(time, adapter_slots=1)
+    await engine.start()
+    for name in ("a", "b"):
+        await time.run(engine.load_adapter(adapter(name)))
+    first = engine.generate(request("1", version="a@0", max_tokens=50))
+    await time.run(anext(first))
+    second = asyncio.create_task(collect(engine, request("2", version="b@0", max_tokens=2)))
+    base = await time.run(collect(engine, request("3", max_tokens=2)))
+    assert len(tokens_of(base)) == 2, "the base model needs no slot"
+    assert engine.load().waiting == 1
+    engine.check_invariants()
+    await first.aclose()
+    assert len(tokens_of(await time.run(second))) == 2
+    assert engine.load() == IDLE
+    engine.check_invariants()
+    await engine.close()
 
 
 async def test_a_cancelled_load_leaves_no_trace(engine: EmulatedEngine, time: VirtualTime) -> None:
@@ -275,15 +294,16 @@ SCRIPT = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(script=SCRIPT, slots=st.integers(1, 4), budget=st.integers(8, 64))
+@given(script=SCRIPT, slots=st.integers(1, 4), adapters=st.integers(1, 2), budget=st.integers(8, 64))
 def test_random_schedules_conserve_requests_and_do_not_change_answers(
-    script: list[tuple[float, str, int, int, str | None, float]], slots: int, budget: int
+    script: list[tuple[float, str, int, int, str | None, float]], slots: int, adapters: int, budget: int
 ) -> None:
     async def scenario() -> None:
         time = VirtualTime()
         engine = engine_on(
             time,
             max_num_seqs=slots,
+            adapter_slots=adapters,
             max_num_batched_tokens=budget,
             max_model_len_tokens=128,
             kv_cache_bytes=128 * 4096,

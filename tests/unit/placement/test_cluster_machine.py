@@ -294,7 +294,7 @@ class ClusterMachine(RuleBasedStateMachine):
                 assert process.copies[entry.version_id] == "held"
                 assert not process.draining
         for replica, process in self.processes.items():
-            assert len(process.copies) <= self.specs[replica].adapter_slots
+            assert len(process.copies) <= self.specs[replica].pool_adapters
 
     def teardown(self) -> None:
         """Answered in full, it comes to rest: every adapter served or refused, every drain done or held

@@ -104,7 +104,7 @@ def test_an_adapter_that_fits_nowhere_is_refused_at_once() -> None:
     acknowledge(state, state.handle(messages.AdapterRegistered(adapter("b"))))
     third = adapter("c")
     acknowledge(state, state.handle(messages.AdapterRegistered(third)))
-    assert "no replica has a free slot" in (state.refusal(third.version_id) or "")
+    assert "no replica has room" in (state.refusal(third.version_id) or "")
     assert state.is_served(adapter("a").version_id)
     assert state.is_served(adapter("b").version_id)
 

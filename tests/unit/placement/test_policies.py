@@ -27,7 +27,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         ReplicaSpec(
             replica_id=ReplicaId(f"r{index}"),
             max_lora_rank=draw(st.sampled_from([8, 64, 128])),
-            adapter_slots=draw(st.integers(1, 12)),
+            pool_adapters=draw(st.integers(1, 12)),
             pool_bytes=draw(st.integers(10, 400)),
         )
         for index in range(draw(st.integers(0, 5)))
@@ -81,7 +81,7 @@ def _adapters(count: int, rank: int = 8) -> tuple[AdapterVersion, ...]:
 def _replicas(count: int, slots: int) -> tuple[ReplicaSpec, ...]:
     return tuple(
         ReplicaSpec(
-            replica_id=ReplicaId(f"r{index}"), max_lora_rank=128, adapter_slots=slots, pool_bytes=1000
+            replica_id=ReplicaId(f"r{index}"), max_lora_rank=128, pool_adapters=slots, pool_bytes=1000
         )
         for index in range(count)
     )

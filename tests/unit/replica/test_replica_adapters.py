@@ -82,7 +82,7 @@ async def test_what_has_no_room_is_refused_before_the_engine_hears_of_it(bench: 
         await bench.server.load_adapter(adapter("big", size_bytes=20_000))
     for name in "ab":
         await bench.server.load_adapter(adapter(name))
-    with pytest.raises(OverloadedError, match="c@0: all 2 adapter slots are taken"):
+    with pytest.raises(OverloadedError, match="c@0: the replica holds 2 adapters already, its most"):
         await bench.server.load_adapter(adapter("c"))
     assert bench.engine.loads_begun == 2
     assert bench.server.describe().resident == (A, "b@0")

@@ -163,7 +163,7 @@ async def test_of_three_attempts_the_latest_one_runs(
     )
 )
 def test_each_lease_ends_once_and_its_pin_with_it(script: list[tuple[str, int, float]]) -> None:
-    pool = AdapterPool(slots=1, capacity_bytes=1000)
+    pool = AdapterPool(max_adapters=1, capacity_bytes=1000)
     pool.begin_load(adapter("a"))
     pool.finish_load(A)
     clock = ManualClock()

@@ -25,7 +25,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = AdapterPool(slots=SLOTS, capacity_bytes=CAPACITY_BYTES)
+        self.pool = AdapterPool(max_adapters=SLOTS, capacity_bytes=CAPACITY_BYTES)
         self.states: dict[str, Residency] = {}
         self.pins: dict[str, tuple[str | None, ExitStack]] = {}
         self.drops: dict[str, PoolEntry] = {}
@@ -135,7 +135,7 @@ TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
 
 
 def pool_with(*names: str) -> AdapterPool:
-    pool = AdapterPool(slots=2, capacity_bytes=2500)
+    pool = AdapterPool(max_adapters=2, capacity_bytes=2500)
     for name in names:
         assert pool.begin_load(adapter(name))
         pool.finish_load(VersionId(f"{name}@0"))
@@ -149,7 +149,7 @@ def test_each_refusal_says_why() -> None:
     pool.begin_load(adapter("b"))
     with pytest.raises(AlreadyExistsError, match="b@0 is loading; try again later"):
         pool.begin_load(adapter("b"))
-    with pytest.raises(OverloadedError, match="c@0: all 2 adapter slots are taken"):
+    with pytest.raises(OverloadedError, match="c@0: the replica holds 2 adapters already, its most"):
         pool.begin_load(adapter("c"))
     with (
         pytest.raises(StaleError, match="b@0 is loading on this replica"),
@@ -177,10 +177,10 @@ def test_the_checker_sees_what_is_wrong() -> None:
         with pytest.raises(AssertionError, match=r"a@0 is pinned by \['q'\]"):
             pool.check_invariants(frozenset())
         pool.check_invariants(frozenset({"q"}))
-    pool.slots = 1
-    with pytest.raises(AssertionError, match="2 adapters in 1 slots"):
+    pool.max_adapters = 1
+    with pytest.raises(AssertionError, match="2 adapters in a pool of 1"):
         pool.check_invariants(frozenset())
-    pool.slots, pool.capacity_bytes = 2, 1999
+    pool.max_adapters, pool.capacity_bytes = 2, 1999
     with pytest.raises(AssertionError, match="2000 bytes in a pool of 1999"):
         pool.check_invariants(frozenset())
 

@@ -189,6 +189,6 @@ async def test_a_replica_describes_what_it_holds_once_started(bench: ReplicaBenc
     description = bench.server.describe()
     assert description.resident == ("a@0", "b@0")
     assert isinstance(description.engine, EngineInfo)
-    assert (description.spec.adapter_slots, description.spec.pool_bytes) == (2, 10_000)
+    assert (description.spec.pool_adapters, description.spec.pool_bytes) == (2, 10_000)
     report = await bench.server.report()
     assert (report.resident, report.resident_bytes) == (("a@0", "b@0"), 500)
