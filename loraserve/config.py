@@ -99,10 +99,14 @@ class EngineSection(Section, frozen=True):
     @property
     def max_held_adapters(self) -> int:
         """How many adapters it may hold at once."""
-        if self.lora_execution == "off":
+        return self.held_with(self.lora_execution)
+
+    def held_with(self, execution: LoraExecution) -> int:
+        """How many adapters it may hold at once if this is how it really computes them."""
+        if execution == "off":
             return 0
         most = self.pool_adapters or MAX_POOL_ADAPTERS
-        return min(most, self.adapter_slots) if self.lora_execution == "stock" else most
+        return min(most, self.adapter_slots) if execution == "stock" else most
 
 
 class EmulatedSection(Section, frozen=True):

@@ -24,17 +24,16 @@ class AdapterFiles:
 class EngineInfo:
     """What a started engine says of itself; `pids` are the processes it runs beside its caller.
 
-    It holds up to `pool_adapters` adapters, and one batch up to `adapter_slots` different ones; 0 for the
-    former stands for as many as there are slots.
+    It holds up to `pool_adapters` adapters, and one batch up to `adapter_slots` different ones.
     """
 
     kind: str
     base_model: str
     max_lora_rank: int
     adapter_slots: int
+    pool_adapters: int
     max_model_len_tokens: int
     vocab_size: int
-    pool_adapters: int = 0
     pids: tuple[int, ...] = ()
 
 

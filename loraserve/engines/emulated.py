@@ -107,9 +107,9 @@ class EmulatedEngine:
             base_model=self._model.path or "emulated",
             max_lora_rank=self._config.max_lora_rank,
             adapter_slots=self._config.adapter_slots,
+            pool_adapters=self._config.max_held_adapters,
             max_model_len_tokens=self._config.max_model_len_tokens,
             vocab_size=self._renderer.vocab_size,
-            pool_adapters=self._config.max_held_adapters,
             pids=() if self._process is None else (self._process.pid,),
         )
 

@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 _SHUTDOWN_S = 5.0
 _KILL_S = 5.0
 _START_POLL_S = 0.05
-_MAX_ADAPTERS = 4096
 
 
 @dataclass(slots=True)
@@ -227,11 +226,13 @@ class VllmEngine:
     async def _attach(self, client: Any) -> _Started:
         processes = EngineProcesses(with_descendants(sorted(engine_children() - self._children_before)))
         model_config = client.model_config
+        held = self._engine.held_with(self._execution)
         info = EngineInfo(
             kind="vllm",
             base_model=self._model.path,
             max_lora_rank=self._engine.max_lora_rank,
-            adapter_slots=self._engine.adapter_slots,
+            adapter_slots=min(held, self._engine.adapter_slots),
+            pool_adapters=held,
             max_model_len_tokens=model_config.max_model_len,
             vocab_size=model_config.get_vocab_size(),
             pids=processes.pids,
@@ -252,16 +253,10 @@ class VllmEngine:
         )
 
     def _adapters(self, client: Any) -> AdapterSlots | EnginePool:
-        slots, rank = self._engine.adapter_slots, self._engine.max_lora_rank
+        held, rank = self._engine.held_with(self._execution), self._engine.max_lora_rank
         if self._execution in ("stock", "off"):
-            num_slots = 0 if self._execution == "off" else slots
-            return AdapterSlots(client, num_slots=num_slots, max_lora_rank=rank)
-        return EnginePool(
-            client,
-            num_slots=slots,
-            num_adapters=self._engine.pool_adapters or _MAX_ADAPTERS,
-            max_lora_rank=rank,
-        )
+            return AdapterSlots(client, num_slots=held, max_lora_rank=rank)
+        return EnginePool(client, num_slots=self._engine.adapter_slots, num_adapters=held, max_lora_rank=rank)
 
     def _running(self) -> _Started:
         if self._started is None or self._closing is not None:

@@ -142,7 +142,7 @@ class ReplicaServer:
         spec = ReplicaSpec(
             replica_id=self.replica_id,
             max_lora_rank=self._info.max_lora_rank,
-            pool_adapters=min(self._info.pool_adapters or self._info.adapter_slots, self.pool.max_adapters),
+            pool_adapters=min(self._info.pool_adapters, self.pool.max_adapters),
             pool_bytes=self.pool.capacity_bytes,
             node_id=self._node_id,
         )
