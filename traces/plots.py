@@ -102,7 +102,8 @@ def rank_label(name: str) -> str:
     return {BASE_MODEL: "base model", UNKNOWN_RANK: "rank unknown"}.get(name, f"rank {name}")
 
 
-def _styled(theme: Theme) -> AbstractContextManager[Any]:
+def styled(theme: Theme) -> AbstractContextManager[Any]:
+    """How everything drawn in this context looks."""
     import matplotlib
 
     context: AbstractContextManager[Any] = matplotlib.rc_context(
@@ -133,7 +134,8 @@ def _styled(theme: Theme) -> AbstractContextManager[Any]:
     return context
 
 
-def _new_figure(height_in: float = _HEIGHT_IN) -> Any:
+def new_figure(height_in: float = _HEIGHT_IN) -> Any:
+    """An empty matplotlib Figure of a plot's width."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(_WIDTH_IN, height_in), dpi=_DOTS_PER_IN, layout="constrained")
@@ -163,8 +165,8 @@ def _cdf(
     from matplotlib.ticker import PercentFormatter
 
     curves = {name: curve for name, sample in samples.items() if (curve := _curve(sample))[0]}
-    with _styled(theme):
-        figure = _new_figure()
+    with styled(theme):
+        figure = new_figure()
         axes = figure.subplots()
         colours = _colours(list(samples), theme)
         end_ms = 1.1 * max([target_ms, *(values[-1] for values, _ in curves.values())])
@@ -224,8 +226,8 @@ def _curve(sample: Sequence[float]) -> tuple[list[float], list[float]]:
 def _attainment(shares: Mapping[str, float], theme: Theme) -> bytes:
     from matplotlib.ticker import PercentFormatter
 
-    with _styled(theme):
-        figure = _new_figure(height_in=max(_HEIGHT_IN, 0.6 + 0.3 * len(shares)))
+    with styled(theme):
+        figure = new_figure(height_in=max(_HEIGHT_IN, 0.6 + 0.3 * len(shares)))
         axes = figure.subplots()
         names = list(shares)
         colours = _colours(names, theme)
@@ -262,8 +264,8 @@ def _over_time(records: Sequence[RequestRecord], theme: Theme) -> bytes:
         for time_s, count in zip(record.message_times_s, record.message_tokens, strict=True):
             tokens[_bin(time_s, width_s, bins)] += count / width_s
     edges_s = [index * width_s for index in range(bins + 1)]
-    with _styled(theme):
-        figure = _new_figure()
+    with styled(theme):
+        figure = new_figure()
         upper, lower = figure.subplots(2, 1, sharex=True)
         upper.stairs(due, edges_s, color=theme.muted, linewidth=1.4, label="due")
         upper.stairs(done, edges_s, color=theme.accent, linewidth=1.9, label="completed")

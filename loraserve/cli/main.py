@@ -5,6 +5,7 @@ import sys
 import typer
 
 from loraserve.cli.adapter import adapter_app
+from loraserve.cli.bench import bench_app
 from loraserve.cli.down import down
 from loraserve.cli.drain import drain, undrain
 from loraserve.cli.status import status
@@ -31,6 +32,7 @@ def make_app() -> typer.Typer:
     # What follows `up` or `replay` is theirs.
     app.command(context_settings={"allow_interspersed_args": False})(submit)
     app.add_typer(adapter_app, name="adapter")
+    app.add_typer(bench_app, name="bench")
     app.callback(invoke_without_command=True)(top)
     return app
 
