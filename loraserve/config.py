@@ -9,12 +9,13 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta, inspect
 
 from loraserve.errors import ConfigError
+from placement.engine_sizes import MAX_POOL_ADAPTERS
 
 # As far as timers reach, about thirty years.
 MAX_SECONDS = 1e9
@@ -25,8 +26,6 @@ MAX_FINITE = 1e18
 # Ray counts processors in ten-thousandths.
 MIN_CPUS = 1e-4
 MAX_SHOWN_CHARS = 80
-# What a replica holds at most where the configuration names no number.
-MAX_POOL_ADAPTERS = 4096
 
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -36,6 +35,9 @@ Rate = Annotated[float, Meta(gt=0, le=MAX_FINITE)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 LoraExecution = Literal["rank-true", "padded", "stock", "off"]
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+# What `"auto"` leaves to the start of a replica.
+ChosenAtStart = Literal["max_lora_rank", "adapter_slots"]
+AUTO = "auto"
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,11 +82,19 @@ class EngineSection(Section, frozen=True):
     4096), and a batch up to `adapter_slots` different ones. `extra` is passed to vLLM's engine arguments as
     it is, except for what LoRAServe owns or cannot run. `lora_execution` says how vLLM computes adapters: at
     their own rank, padded to `max_lora_rank` by our own grouped product (to compare with), as vLLM itself
-    does, which holds none beside those in slots, or not at all."""
+    does, which holds none beside those in slots, or not at all.
+
+    `max_lora_rank` and `adapter_slots` may be "auto", which is kept as their names in `auto`: each start of a
+    replica chooses them by `placement.engine_sizes` from what is registered, the device memory for slots
+    (`slot_bytes`) and `pool_bytes`; until then they have their defaults.
+    """
 
     kind: Literal["vllm", "emulated"] = "vllm"
-    max_lora_rank: LoraRank = 128
-    adapter_slots: Annotated[int, Meta(ge=1, le=4096)] = 8
+    max_lora_rank: Annotated[
+        LoraRank, Meta(description="auto or one of 1, 8, 16, 32, 64, 128, 256, 320, 512")
+    ] = 128
+    adapter_slots: Annotated[int, Meta(ge=1, le=4096, description="auto or an integer from 1 to 4096")] = 8
+    slot_bytes: Positive = 1024**3
     pool_adapters: Annotated[int, Meta(ge=0, le=65536)] = 0
     pool_bytes: Positive = 4 * 1024**3
     max_num_seqs: Positive = 64
@@ -95,6 +105,7 @@ class EngineSection(Section, frozen=True):
     gpus_per_replica: Count = 0
     lora_execution: LoraExecution = "rank-true"
     extra: dict[str, Any] = {}
+    auto: list[ChosenAtStart] = []
 
     @property
     def max_held_adapters(self) -> int:
@@ -213,6 +224,7 @@ def load_config(path: Path | None, overrides: Mapping[str, object] | None = None
 
 def parse_config(tree: Mapping[str, Any], where: str = "the configuration") -> Config:
     """Validate a tree of plain values; ConfigError names the path and what would be right."""
+    tree = _with_auto(tree)
     _refuse_unknown_keys(tree, Config, where, "")
     try:
         return msgspec.convert(tree, Config)
@@ -228,6 +240,18 @@ def config_tree(config: Config) -> dict[str, Any]:
     """The configuration as plain values, the inverse of `parse_config`."""
     tree: dict[str, Any] = msgspec.to_builtins(config)
     return tree
+
+
+def _with_auto(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Move what is "auto" from its own key to the list of what is."""
+    engine = tree.get("engine")
+    if not isinstance(engine, Mapping):
+        return tree
+    chosen = [key for key in get_args(ChosenAtStart) if engine.get(key) == AUTO]
+    if not chosen:
+        return tree
+    rest = {key: value for key, value in engine.items() if key not in chosen}
+    return {**tree, "engine": {**rest, "auto": chosen}}
 
 
 def _refuse_unknown_keys(tree: Mapping[str, Any], section: type[Section], where: str, prefix: str) -> None:

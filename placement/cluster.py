@@ -180,7 +180,7 @@ class ClusterState:
         phases = {copy.phase for record in records for copy in record.copies.values()}
         if phases & {CopyPhase.LOADING, CopyPhase.RETIRING} and self.plan.replicas_of(version):
             return None
-        return "no replica has room for one more adapter of its size"
+        return self.holdings.why_no_room(version)
 
     def drain_problem(self, leaving: Collection[ReplicaId]) -> str | None:
         """What would be lost if these replicas were drained now, or None: no replica would be left, or

@@ -123,6 +123,15 @@ class Holdings:
             if record.phase is ReplicaPhase.READY
         )
 
+    def why_no_room(self, version: VersionId) -> str:
+        """What keeps a version that nobody has refused from being planned anywhere."""
+        adapter = self.adapters.get(version)
+        ready = [record for record in self.replicas.values() if record.phase is ReplicaPhase.READY]
+        highest = max((record.spec.max_lora_rank for record in ready if record.spec is not None), default=0)
+        if adapter is not None and ready and adapter.rank > highest:
+            return f"its rank {adapter.rank} is above {highest}, the highest that a replica takes"
+        return "no replica has room for one more adapter of its size"
+
     def versions_of(self, name: AdapterName) -> tuple[VersionId, ...]:
         """The versions of a registered name, newest first."""
         return (self.active[name], *reversed(self.superseded.get(name, ())))

@@ -28,6 +28,21 @@ class BaseModel:
     vocab_size: int
     modules: Mapping[str, tuple[int, int] | None]
 
+    @property
+    def lora_values_per_rank(self) -> int:
+        """How many values one rank of an adapter has that targets every module, vocabulary included.
+
+        An upper bound: vLLM makes room in its slots for most modules, not for all. 0 where the checkpoint is
+        quantised.
+        """
+        shapes = [shape for shape in self.modules.values() if shape is not None]
+        if len(shapes) < len(self.modules):
+            return 0
+        vocabulary = [sum(shape) for shape in shapes if shape[0] == self.vocab_size]
+        # One matrix for both ends of the model has a slot at either.
+        twice = vocabulary[0] if len(vocabulary) == 1 else 0
+        return sum(map(sum, shapes)) + twice
+
 
 def read_base(path: Path) -> BaseModel:
     """Read a Hugging Face model folder without loading weights; BadInputError if it is not a usable one."""

@@ -70,7 +70,7 @@ class AdapterStore:
         self, directory: Path, *, base: BaseModel | None, limits: StoreLimits, hub: HubClient | None = None
     ) -> None:
         self._directory = directory
-        self._base = base
+        self.base = base
         self._limits = limits
         self._hub = hub or HuggingFaceHub()
         directory.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ class AdapterStore:
     def _inspect(self, directory: Path, where: str) -> AdapterManifest:
         return inspect_adapter(
             directory,
-            base=self._base,
+            base=self.base,
             max_lora_rank=self._limits.max_lora_rank,
             max_bytes=self._limits.max_bytes,
             where=where,

@@ -23,8 +23,12 @@ def up(
     port: int = typer.Option(None, help="The router's port; 0 picks one. [default: 50051]"),
     host: str = typer.Option(None, help="The address to listen at. [default: 127.0.0.1]"),
     policy: str = typer.Option(None, help="The placement policy. [default: least-loaded]"),
-    max_lora_rank: int = typer.Option(None, help="The highest rank a replica takes. [default: 128]"),
-    adapter_slots: int = typer.Option(None, help="Different adapters in one batch. [default: 8]"),
+    max_lora_rank: str = typer.Option(
+        None, help="The highest rank a replica takes, or auto: by what is registered. [default: 128]"
+    ),
+    adapter_slots: str = typer.Option(
+        None, help="Different adapters in one batch, or auto: by engine.slot_bytes. [default: 8]"
+    ),
     pool_adapters: int = typer.Option(
         None, help="Adapters that a replica holds. [default: as many as engine.pool_bytes holds]"
     ),
@@ -53,8 +57,8 @@ def up(
         "model.path": _model_path(model),
         "model.dtype": dtype,
         "engine.kind": engine,
-        "engine.max_lora_rank": max_lora_rank,
-        "engine.adapter_slots": adapter_slots,
+        "engine.max_lora_rank": _number(max_lora_rank),
+        "engine.adapter_slots": _number(adapter_slots),
         "engine.pool_adapters": pool_adapters,
         "router.port": port,
         "router.host": host,
@@ -103,6 +107,11 @@ def _show(running: "RunningCluster", ready_s: float, *, json: bool) -> None:
     else:
         routers = ", ".join(running.router_addresses)
         print(f"cluster {running.name} serves at {routers} (ready after {ready_s:.1f} s)", flush=True)
+
+
+def _number(value: str | None) -> int | str | None:
+    """What a TOML file would hold: a number, or a word, which is refused there unless it is auto."""
+    return int(value) if value is not None and value.isascii() and value.isdigit() else value
 
 
 def _model_path(model: str | None) -> str | None:

@@ -100,13 +100,13 @@ class RayFleet:
             config.cluster.name, self._need, home=home, insecure_listen=insecure_listen
         )
 
-    async def start(self, replica_id: ReplicaId) -> ReplicaLink:
+    async def start(self, replica_id: ReplicaId, config: Config) -> ReplicaLink:
         """Find a node with room, create the actor there and wait until its engine is up; ReplicaStartError
         for whatever fails, also in Ray."""
         try:
             await self.kill(replica_id)
             place = await self._groups.reserve(replica_id, self._config.cluster.room_timeout_s)
-            actor = self._create(replica_id, place)
+            actor = self._create(replica_id, place, config)
             await self._wait_up(replica_id, actor)
         except Exception as error:
             await self._give_up(replica_id)
@@ -115,7 +115,7 @@ class RayFleet:
             raise ReplicaStartError(replica_id, f"{type(error).__name__}: {_first_line(error)}") from error
         return RayLink(actor)
 
-    def _create(self, replica_id: ReplicaId, place: Place) -> Any:
+    def _create(self, replica_id: ReplicaId, place: Place, config: Config) -> Any:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -131,7 +131,7 @@ class RayFleet:
         }
         listen = {"host": place.host, "node_id": place.node_id, "insecure_listen": self._insecure_listen}
         remote = ray.remote(ReplicaActor).options(**options)
-        return remote.remote(replica_id, config_tree(self._config), self._folder, **listen)
+        return remote.remote(replica_id, config_tree(config), self._folder, **listen)
 
     async def _wait_up(self, replica_id: ReplicaId, actor: Any) -> None:
         timeout_s = self._config.cluster.start_timeout_s

@@ -87,25 +87,24 @@ class LocalLink:
 class LocalFleet:
     """Starts replica servers with engines from `make_engine`; the links outlive a controller."""
 
-    def __init__(self, config: Config, make_engine: Callable[[ReplicaId], Engine]) -> None:
+    def __init__(self, make_engine: Callable[[ReplicaId, Config], Engine]) -> None:
         self.links: dict[ReplicaId, LocalLink] = {}
         self.starts: list[ReplicaId] = []
         self._starting: dict[ReplicaId, asyncio.Task[LocalLink]] = {}
-        self._config = config
         self._make_engine = make_engine
 
-    async def start(self, replica_id: ReplicaId) -> ReplicaLink:
+    async def start(self, replica_id: ReplicaId, config: Config) -> ReplicaLink:
         """A new server, ready; ReplicaStartError if its engine does not start."""
         await self.kill(replica_id)
         self.starts.append(replica_id)
-        start = self._starting[replica_id] = asyncio.ensure_future(self._start(replica_id))
+        start = self._starting[replica_id] = asyncio.ensure_future(self._start(replica_id, config))
         await asyncio.wait({start})
         if start.cancelled():
             raise ReplicaStartError(replica_id, "it was killed")
         return start.result()
 
-    async def _start(self, replica_id: ReplicaId) -> LocalLink:
-        server = ReplicaServer(replica_id, self._config, self._make_engine(replica_id))
+    async def _start(self, replica_id: ReplicaId, config: Config) -> LocalLink:
+        server = ReplicaServer(replica_id, config, self._make_engine(replica_id, config))
         try:
             await server.start()
         except BaseException as error:

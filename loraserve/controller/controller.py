@@ -13,6 +13,7 @@ from loraserve.config import Config
 from loraserve.controller.fleet import Fleet
 from loraserve.controller.journal import Dependent, Journal
 from loraserve.controller.keeper import LOAD_TIMEOUT_S, ReplicaKeeper
+from loraserve.controller.sizing import sized
 from loraserve.controller.store import Changes, Store, StoredRegistration
 from loraserve.engines.base import EngineInfo
 from loraserve.engines.description import ReplicaReport
@@ -74,6 +75,7 @@ class Controller:
             fleet=fleet,
             library=library,
             dispatch=self.dispatch,
+            starting=lambda: sized(config, library.base, self.state.adapters.values()),
             seed=seed,
             first_backoff_s=first_backoff_s,
         )

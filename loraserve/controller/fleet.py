@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from loraserve.config import Config
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.description import ReplicaDescription, ReplicaReport
 from placement.types import ReplicaId, VersionId
@@ -42,8 +43,9 @@ class ReplicaLink(Protocol):
 class Fleet(Protocol):
     """Starts, finds and ends replica processes by their ids."""
 
-    async def start(self, replica_id: ReplicaId) -> ReplicaLink:
-        """Start the replica and return when it is ready; ReplicaStartError with its log's tail."""
+    async def start(self, replica_id: ReplicaId, config: Config) -> ReplicaLink:
+        """Start the replica with this configuration and return when it is ready; ReplicaStartError with its
+        log's tail."""
         ...
 
     async def find(self, replica_id: ReplicaId) -> ReplicaLink | None:

@@ -34,7 +34,8 @@ DRAIN_MARGIN_S = 30.0
 
 
 class ReplicaKeeper:
-    """Gives every outcome to `dispatch`. `close` ends the tasks; the replicas stay."""
+    """Gives every outcome to `dispatch`; a replica starts with the configuration that `starting` gives then.
+    `close` ends the tasks; the replicas stay."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class ReplicaKeeper:
         fleet: Fleet,
         library: AdapterStore,
         dispatch: Callable[[messages.Event], None],
+        starting: Callable[[], Config],
         seed: int,
         first_backoff_s: float,
     ) -> None:
@@ -55,6 +57,7 @@ class ReplicaKeeper:
         self._config = config
         self._library = library
         self._dispatch = dispatch
+        self._starting = starting
         self._random = random.Random(seed)
         self._first_backoff_s = first_backoff_s
         self._links: dict[ReplicaId, ReplicaLink] = {}
@@ -132,7 +135,7 @@ class ReplicaKeeper:
 
     async def _begin(self, replica: ReplicaId, *, find: bool) -> None:
         if not find:
-            await self._live(replica, self.fleet.start(replica), is_first=True)
+            await self._live(replica, self.fleet.start(replica, self._starting()), is_first=True)
             return
         link = await self.fleet.find(replica)
         if link is None:
@@ -147,7 +150,7 @@ class ReplicaKeeper:
             await asyncio.wait({before})
         if attempt > 0:
             await asyncio.sleep(self._backoff_s(attempt))
-        await self._live(replica, self.fleet.start(replica), is_first=False)
+        await self._live(replica, self.fleet.start(replica, self._starting()), is_first=False)
 
     async def _stop(self, before: "asyncio.Task[None] | None", replica: ReplicaId) -> None:
         if before is not None:

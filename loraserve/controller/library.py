@@ -5,6 +5,7 @@ from pathlib import Path
 from loraserve.adapters import AdapterStore, StoreLimits, read_base
 from loraserve.config import Config
 from loraserve.errors import BadInputError
+from placement.engine_sizes import RANK_STEPS
 
 
 def open_library(directory: Path, config: Config) -> AdapterStore:
@@ -14,8 +15,10 @@ def open_library(directory: Path, config: Config) -> AdapterStore:
     adapters are checked for themselves alone.
     """
     base = read_base(Path(config.model.path)) if config.model.path else None
+    # Where replicas choose theirs, it is they who say no.
+    is_chosen = "max_lora_rank" in config.engine.auto
     limits = StoreLimits(
-        max_lora_rank=config.engine.max_lora_rank,
+        max_lora_rank=RANK_STEPS[-1] if is_chosen else config.engine.max_lora_rank,
         max_bytes=config.adapters.max_size_bytes,
         allow_urls=tuple(config.adapters.allow_urls),
     )

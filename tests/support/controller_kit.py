@@ -48,13 +48,13 @@ class Setup:
         self,
         folder: Path,
         config: Config,
-        make_engine: Callable[[ReplicaId], Engine],
+        make_engine: Callable[[ReplicaId, Config], Engine],
         *,
         on_step: Checkpoint | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
-        self.fleet = LocalFleet(config, make_engine)
+        self.fleet = LocalFleet(make_engine)
         self.on_step = on_step
         self._left_open: list[Store] = []
         self.controller = self.make()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loraserve.clock import WallClock
 from loraserve.cluster.local_fleet import LocalFleet
+from loraserve.config import Config
 from loraserve.controller.controller import Controller
 from loraserve.controller.service import add_controller_services
 from loraserve.engines.base import Engine
@@ -40,7 +41,7 @@ async def local_cluster(
     """Two replicas that serve the sample adapters; ends with a check that nothing is in flight."""
     config = small_config(samples.model, router={"port": 0})
 
-    def engine(replica: ReplicaId) -> Engine:
+    def engine(replica: ReplicaId, config: Config) -> Engine:
         return EmulatedEngine(config.engine, config.emulated, config.model, clock=WallClock())
 
     async with AsyncExitStack() as stack:

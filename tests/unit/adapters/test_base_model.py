@@ -32,6 +32,8 @@ def test_the_sample_checkpoint_is_read(tmp_path: Path) -> None:
     assert (base.num_layers, base.vocab_size) == (2, 1024)
     assert base.modules["model.layers.1.mlp.down_proj"] == (256, 512)
     assert base.modules["model.layers.0.self_attn.k_proj"] == (128, 256)
+    layer = 2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 512)
+    assert base.lora_values_per_rank == 2 * layer + 2 * (1024 + 256), "the vocabulary counts at both ends"
     adapter = build_adapter(tmp_path / "adapter", model, rank=4, seed=0)
     manifest = inspect_adapter(adapter, base=base, max_lora_rank=8)
     assert (manifest.rank, manifest.num_modules, manifest.warnings) == (4, 14, ())

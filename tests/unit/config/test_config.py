@@ -17,7 +17,7 @@ MISTAKES = [
     ("engine.kind = 3", "engine.kind: 3; expected one of emulated, vllm"),
     (
         "engine.max_lora_rank = 7",
-        "engine.max_lora_rank: 7; expected one of 1, 8, 16, 32, 64, 128, 256, 320, 512",
+        "engine.max_lora_rank: 7; expected auto or one of 1, 8, 16, 32, 64, 128, 256, 320, 512",
     ),
     ("router.port = 99999", "router.port: 99999; expected an integer from 0 to 65535"),
     ("router.port = -1", "router.port: -1; expected an integer from 0 to 65535"),
@@ -47,6 +47,10 @@ MISTAKES = [
     ("emulated.engine_process = 1", "emulated.engine_process: 1; expected true or false"),
     ("router = 1", "router: 1; expected a table"),
     ("engine.extra = 1", "engine.extra: 1; expected a table"),
+    (
+        'engine.adapter_slots = "all"',
+        'engine.adapter_slots: "all"; expected auto or an integer from 1 to 4096',
+    ),
     (
         'cluster.name = "a b"',
         'cluster.name: "a b"; expected 1 to 31 of the characters a-z, 0-9 and -, the first one no -',

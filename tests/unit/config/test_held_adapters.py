@@ -2,7 +2,8 @@
 
 import pytest
 
-from loraserve.config import MAX_POOL_ADAPTERS, parse_config
+from loraserve.config import parse_config
+from placement.engine_sizes import MAX_POOL_ADAPTERS
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from loraserve.clock import WallClock
+from loraserve.config import Config
 from loraserve.engines.base import Engine
 from loraserve.samples import SampleSet
 from placement.invariants import check_cluster
@@ -20,7 +21,7 @@ async def setup(tmp_path: Path, samples: SampleSet) -> AsyncIterator[Callable[..
     def make(*, refused_rank: int = 0, **options: object) -> Setup:
         config = small_config(samples.model, **options)  # type: ignore[arg-type]
 
-        def engine(replica: ReplicaId) -> Engine:
+        def engine(replica: ReplicaId, config: Config) -> Engine:
             one = RefusingEngine(config.engine, config.emulated, config.model, clock=WallClock())
             one.refused_rank = refused_rank
             return one

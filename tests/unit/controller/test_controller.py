@@ -165,7 +165,7 @@ async def test_a_replica_that_never_starts_is_named_and_given_up(tmp_path: Path,
     one = Setup(
         tmp_path,
         config,
-        lambda replica: Broken(config.engine, config.emulated, config.model, clock=WallClock()),
+        lambda replica, config: Broken(config.engine, config.emulated, config.model, clock=WallClock()),
     )
     controller = await one.start()
     assert str(controller.start_errors[R0]) == "replica replica-0 did not start: no such device"

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 
 from loraserve.clock import WallClock
+from loraserve.config import Config
 from loraserve.controller import drains
 from loraserve.controller.controller import Checkpoint, Controller
 from loraserve.engines.base import EngineInfo
@@ -181,7 +182,7 @@ async def make_scenario(
     def make(on_step: Checkpoint) -> Scenario:
         started: set[ReplicaId] = set()
 
-        def engine(replica: ReplicaId) -> SlowStarter:
+        def engine(replica: ReplicaId, config: Config) -> SlowStarter:
             one = SlowStarter(config.engine, config.emulated, config.model, clock=WallClock())
             one.refused_rank = 32
             one.may_start = replica != R2 or replica in started

@@ -9,6 +9,7 @@ import pytest
 
 from loraserve.client import Client
 from loraserve.client_types import DrainStatus
+from loraserve.config import Config
 from loraserve.controller.fleet import ReplicaLink
 from loraserve.errors import BadInputError, NotFoundError, StaleError
 from loraserve.request import SamplingParams
@@ -85,9 +86,9 @@ async def test_a_node_s_drain_leaves_out_what_is_being_started_elsewhere(
 ) -> None:
     start, may_start = cluster.fleet.start, asyncio.Event()
 
-    async def start_late(replica_id: ReplicaId) -> ReplicaLink:
+    async def start_late(replica_id: ReplicaId, config: Config) -> ReplicaLink:
         await may_start.wait()
-        return await start(replica_id)
+        return await start(replica_id, config)
 
     monkeypatch.setattr(cluster.fleet, "start", start_late)
     controller = cluster.controller
