@@ -55,10 +55,25 @@ def split_by_rank() -> None:
         # vLLM zeroes the buffers of this path, then gathers them.
         half = torch.zeros(len(shards), len(case.row_slots), 16)
         cuda_launch.shrink(layer.inputs, shards, half, layer.groups, highest_rank=32, rank_offset=first)
+        # A's rows above a rank hold NaN: a worker whose part lies above it has nothing to compute.
+        assert half.isfinite().all()
         halves.append(half)
     output = layer.output.clone()
     cuda_launch.expand(torch.cat(halves, dim=-1), layer.b, output, layer.groups)
     check(case, layer, output)
+
+
+def nothing_computed_above_a_rank() -> None:
+    """Shrink leaves the buffer alone above each row's rank, and in rows without an adapter."""
+    case = KernelCase(
+        slot_ranks=(3, 40, 0), row_slots=(0, 1, 2, -1), max_rank=64, in_features=48, out_features=(32, 16)
+    )
+    layer = build(case)
+    buffer = torch.full((2, 4, 64), 7.0)
+    cuda_launch.shrink(layer.inputs, layer.a, buffer, layer.groups, highest_rank=64, one_pass=True)
+    for row, readable in enumerate((8, 40, 0, 0)):
+        assert (buffer[:, row, readable:] == 7.0).all()
+        assert (buffer[:, row, :readable] != 7.0).all()
 
 
 def replayed_with_other_ranks() -> None:
@@ -84,11 +99,20 @@ def one_compilation_covers_all() -> None:
         assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))
 
 
+CHECKS = (
+    any_mix,
+    split_by_rank,
+    nothing_computed_above_a_rank,
+    replayed_with_other_ranks,
+    one_compilation_covers_all,
+)
+
+
 def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     """Every check by name."""
     for name, case in CASES.items():
         yield name, partial(check_case, case)
-    for function in (any_mix, split_by_rank, replayed_with_other_ranks, one_compilation_covers_all):
+    for function in CHECKS:
         yield function.__name__, function
 
 

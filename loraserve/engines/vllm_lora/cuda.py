@@ -3,8 +3,8 @@
 Engine processes on CUDA only. Owns the ranks of the slots, on the device and on the host; what a slot holds
 is `cuda_slots`, what is computed `cuda_launch`. Layers of experts keep vLLM's launch.
 
-Not run on a GPU yet. On the CPU the whole path was run through Triton's interpreter, with vLLM's own
-metadata, in float32 and float16.
+Not run on a GPU yet. On the CPU the whole path was run through Triton's interpreter, in float16 and with
+vLLM's own metadata.
 """
 
 from collections.abc import Iterable, Sequence
