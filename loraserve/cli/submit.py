@@ -33,7 +33,7 @@ def submit(
 ) -> None:
     """Run `up` or `replay` as a Ray job and follow its log; the exit code is the job's."""
     from loraserve.cluster.jobs import Jobs, default_address
-    from loraserve.cluster.state import cache_dir
+    from loraserve.folders import cache_dir
 
     kind = arguments[0]
     if kind not in KINDS:

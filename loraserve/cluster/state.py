@@ -5,13 +5,13 @@ the operator wants to keep them, `logs/` of the last run.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
 
 from loraserve.errors import NotFoundError
+from loraserve.folders import cache_dir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +30,6 @@ class RunningCluster:
     ray_goes_on: bool = False
     temp_dir: str = ""
     ready: bool = False
-
-
-def cache_dir() -> Path:
-    """LoRAServe's folder under the user's cache folder; LORASERVE_CACHE_DIR overrides it."""
-    override = os.environ.get("LORASERVE_CACHE_DIR")
-    if override:
-        return Path(override)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "loraserve"
 
 
 def cluster_dir(name: str, state_dir: str = "") -> Path:

@@ -25,6 +25,7 @@ from loraserve.engines.vllm_arguments import (
     engine_environment,
     environment_set,
 )
+from loraserve.engines.vllm_lora import few_rows
 from loraserve.engines.vllm_lora.support import untested, vllm_version
 from loraserve.engines.vllm_outputs import LoadRecorder
 from loraserve.engines.vllm_pool import EnginePool
@@ -41,6 +42,7 @@ from loraserve.errors import (
     NotFoundError,
     WorkFailedError,
 )
+from loraserve.folders import cache_dir
 from loraserve.request import GenerationRequest, GenerationStep
 from placement.types import VersionId
 
@@ -202,7 +204,13 @@ class VllmEngine:
         on_cpu = current_platform.is_cpu()
         check_known(self._engine.extra, {field.name for field in dataclasses.fields(AsyncEngineArgs)})
         execution = self._execution = _execution(self._engine)
-        environment = engine_environment(self._engine, self._parent_pid, on_cpu=on_cpu, execution=execution)
+        environment = engine_environment(
+            self._engine,
+            self._parent_pid,
+            on_cpu=on_cpu,
+            execution=execution,
+            few_rows=_few_rows() if on_cpu and execution in ("rank-true", "padded") else "",
+        )
         # vLLM deletes neither its sockets nor its rendezvous file: they go with this folder.
         environment |= {"VLLM_RPC_BASE_PATH": self._temp_dir, "TMPDIR": self._temp_dir}
         with environment_set(environment):
@@ -338,6 +346,15 @@ def _execution(engine: EngineSection) -> LoraExecution:
         logger.warning("%s", reason)
         return "stock"
     return engine.lora_execution
+
+
+def _few_rows() -> str:
+    """The compiled kernel for a few rows per adapter, built upon first use; '' without a compiler."""
+    try:
+        return str(few_rows.build(cache_dir() / "kernels"))
+    except few_rows.BuildError as error:
+        logger.warning("LoRA for a few rows runs without its compiled kernel, slower: %s", error)
+        return ""
 
 
 def _shut_down(client: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from loraserve.config import EngineSection, ModelSection
 from loraserve.engines.vllm_guard import PARENT_PID, PARENT_START, process_start
+from loraserve.engines.vllm_lora.few_rows import LIBRARY
 from loraserve.engines.vllm_lora.install import EXECUTION
 from loraserve.errors import ConfigError
 
@@ -111,9 +112,12 @@ def _lora_arguments(engine: EngineSection, *, on_cpu: bool, execution: str) -> d
 
 
 def engine_environment(
-    engine: EngineSection, parent_pid: int, *, on_cpu: bool, execution: str
+    engine: EngineSection, parent_pid: int, *, on_cpu: bool, execution: str, few_rows: str = ""
 ) -> dict[str, str | None]:
-    """The variables that vLLM's processes start with; None removes one."""
+    """The variables that vLLM's processes start with; None removes one.
+
+    `few_rows` is the path of the compiled kernel, '' if there is none.
+    """
     environment: dict[str, str | None] = {
         PARENT_PID: str(parent_pid),
         PARENT_START: process_start(parent_pid),
@@ -121,6 +125,7 @@ def engine_environment(
         "DO_NOT_TRACK": "1",
         # A replica runs gRPC's threads, which do not survive a fork.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        LIBRARY: few_rows or None,
         EXECUTION: execution if execution in ("rank-true", "padded") else None,
     }
     plugins = os.environ.get("VLLM_PLUGINS")

@@ -43,7 +43,8 @@ from chaos_versions import Replacer, Versions
 from chaos_victims import Monkey, Recovery, Sight, Watcher
 
 from loraserve.client import Client
-from loraserve.cluster.state import RunningCluster, cache_dir, cluster_dir
+from loraserve.cluster.state import RunningCluster, cluster_dir
+from loraserve.folders import cache_dir
 from loraserve.samples import build_samples
 
 REPLICAS, ROUTERS, WORKERS = 4, 2, 28

@@ -31,7 +31,7 @@ import bench_common as common
 import overload_load as load
 
 from loraserve.cluster.processes import titled
-from loraserve.cluster.state import cache_dir
+from loraserve.folders import cache_dir
 from loraserve.samples import build_samples
 
 TIMES = (1, 2, 5)

@@ -1,24 +1,27 @@
 """Rank-true LoRA execution on the CPU: each adapter's rows times its own matrices, at their true rank.
 
 A slot holds references to matrices of exactly the adapter's rank, so nothing is padded and filling a slot
-copies nothing. What does not change from layer to layer is decided once per step. Engine processes only.
+copies nothing. What does not change from layer to layer is decided once per step: which rows belong to which
+slot, and which adapters have so few of them that one call of the compiled kernel (`few_rows`) beats large
+products. Engine processes only.
 """
 
-from collections.abc import Iterator, Sequence
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
+from loraserve.engines.vllm_lora.few_rows import load
 from loraserve.engines.vllm_lora.rows import RowGroups, Span, group_rows
 from loraserve.engines.vllm_lora.weights import LayerSource
 
-_FUSED_RANKS = 64
-"""Up to so many rank rows the slices' B stand in one block-diagonal matrix: one small product instead of
-three costs less than the zeros in it."""
-_FUSED_ROWS = 32
-"""Up to so many rows of a step that holds."""
+FEW_ROWS = 32
+"""Up to so many rows per adapter the kernel reads an adapter's matrices faster than torch multiplies them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,21 +37,19 @@ class SliceWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One adapter's matrices for one layer, scaling included.
+    """One adapter's matrices for one layer, scaling included: `a` [sum of the slices' ranks, in].
 
-    `a` [in, sum of the slices' ranks]; `fused_b` [that sum, out] or None.
+    `described` is what the kernel reads: addresses and sizes.
     """
 
     a: torch.Tensor
     slices: tuple[SliceWeights, ...]
-    fused_b: torch.Tensor | None
+    described: NDArray[np.int64]
 
     @property
     def size_bytes(self) -> int:
         """What the matrices take."""
-        tensors = [self.a, *(part.b for part in self.slices)]
-        if self.fused_b is not None:
-            tensors.append(self.fused_b)
+        tensors = (self.a, *(part.b for part in self.slices))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -74,34 +75,52 @@ def prepare_layer(
             slices.append(SliceWeights(begin=begin, end=begin + rank, left=left, right=left + width, b=b))
             begin += rank
         left += width
-    fused = _fuse(slices, begin, left, dtype) if not padded_rank else None
-    return LayerWeights(a=torch.cat(a_parts).t(), slices=tuple(slices), fused_b=fused)
+    a = torch.cat(a_parts)
+    return LayerWeights(a=a, slices=tuple(slices), described=_describe(a, slices))
 
 
-def _fuse(slices: Sequence[SliceWeights], ranks: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
-    if len(slices) < 2 or ranks > _FUSED_RANKS:
-        return None
-    fused = torch.zeros(ranks, width, dtype=dtype)
+def _describe(a: torch.Tensor, slices: Sequence[SliceWeights]) -> NDArray[np.int64]:
+    """The kernel's Layer: address and height of A, then every slice's bounds and the address of its B."""
+    fields = [a.data_ptr(), a.shape[0], len(slices)]
     for part in slices:
-        fused[part.begin : part.end, part.left : part.right] = part.b
-    return fused
+        fields += [part.begin, part.end, part.left, part.right, part.b.data_ptr()]
+    return np.array(fields, dtype=np.int64)
 
 
 class CpuStep(PunicaWrapperBase):  # type: ignore[misc]
     """What all layers share: this step's rows, grouped. vLLM calls `update_metadata` when they change."""
 
-    def __init__(self) -> None:
-        self.groups = RowGroups()
-        self.order: torch.Tensor | None = None
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.kernel: Any = load(str(dtype).removeprefix("torch."))
+        self.few = np.empty((0, 3), dtype=np.int64)
+        self.num_few_rows = 0
+        self.many: tuple[Span, ...] = ()
+        self.order: NDArray[np.int64] | None = None
+        self._scratch = np.empty(0, dtype=np.float32)
+        self.pointers = np.empty(0, dtype=np.uintp)
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: Sequence[int | None], *_: Any, **__: Any
     ) -> None:
         """Group the rows of the next step by slot."""
         slot_of = {adapter: slot for slot, adapter in enumerate(lora_index_to_id) if adapter is not None}
-        self.groups = group_rows(mapping.index_mapping, slot_of)
-        order = self.groups.order
-        self.order = None if order is None else torch.from_numpy(order)
+        self.group(group_rows(mapping.index_mapping, slot_of))
+
+    def group(self, groups: RowGroups) -> None:
+        """Take the groups, the small ones for the kernel."""
+        few = [span for span in groups.spans if self.kernel and span.stop - span.start <= FEW_ROWS]
+        self.few = np.array([(span.slot, span.start, span.stop) for span in few], dtype=np.int64)
+        self.num_few_rows = sum(span.stop - span.start for span in few)
+        self.many = tuple(span for span in groups.spans if span not in few)
+        self.order = groups.order
+        if self.pointers.size < self.num_few_rows:
+            self.pointers = np.empty(self.num_few_rows, dtype=np.uintp)
+
+    def scratch(self, floats: int) -> int:
+        """The address of room for so many float32 values, the same for all layers."""
+        if self._scratch.size < floats:
+            self._scratch = np.empty(floats, dtype=np.float32)
+        return self._scratch.ctypes.data
 
     def add_shrink(self, *_: Any, **__: Any) -> None:
         """Never called: every layer has a LayerExecution of its own."""
@@ -116,6 +135,14 @@ class LayerExecution:
     def __init__(self, step: CpuStep, num_slots: int) -> None:
         self._step = step
         self.slots: list[LayerWeights | None] = [None] * num_slots
+        self._addresses = (ctypes.c_void_p * num_slots)()
+        self._most_ranks = 0
+
+    def fill(self, slot: int, weights: LayerWeights | None) -> None:
+        """Let the slot hold these matrices, or none."""
+        self.slots[slot] = weights
+        self._addresses[slot] = None if weights is None else weights.described.ctypes.data
+        self._most_ranks = max((held.a.shape[0] for held in self.slots if held is not None), default=0)
 
     def add_lora_linear(self, y: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> None:
         """Add every adapter's share to its rows of `y` [rows, out], given `x` [rows, in], in place.
@@ -123,30 +150,39 @@ class LayerExecution:
         Rows of the base model are not touched.
         """
         step = self._step
-        spans = step.groups.spans
-        if not spans:
-            return
-        order = step.order
-        if order is None:
-            for weights, span in self._filled(spans):
-                _apply(y[span.start : span.stop], x[span.start : span.stop], weights)
-            return
-        gathered_x, gathered_y = x.index_select(0, order), y.index_select(0, order)
-        for weights, span in self._filled(spans):
-            _apply(gathered_y[span.start : span.stop], gathered_x[span.start : span.stop], weights)
-        y.index_copy_(0, order, gathered_y)
-
-    def _filled(self, spans: Sequence[Span]) -> Iterator[tuple[LayerWeights, Span]]:
-        for span in spans:
+        if step.num_few_rows:
+            self._add_few(y, x)
+        for span in step.many:
             weights = self.slots[span.slot]
-            if weights is not None:
-                yield weights, span
+            if weights is None:
+                continue
+            if step.order is None:
+                _multiply(y[span.start : span.stop], x[span.start : span.stop], weights)
+                continue
+            rows = torch.from_numpy(step.order[span.start : span.stop])
+            gathered = y.index_select(0, rows)
+            _multiply(gathered, x.index_select(0, rows), weights)
+            y.index_copy_(0, rows, gathered)
+
+    def _add_few(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        step = self._step
+        width = x.shape[-1]
+        step.kernel(
+            x.data_ptr(),
+            x.stride(0),
+            y.data_ptr(),
+            y.stride(0),
+            width,
+            step.few.ctypes.data,
+            len(step.few),
+            None if step.order is None else step.order.ctypes.data,
+            ctypes.addressof(self._addresses),
+            step.scratch(step.num_few_rows * (width + self._most_ranks)),
+            step.pointers.ctypes.data,
+        )
 
 
-def _apply(y: torch.Tensor, x: torch.Tensor, weights: LayerWeights) -> None:
-    hidden = torch.mm(x, weights.a)
-    if weights.fused_b is not None and x.shape[0] <= _FUSED_ROWS:
-        y.addmm_(hidden, weights.fused_b)
-        return
+def _multiply(y: torch.Tensor, x: torch.Tensor, weights: LayerWeights) -> None:
+    hidden = torch.mm(x, weights.a.t())
     for part in weights.slices:
         y[:, part.left : part.right].addmm_(hidden[:, part.begin : part.end], part.b)

@@ -38,13 +38,13 @@ class CpuModelManager(PooledModelManager):
         # vLLM's own dummy adapters for warming up have no prepared form: their slot stays empty.
         prepared: Mapping[str, LayerWeights] = getattr(adapter, "prepared", {})
         for name, weights in prepared.items():
-            self.modules[name].punica_wrapper.slots[index] = weights
+            self.modules[name].punica_wrapper.fill(index, weights)
         return True
 
     def empty(self, index: int) -> None:
         """Drop the references."""
         for module in self.modules.values():
-            module.punica_wrapper.slots[index] = None
+            module.punica_wrapper.fill(index, None)
 
     def slot_memory(self) -> Mapping[str, int]:
         """Nothing is padded: allocated and used are the same unless padding was asked for."""
@@ -66,7 +66,9 @@ class CpuModelManager(PooledModelManager):
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         steps: dict[int, CpuStep] = {}
         for prefix, wrapper in self.punica_wrapper_mapping.items():
-            self.punica_wrapper_mapping[prefix] = steps.setdefault(id(wrapper), CpuStep())
+            self.punica_wrapper_mapping[prefix] = steps.setdefault(
+                id(wrapper), CpuStep(self.lora_config.lora_dtype)
+            )
 
     def _create_lora_modules(self) -> None:
         self._creating = True
