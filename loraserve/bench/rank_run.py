@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from loraserve.bench.idle import Bystanders
 from loraserve.bench.rank_figures import Spread, spread
 from loraserve.bench.rank_rows import Mode, Row, RowSet, Sizes, plan_rows
 from loraserve.bench.rank_subject import Subject
@@ -15,7 +16,8 @@ from loraserve.engines.factory import make_engine
 
 ADAPTER_SLOTS = 4
 KV_CACHE_BYTES = 256 * 1024**2
-STOCK_WARM_UP_TOKENS = 8
+_TWICE: tuple[Mode, ...] = ("off", "rank-true")
+_WARM_UP_TOKENS = 8
 _SPARE_TOKENS = 16
 _SPARE_SEQUENCES = 2
 # Every prompt is computed, and what shows the run's progress has the terminal to itself.
@@ -25,8 +27,9 @@ _VLLM_EXTRA = {"enable_prefix_caching": False, "use_tqdm_on_load": False}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
     """In each engine a row is repeated `repetitions` times, or until it has taken `row_s` seconds, but one
-    of the lowest or of the highest rank alone at least `least` times. With `mirrored` every mode but the
-    last runs again, in the reverse order, so that a machine that gets slower or faster does so for all."""
+    of the lowest or of the highest rank alone at least `least` times. With `mirrored` the modes that every
+    figure rests on run again at the end, in the reverse order, so that a machine that gets slower or faster
+    does so for both."""
 
     repetitions: int = 10
     row_s: float = 1.5
@@ -77,12 +80,14 @@ class RowRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRun:
-    """All that one engine was measured at."""
+    """All that one engine was measured at; `others_cpu` is the share of the processors' time that went to
+    other work meanwhile, None where it cannot be known."""
 
     mode: Mode
     engine: EngineSection
     start_s: float
     took_s: float
+    others_cpu: float | None
     rows: tuple[RowRun, ...]
 
 
@@ -127,7 +132,8 @@ async def run_rank(subject: Subject, options: RankOptions, progress: Progress) -
         mode: plan_rows(mode, subject.adapters, options.sizes, num_slots=ADAPTER_SLOTS, quick=options.quick)
         for mode in options.modes
     }
-    order = [*options.modes, *(reversed(options.modes[:-1]) if options.effort.mirrored else ())]
+    again = [mode for mode in reversed(options.modes) if mode in _TWICE and options.effort.mirrored]
+    order = [*options.modes, *again]
     progress.total = sum(len(one.rows) for mode in order for one in plans[mode]) * options.effort.repetitions
     engines = [await _run_engine(mode, plans[mode], subject, options, progress) for mode in order]
     return RankResult(subject=subject, engines=tuple(engines))
@@ -148,14 +154,23 @@ async def _run_engine(
         outer = {f"r{rank}" for rank in (subject.ranks[0], subject.ranks[-1])}
         rounds = _Rounds(mode, timer, options.effort, outer, progress)
         runs: list[RowRun] = []
+        bystanders = Bystanders(info.pids)
         for one in sets:
             await _load(engine, one.loaded, subject)
             runs += await rounds.run(one.rows)
             await _unload(engine, one.loaded, subject)
+        others_cpu = bystanders.share()
     finally:
         await engine.close()
     took_s = time.perf_counter() - began_s
-    return EngineRun(mode=mode, engine=config.engine, start_s=start_s, took_s=took_s, rows=tuple(runs))
+    return EngineRun(
+        mode=mode,
+        engine=config.engine,
+        start_s=start_s,
+        took_s=took_s,
+        others_cpu=others_cpu,
+        rows=tuple(runs),
+    )
 
 
 async def _load(engine: Engine, names: Sequence[str], subject: Subject) -> None:
@@ -202,8 +217,7 @@ class _Rounds:
         return repetitions >= least and taken_s >= self._effort.row_s
 
     def _warm_up_of(self, row: Row) -> Row:
-        # vLLM's own execution takes seconds for a whole prompt, token after token: a few of them warm it up.
-        if self._mode != "stock":
-            return row
-        prompt, output = (min(one, STOCK_WARM_UP_TOKENS) for one in (row.prompt_tokens, row.output_tokens))
+        output = min(row.output_tokens, _WARM_UP_TOKENS)
+        # vLLM's own execution takes seconds for a whole prompt, token after token: a few of them will do.
+        prompt = min(row.prompt_tokens, _WARM_UP_TOKENS) if self._mode == "stock" else row.prompt_tokens
         return dataclasses.replace(row, prompt_tokens=prompt, output_tokens=output)

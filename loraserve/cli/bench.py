@@ -74,6 +74,8 @@ def rank(
       base_over_no_lora_KIND     the same for requests without an adapter
       mixed_over_sum_KIND        a(mixed) / (a(its low part alone) + a(its high part alone)), rank-true
       mixed_step_over_sum_KIND   t(mixed) / (t(off) + the same sum), rank-true
+      others_cpu                 share of the processors' time that went to other work, for each engine;
+                                 above 0.1 the run is void: give it an idle machine
     """
     options = _options(mode, quick=quick, engine=engine, dtype=dtype, max_lora_rank=max_lora_rank, seed=seed)
     recipe = _recipe(rank, hidden, layers, seed, max_lora_rank) if model is None else None

