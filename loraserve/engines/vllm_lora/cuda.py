@@ -1,7 +1,7 @@
 """Rank-true LoRA execution on NVIDIA GPUs: vLLM's wrapper with our kernels in the place of its own.
 
 Engine processes on CUDA only. Owns the ranks of the slots, on the device and on the host; what a slot holds
-is `cuda_slots`, what is computed `cuda_launch`. Layers of experts keep vLLM's launch.
+is `cuda_slots`, what is computed `cuda_launch`. Layers of experts keep vLLM's kernels.
 
 Not run on a GPU yet. On the CPU the whole path was run through Triton's interpreter, in float16 and with
 vLLM's own metadata.
