@@ -41,7 +41,9 @@ class AdapterStatus:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
     """One replica; `resident` are version ids, at most `pool_adapters` of them; `adapter_slots` is how many
-    different ones a batch may hold."""
+    different ones a batch may hold, and `active_adapters` how many have a slot now. Of the slots'
+    `slot_allocated_bytes` the adapters' true ranks fill `slot_used_bytes`; padded to the highest rank, all
+    slots would take `slot_padded_bytes`. Zeros there mean that the engine does not say."""
 
     replica_id: str
     state: str
@@ -59,6 +61,10 @@ class ReplicaStatus:
     restarts: int
     reason: str
     node_id: str
+    active_adapters: int = 0
+    slot_allocated_bytes: int = 0
+    slot_used_bytes: int = 0
+    slot_padded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +144,10 @@ def replica_status(message: management_pb2.Replica) -> ReplicaStatus:
         restarts=message.restarts,
         reason=message.reason,
         node_id=message.node_id,
+        active_adapters=message.active_adapters,
+        slot_allocated_bytes=message.slot_allocated_bytes,
+        slot_used_bytes=message.slot_used_bytes,
+        slot_padded_bytes=message.slot_padded_bytes,
     )
 
 

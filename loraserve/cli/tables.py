@@ -33,8 +33,8 @@ def adapter_table(adapters: Sequence[Any]) -> Table:
 def replica_table(replicas: Sequence[Any]) -> Table:
     """One row per replica: state, limits, what it holds, what it does."""
     table = Table(
-        "replica", "state", "engine", "max rank", "slots", "adapters", "MiB", "running", "waiting", "KV",
-        "restarts",
+        "replica", "state", "engine", "max rank", "slots", "slot MiB", "adapters", "MiB", "running",
+        "waiting", "KV", "restarts",
         box=None, pad_edge=False,
     )  # fmt: skip
     for replica in replicas:
@@ -43,7 +43,8 @@ def replica_table(replicas: Sequence[Any]) -> Table:
             replica.state,
             replica.engine,
             str(replica.max_lora_rank),
-            str(replica.adapter_slots),
+            f"{replica.active_adapters}/{replica.adapter_slots}",
+            f"{replica.slot_allocated_bytes / 2**20:.1f}",
             f"{len(replica.resident)}/{replica.pool_adapters}",
             f"{replica.resident_bytes / 2**20:.1f}",
             str(replica.running),

@@ -219,6 +219,10 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             message.waiting = report.waiting
             message.kv_cache_usage = report.kv_cache_usage
             message.resident_bytes = report.resident_bytes
+            message.active_adapters = report.slots.active
+            message.slot_allocated_bytes = report.slots.allocated_bytes
+            message.slot_used_bytes = report.slots.used_bytes
+            message.slot_padded_bytes = report.slots.padded_bytes
         return message
 
 

@@ -46,6 +46,18 @@ class EngineLoad:
     kv_cache_usage: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotMemory:
+    """What the slots of a worker hold: how many adapters are active, the bytes allocated, those of them that
+    the adapters' true ranks fill, and what all slots take where each is padded to the highest rank. All 0:
+    not known."""
+
+    active: int = 0
+    allocated_bytes: int = 0
+    used_bytes: int = 0
+    padded_bytes: int = 0
+
+
 class Engine(Protocol):
     """Runs the base model with adapters.
 
@@ -90,6 +102,10 @@ class Engine(Protocol):
 
     def load(self) -> EngineLoad:
         """The engine's load now, without waiting."""
+        ...
+
+    def slot_memory(self) -> SlotMemory:
+        """What the slots held when one of them last changed, without waiting."""
         ...
 
     async def check(self) -> None:

@@ -1,8 +1,8 @@
 """What a replica says of itself to the controller, as values that both sides know."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from loraserve.engines.base import EngineInfo
+from loraserve.engines.base import EngineInfo, SlotMemory
 from placement.types import ReplicaSpec, VersionId
 
 
@@ -33,3 +33,4 @@ class ReplicaReport:
     kv_cache_usage: float
     resident: tuple[VersionId, ...]
     resident_bytes: int
+    slots: SlotMemory = field(default_factory=SlotMemory)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from loraserve.clock import Clock
 from loraserve.config import EmulatedSection, EngineSection, ModelSection
 from loraserve.engines import batching
-from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, check_resumed
+from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, SlotMemory, check_resumed
 from loraserve.engines.emulated_process import StandInProcess
 from loraserve.engines.emulated_slots import SlottedBatch
 from loraserve.engines.outputs import Output
@@ -190,6 +190,10 @@ class EmulatedEngine:
             waiting=self._batch.num_waiting + self._requests.num_outside,
             kv_cache_usage=self._batch.kv_usage,
         )
+
+    def slot_memory(self) -> SlotMemory:
+        """Not modelled."""
+        return SlotMemory()
 
     async def check(self) -> None:
         """EngineDeadError if the loop task is gone."""

@@ -7,7 +7,6 @@ that runs the engine, and off its event loop.
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import os
 import shutil
 import tempfile
@@ -17,16 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraserve.config import EngineSection, LoraExecution, ModelSection
-from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, check_resumed
+from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, SlotMemory, check_resumed
 from loraserve.engines.vllm_arguments import (
     check_extra,
     check_known,
     engine_arguments,
     engine_environment,
     environment_set,
+    few_rows_library,
+    lora_execution,
 )
-from loraserve.engines.vllm_lora import few_rows
-from loraserve.engines.vllm_lora.support import untested, vllm_version
 from loraserve.engines.vllm_outputs import LoadRecorder
 from loraserve.engines.vllm_pool import EnginePool
 from loraserve.engines.vllm_processes import EngineProcesses, engine_children, kill_pids, with_descendants
@@ -42,11 +41,8 @@ from loraserve.errors import (
     NotFoundError,
     WorkFailedError,
 )
-from loraserve.folders import cache_dir
 from loraserve.request import GenerationRequest, GenerationStep
 from placement.types import VersionId
-
-logger = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 5.0
 _KILL_S = 5.0
@@ -179,6 +175,10 @@ class VllmEngine:
         """The requests in flight and the KV cache in use, without waiting."""
         return self._recorder.load(len(self._in_flight))
 
+    def slot_memory(self) -> SlotMemory:
+        """What the slots held when one of them last changed, without waiting."""
+        return SlotMemory() if self._started is None else self._started.adapters.memory
+
     async def check(self) -> None:
         """EngineDeadError if vLLM says so or one of its processes has ended."""
         started = self._running()
@@ -203,13 +203,13 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         check_known(self._engine.extra, {field.name for field in dataclasses.fields(AsyncEngineArgs)})
-        execution = self._execution = _execution(self._engine)
+        execution = self._execution = lora_execution(self._engine)
         environment = engine_environment(
             self._engine,
             self._parent_pid,
             on_cpu=on_cpu,
             execution=execution,
-            few_rows=_few_rows() if on_cpu and execution in ("rank-true", "padded") else "",
+            library=few_rows_library() if on_cpu and execution in ("rank-true", "padded") else "",
         )
         # vLLM deletes neither its sockets nor its rendezvous file: they go with this folder.
         environment |= {"VLLM_RPC_BASE_PATH": self._temp_dir, "TMPDIR": self._temp_dir}
@@ -335,26 +335,6 @@ class VllmEngine:
         await asyncio.wait({shutdown}, timeout=_KILL_S)
         if shutdown.done():
             shutdown.exception()
-
-
-def _execution(engine: EngineSection) -> LoraExecution:
-    """The configured execution, or vLLM's own where ours was not tested; then the log says so."""
-    if engine.lora_execution in ("stock", "off"):
-        return engine.lora_execution
-    reason = untested(vllm_version())
-    if reason:
-        logger.warning("%s", reason)
-        return "stock"
-    return engine.lora_execution
-
-
-def _few_rows() -> str:
-    """The compiled kernel for a few rows per adapter, built upon first use; '' without a compiler."""
-    try:
-        return str(few_rows.build(cache_dir() / "kernels"))
-    except few_rows.BuildError as error:
-        logger.warning("LoRA for a few rows runs without its compiled kernel, slower: %s", error)
-        return ""
 
 
 def _shut_down(client: Any) -> None:

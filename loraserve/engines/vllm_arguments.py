@@ -1,16 +1,21 @@
 """vLLM's engine arguments and environment, from LoRAServe's configuration."""
 
 import difflib
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from loraserve.config import EngineSection, ModelSection
+from loraserve.config import EngineSection, LoraExecution, ModelSection
 from loraserve.engines.vllm_guard import PARENT_PID, PARENT_START, process_start
-from loraserve.engines.vllm_lora.few_rows import LIBRARY
+from loraserve.engines.vllm_lora import few_rows
 from loraserve.engines.vllm_lora.install import EXECUTION
+from loraserve.engines.vllm_lora.support import untested, vllm_version
 from loraserve.errors import ConfigError
+from loraserve.folders import cache_dir
+
+logger = logging.getLogger(__name__)
 
 _PLUGIN = "loraserve"
 _EXTENSION = "loraserve.engines.vllm_lora.worker.WorkerExtension"
@@ -70,6 +75,26 @@ def check_known(extra: Mapping[str, Any], known: Collection[str]) -> None:
             raise ConfigError(f"engine.extra.{key}: this vLLM has no such engine argument{hint}")
 
 
+def lora_execution(engine: EngineSection) -> LoraExecution:
+    """The configured execution, or vLLM's own where ours was not tested; then the log says so."""
+    if engine.lora_execution in ("stock", "off"):
+        return engine.lora_execution
+    reason = untested(vllm_version())
+    if reason:
+        logger.warning("%s", reason)
+        return "stock"
+    return engine.lora_execution
+
+
+def few_rows_library() -> str:
+    """The compiled kernel for a few rows per adapter, built upon first use; '' without a compiler."""
+    try:
+        return str(few_rows.build(cache_dir() / "kernels"))
+    except few_rows.BuildError as error:
+        logger.warning("LoRA for a few rows runs without its compiled kernel, slower: %s", error)
+        return ""
+
+
 def engine_arguments(
     model: ModelSection, engine: EngineSection, *, on_cpu: bool, execution: str
 ) -> dict[str, Any]:
@@ -112,11 +137,11 @@ def _lora_arguments(engine: EngineSection, *, on_cpu: bool, execution: str) -> d
 
 
 def engine_environment(
-    engine: EngineSection, parent_pid: int, *, on_cpu: bool, execution: str, few_rows: str = ""
+    engine: EngineSection, parent_pid: int, *, on_cpu: bool, execution: str, library: str = ""
 ) -> dict[str, str | None]:
     """The variables that vLLM's processes start with; None removes one.
 
-    `few_rows` is the path of the compiled kernel, '' if there is none.
+    `library` is the path of the compiled kernel, '' if there is none.
     """
     environment: dict[str, str | None] = {
         PARENT_PID: str(parent_pid),
@@ -125,7 +150,7 @@ def engine_environment(
         "DO_NOT_TRACK": "1",
         # A replica runs gRPC's threads, which do not survive a fork.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        LIBRARY: few_rows or None,
+        few_rows.LIBRARY: library or None,
         EXECUTION: execution if execution in ("rank-true", "padded") else None,
     }
     plugins = os.environ.get("VLLM_PLUGINS")

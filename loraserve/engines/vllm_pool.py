@@ -7,11 +7,10 @@ its version is active.
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 from loraserve.adapters.segment import AdapterSegment, publish
-from loraserve.engines.base import AdapterFiles
+from loraserve.engines.base import AdapterFiles, SlotMemory
 from loraserve.engines.vllm_calls import CALL_TIMEOUT_S, EngineCalls
 from loraserve.errors import (
     AdapterRejectedError,
@@ -76,6 +75,7 @@ class EnginePool:
         self._changing = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._dead = ""
+        self.memory = SlotMemory()
 
     async def load(self, adapter: AdapterFiles) -> None:
         """Publish the version to every worker and have it checked there; one that is held is no error.
@@ -92,12 +92,6 @@ class EnginePool:
         """The versions that every rank holds."""
         everywhere = frozenset.intersection(*await self._pooled())
         return frozenset(name for name, held in self._held.items() if held.lora_id in everywhere)
-
-    async def report(self) -> Mapping[str, Any]:
-        """What the first worker rank says of its pool, slots and their memory."""
-        answers = await self._calls.workers("loraserve_report")
-        report: Mapping[str, Any] = answers[0]
-        return report
 
     def pin(self, version_id: VersionId) -> Any | None:
         """vLLM's name for the version, which cannot be unloaded until `unpin`; None if it is not held."""
@@ -213,8 +207,19 @@ class EnginePool:
                 raise WorkFailedError(f"adapter {version_id}: worker ranks {holding} did not let go of it")
 
     async def _pooled(self) -> list[frozenset[int]]:
+        return [frozenset(int(number) for number in answer["pool"]) for answer in await self._reports()]
+
+    async def _reports(self) -> list[dict[str, Any]]:
+        """What every worker rank holds; the first one's slots are noted."""
         answers = await self._calls.workers("loraserve_report")
-        return [frozenset(int(number) for number in answer["pool"]) for answer in answers]
+        first = answers[0]
+        self.memory = SlotMemory(
+            active=len(first["active"]),
+            allocated_bytes=first["allocated_bytes"],
+            used_bytes=first["used_bytes"],
+            padded_bytes=first["padded_bytes"],
+        )
+        return answers
 
     # -- slots ---------------------------------------------------------------------------------
 
@@ -246,6 +251,7 @@ class EnginePool:
             async with self._writing:
                 held = self._held.get(version)
                 wrong = "it was dropped" if held is None else await self._advance(held.lora_id, activate=True)
+                await self._reports()
         except LoraServeError as error:
             self._note(error)
             wrong = str(error)
@@ -260,6 +266,7 @@ class EnginePool:
             try:
                 async with self._writing:
                     await self._calls.workers("loraserve_deactivate", held.lora_id)
+                    await self._reports()
             except LoraServeError as error:
                 self._note(error)
         self._handle(Deactivated(version_id=version))

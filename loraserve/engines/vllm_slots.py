@@ -2,10 +2,9 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
-from loraserve.engines.base import AdapterFiles
+from loraserve.engines.base import AdapterFiles, SlotMemory
 from loraserve.engines.vllm_calls import EngineCalls
 from loraserve.errors import (
     AdapterRejectedError,
@@ -76,9 +75,10 @@ class AdapterSlots:
     def leave(self, version_id: VersionId, request_id: str) -> None:
         """The request has ended."""
 
-    async def report(self) -> Mapping[str, Any]:
-        """What the workers say of their adapters: nothing."""
-        return {}
+    @property
+    def memory(self) -> SlotMemory:
+        """Not known: vLLM does not say."""
+        return SlotMemory()
 
     def close(self) -> None:
         """Let go of what the engine does not know of: nothing."""

@@ -241,6 +241,7 @@ class ReplicaServer:
             kv_cache_usage=load.kv_cache_usage,
             resident=self.pool.resident(),
             resident_bytes=self.pool.used_bytes,
+            slots=self.engine.slot_memory(),
         )
 
     def load_report(self) -> LoadReport:

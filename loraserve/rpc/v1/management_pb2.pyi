@@ -290,6 +290,10 @@ class Replica(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
     POOL_ADAPTERS_FIELD_NUMBER: _builtins.int
+    ACTIVE_ADAPTERS_FIELD_NUMBER: _builtins.int
+    SLOT_ALLOCATED_BYTES_FIELD_NUMBER: _builtins.int
+    SLOT_USED_BYTES_FIELD_NUMBER: _builtins.int
+    SLOT_PADDED_BYTES_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     state: _builtins.str
     address: _builtins.str
@@ -308,6 +312,13 @@ class Replica(_message.Message):
     node_id: _builtins.str
     pool_adapters: _builtins.int
     """How many adapters it may hold at once."""
+    active_adapters: _builtins.int
+    """How many adapters have a slot now, where the engine says so; the slots' memory, what true ranks fill of
+    it, and what all slots would take if each were padded to the highest rank.
+    """
+    slot_allocated_bytes: _builtins.int
+    slot_used_bytes: _builtins.int
+    slot_padded_bytes: _builtins.int
     @_builtins.property
     def resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -329,10 +340,14 @@ class Replica(_message.Message):
         reason: _builtins.str = ...,
         node_id: _builtins.str = ...,
         pool_adapters: _builtins.int = ...,
+        active_adapters: _builtins.int = ...,
+        slot_allocated_bytes: _builtins.int = ...,
+        slot_used_bytes: _builtins.int = ...,
+        slot_padded_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_slots", b"adapter_slots", "address", b"address", "engine", b"engine", "kv_cache_usage", b"kv_cache_usage", "max_lora_rank", b"max_lora_rank", "node_id", b"node_id", "pid", b"pid", "pool_adapters", b"pool_adapters", "reason", b"reason", "replica_id", b"replica_id", "resident", b"resident", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "running", b"running", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_adapters", b"active_adapters", "adapter_slots", b"adapter_slots", "address", b"address", "engine", b"engine", "kv_cache_usage", b"kv_cache_usage", "max_lora_rank", b"max_lora_rank", "node_id", b"node_id", "pid", b"pid", "pool_adapters", b"pool_adapters", "reason", b"reason", "replica_id", b"replica_id", "resident", b"resident", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "running", b"running", "slot_allocated_bytes", b"slot_allocated_bytes", "slot_padded_bytes", b"slot_padded_bytes", "slot_used_bytes", b"slot_used_bytes", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
