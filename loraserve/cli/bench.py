@@ -9,6 +9,7 @@ from loraserve.cli.common import command
 from loraserve.errors import BadInputError, WorkFailedError
 
 if TYPE_CHECKING:
+    from loraserve.bench.rank_rows import Mode
     from loraserve.bench.rank_run import RankOptions, RankResult
     from loraserve.bench.rank_subject import Recipe, Subject
 
@@ -115,7 +116,18 @@ def _options(
         seed=seed,
     )
     options.config(options.modes[0], "")  # refuses what an engine cannot have
+    if engine == "vllm":
+        _refuse_other_execution(options.modes)
     return options
+
+
+def _refuse_other_execution(modes: "tuple[Mode, ...]") -> None:
+    """An engine that falls back to vLLM's own execution would be measured under a wrong name."""
+    from loraserve.engines.vllm_lora.support import untested, vllm_version
+
+    reason = untested(vllm_version()) if vllm_version() else ""
+    if reason and not {"off", "stock"}.issuperset(modes):
+        raise WorkFailedError(f"{reason}; --mode off --mode stock can be measured")
 
 
 def _recipe(ranks: list[int] | None, hidden: int, layers: int, seed: int, max_lora_rank: int) -> "Recipe":
