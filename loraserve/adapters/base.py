@@ -28,20 +28,20 @@ class BaseModel:
     vocab_size: int
     modules: Mapping[str, tuple[int, int] | None]
 
-    @property
-    def lora_values_per_rank(self) -> int:
-        """How many values one rank of an adapter has that targets every module, vocabulary included.
-
-        An upper bound: vLLM makes room in its slots for most modules, not for all. 0 where the checkpoint is
-        quantised.
-        """
-        shapes = [shape for shape in self.modules.values() if shape is not None]
-        if len(shapes) < len(self.modules):
-            return 0
-        vocabulary = [sum(shape) for shape in shapes if shape[0] == self.vocab_size]
+    def lora_values_per_rank(self, *, with_vocabulary: bool) -> int:
+        """How many values one rank of an adapter has that targets every matrix of the layers, and with the
+        vocabulary also the embeddings and the output layer; 0 where the checkpoint is quantised."""
+        layers, vocabulary = 0, []
+        for name, shape in self.modules.items():
+            if shape is None:
+                return 0
+            if _LAYER.search(name):
+                layers += sum(shape)
+            elif shape[0] == self.vocab_size:
+                vocabulary.append(sum(shape))
         # One matrix for both ends of the model has a slot at either.
-        twice = vocabulary[0] if len(vocabulary) == 1 else 0
-        return sum(map(sum, shapes)) + twice
+        both_ends = 2 * vocabulary if len(vocabulary) == 1 else vocabulary
+        return layers + (sum(both_ends) if with_vocabulary else 0)
 
 
 def read_base(path: Path) -> BaseModel:

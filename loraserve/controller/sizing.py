@@ -48,9 +48,11 @@ def _inputs(
     is_stock = engine.lora_execution == "stock"
     # vLLM turns float32 checkpoints into 16 bits unless it is told not to.
     dtype_bytes = 4 if dtype == "float32" else 2
+    # Our own execution makes no room for vocabularies, which no registered adapter changes.
+    values_per_rank = 0 if base is None else base.lora_values_per_rank(with_vocabulary=is_stock)
     return SizeInputs(
         adapters=[AdapterSize(rank=one.rank, size_bytes=one.size_bytes) for one in adapters],
-        bytes_per_rank=0 if base is None else base.lora_values_per_rank * dtype_bytes,
+        bytes_per_rank=values_per_rank * dtype_bytes,
         slot_bytes=engine.slot_bytes,
         pool_bytes=engine.pool_bytes,
         max_num_seqs=engine.max_num_seqs,

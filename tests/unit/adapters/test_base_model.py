@@ -33,7 +33,9 @@ def test_the_sample_checkpoint_is_read(tmp_path: Path) -> None:
     assert base.modules["model.layers.1.mlp.down_proj"] == (256, 512)
     assert base.modules["model.layers.0.self_attn.k_proj"] == (128, 256)
     layer = 2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 512)
-    assert base.lora_values_per_rank == 2 * layer + 2 * (1024 + 256), "the vocabulary counts at both ends"
+    assert base.lora_values_per_rank(with_vocabulary=False) == 2 * layer
+    both_ends = 2 * (1024 + 256)
+    assert base.lora_values_per_rank(with_vocabulary=True) == 2 * layer + both_ends
     adapter = build_adapter(tmp_path / "adapter", model, rank=4, seed=0)
     manifest = inspect_adapter(adapter, base=base, max_lora_rank=8)
     assert (manifest.rank, manifest.num_modules, manifest.warnings) == (4, 14, ())
@@ -60,7 +62,9 @@ def test_a_quantised_checkpoint_names_its_modules_without_shapes(tmp_path: Path)
     folder = _folder(tmp_path, {**CONFIG, "quantization_config": {"quant_method": "awq"}})
     tensors = {"model.layers.0.mlp.up_proj.qweight": np.zeros((4, 1), np.int32)}
     save_file(tensors, folder / "model.safetensors")
-    assert dict(read_base(folder).modules) == {"model.layers.0.mlp.up_proj": None}
+    base = read_base(folder)
+    assert dict(base.modules) == {"model.layers.0.mlp.up_proj": None}
+    assert base.lora_values_per_rank(with_vocabulary=True) == 0
 
 
 @pytest.mark.parametrize(

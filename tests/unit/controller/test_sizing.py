@@ -26,9 +26,9 @@ def test_what_is_given_is_left_as_it_is() -> None:
     ("engine", "dtype", "slots"),
     [
         ({}, "bfloat16", 8),
-        ({"gpus_per_replica": 1}, "bfloat16", 3),
-        ({"lora_execution": "padded"}, "auto", 3),
-        ({"lora_execution": "padded"}, "float32", 1),
+        ({"gpus_per_replica": 1}, "bfloat16", 5),
+        ({"lora_execution": "padded"}, "auto", 5),
+        ({"lora_execution": "padded"}, "float32", 2),
         ({"lora_execution": "stock"}, "bfloat16", 2),
     ],
 )
@@ -38,7 +38,8 @@ def test_a_slot_costs_what_the_execution_makes_of_it(
     base = read_base(samples.model)
     own = AdapterVersion(version_id=VersionId("a@0"), name=AdapterName("a"), sha256="0", rank=8, size_bytes=1)
     many = [own] * 64
-    tree = {"max_lora_rank": 64, "adapter_slots": "auto", "slot_bytes": base.lora_values_per_rank * 64 * 7}
+    one_slot = 64 * base.lora_values_per_rank(with_vocabulary=False) * 2
+    tree = {"max_lora_rank": 64, "adapter_slots": "auto", "slot_bytes": 5 * one_slot}
     config = parse_config({"engine": tree | {"max_num_seqs": 8} | engine, "model": {"dtype": dtype}})
     assert sized(config, base, many).engine.adapter_slots == slots
 
