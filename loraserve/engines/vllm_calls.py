@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-from loraserve.errors import EngineDeadError, WorkFailedError
+from loraserve.errors import EngineDeadError, LoraServeError, WorkFailedError
 
 CALL_TIMEOUT_S = 600.0
 _LIVENESS_POLL_S = 0.5
@@ -18,8 +18,16 @@ class EngineCalls:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def workers(self, method: str, *args: object) -> list[Any]:
-        """Call a method of every worker rank, between two engine steps; one answer each."""
-        answers: list[Any] = await self.call(self.client.collective_rpc(method, args=args))
+        """Call a method of every worker rank, between two engine steps; one answer each.
+
+        EngineDeadError, or WorkFailedError for whatever else went wrong.
+        """
+        try:
+            answers: list[Any] = await self.call(self.client.collective_rpc(method, args=args))
+        except LoraServeError:
+            raise
+        except Exception as error:  # vLLM sends what happened in its process as a bare Exception
+            raise WorkFailedError(f"vLLM's workers failed in {method}: {error}") from error
         return answers
 
     async def call(self, call: Coroutine[Any, Any, Any]) -> Any:
@@ -29,6 +37,8 @@ class EngineCalls:
             for _ in range(int(CALL_TIMEOUT_S / _LIVENESS_POLL_S)):
                 done, _ = await asyncio.wait({task}, timeout=_LIVENESS_POLL_S)
                 if self.client.errored:
+                    if done:
+                        task.exception()  # seen: it says the same
                     raise EngineDeadError("the vLLM engine process is gone")
                 if done:
                     return task.result()

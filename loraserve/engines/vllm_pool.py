@@ -68,6 +68,8 @@ class EnginePool:
         self._max_lora_rank = max_lora_rank
         self._table = SlotTable(num_slots=num_slots)
         self._held: dict[VersionId, _Held] = {}
+        self._dropped: dict[VersionId, _Held] = {}
+        """At most one version that is being unloaded: it may still be in its slot."""
         self._uses: Counter[VersionId] = Counter()
         self._waiting: dict[str, asyncio.Future[bool]] = {}
         self._changed = asyncio.Event()
@@ -195,16 +197,22 @@ class EnginePool:
                 return
             if self._uses[version_id]:
                 raise StaleError(f"adapter {version_id}: {self._uses[version_id]} requests still use it")
-            del self._held[version_id]
-            self._handle(Dropped(version_id=version_id))
-            while self._table.phase(version_id) is not None:
-                self._changed.clear()
-                await self._changed.wait()
-            await self._calls.workers("loraserve_close", held.lora_id)
-            holding = [rank for rank, ids in enumerate(await self._pooled()) if held.lora_id in ids]
-            held.segment.close()
-            if holding:
-                raise WorkFailedError(f"adapter {version_id}: worker ranks {holding} did not let go of it")
+            self._dropped[version_id] = self._held.pop(version_id)
+            try:
+                await self._close(version_id, held)
+            finally:
+                del self._dropped[version_id]
+                held.segment.close()
+
+    async def _close(self, version_id: VersionId, held: _Held) -> None:
+        self._handle(Dropped(version_id=version_id))
+        while self._table.phase(version_id) is not None:
+            self._changed.clear()
+            await self._changed.wait()
+        await self._calls.workers("loraserve_close", held.lora_id)
+        holding = [rank for rank, ids in enumerate(await self._pooled()) if held.lora_id in ids]
+        if holding:
+            raise WorkFailedError(f"adapter {version_id}: worker ranks {holding} did not let go of it")
 
     async def _pooled(self) -> list[frozenset[int]]:
         return [frozenset(int(number) for number in answer["pool"]) for answer in await self._reports()]
@@ -250,8 +258,7 @@ class EnginePool:
         try:
             async with self._writing:
                 held = self._held.get(version)
-                wrong = "it was dropped" if held is None else await self._advance(held.lora_id, activate=True)
-                await self._reports()
+                wrong = "it was dropped" if held is None else await self._write(held.lora_id)
         except LoraServeError as error:
             self._note(error)
             wrong = str(error)
@@ -260,15 +267,26 @@ class EnginePool:
         else:
             self._handle(Activated(version_id=version))
 
+    async def _write(self, lora_id: int) -> str:
+        """Activate the adapter on every rank or on none; '' or what is wrong."""
+        try:
+            wrong = await self._advance(lora_id, activate=True)
+            if not wrong:
+                await self._reports()
+        except WorkFailedError as error:
+            wrong = str(error)
+        if wrong:
+            await self._calls.workers("loraserve_deactivate", lora_id)
+        return wrong
+
     async def _deactivate(self, version: VersionId) -> None:
-        held = self._held.get(version)
-        if held is not None:  # closing it frees the slot as well
-            try:
-                async with self._writing:
-                    await self._calls.workers("loraserve_deactivate", held.lora_id)
-                    await self._reports()
-            except LoraServeError as error:
-                self._note(error)
+        held = self._held.get(version) or self._dropped[version]
+        try:
+            async with self._writing:
+                await self._calls.workers("loraserve_deactivate", held.lora_id)
+                await self._reports()
+        except LoraServeError as error:
+            self._note(error)
         self._handle(Deactivated(version_id=version))
 
     async def _advance(self, lora_id: int, *, activate: bool) -> str:

@@ -61,11 +61,14 @@ class PooledModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
             return True
         if lora_id not in self._filling:
             taken = set(self._filling.values())
-            self._filling[lora_id] = next(
+            free = [
                 index
                 for index, holder in enumerate(self.lora_index_to_id)
                 if holder is None and index not in taken
-            )
+            ]
+            if not free:
+                raise RuntimeError("no slot is free")
+            self._filling[lora_id] = free[0]
         index = self._filling[lora_id]
         if not self.fill_piece(self._registered_adapters[lora_id], index):
             return False

@@ -1,0 +1,287 @@
+"""The adapter pool of a replica against workers that fail, stall and die: nobody waits for ever."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraserve.engines.base import AdapterFiles
+from loraserve.engines.vllm_pool import EnginePool
+from loraserve.errors import AdapterRejectedError, EngineDeadError, StaleError, WorkFailedError
+from placement.types import VersionId
+from tests.support.adapter_maker import AdapterMaker
+from tests.support.fake_workers import FakeRank, FakeWorkers
+from tests.support.segments import own_segments
+
+PATIENCE_S = 10.0
+
+
+class PoolBench:
+    """A pool of ten over two ranks with two slots each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.workers = FakeWorkers(num_ranks=2, num_slots=2)
+        self.pool = EnginePool(self.workers, num_slots=2, num_adapters=10, max_lora_rank=8)
+        self._folder = folder
+        self._requests = 0
+
+    def files(self, name: str) -> AdapterFiles:
+        """Version `name`@0, of rank 4."""
+        return AdapterFiles(version_id=version(name), directory=self._folder, rank=4, size_bytes=1)
+
+    async def load(self, *names: str) -> None:
+        """Load versions one after the other."""
+        for name in names:
+            await self.pool.load(self.files(name))
+
+    async def enter(self, name: str) -> str:
+        """A new request that has been let in."""
+        request = self.new_request()
+        assert await asyncio.wait_for(self.pool.enter(version(name), request), PATIENCE_S)
+        return request
+
+    def waits(self, name: str) -> "tuple[str, asyncio.Task[bool]]":
+        """A new request and its wait."""
+        request = self.new_request()
+        return request, asyncio.create_task(self.pool.enter(version(name), request))
+
+    def new_request(self) -> str:
+        self._requests += 1
+        return f"request-{self._requests}"
+
+    def segments(self) -> int:
+        """How many segments the pool itself keeps in memory, beside the ranks' mappings."""
+        return own_segments() - sum(len(rank.pool) for rank in self.workers.ranks)
+
+    def is_empty(self) -> bool:
+        """Whether no rank has anything."""
+        return not any(rank.pool or rank.active for rank in self.workers.ranks)
+
+
+def version(name: str) -> VersionId:
+    return VersionId(f"{name}@0")
+
+
+async def ends(task: "asyncio.Future[Any]") -> Any:
+    """What the task ends with, its error included."""
+    (end,) = await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), PATIENCE_S)
+    return end
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[PoolBench]:
+    """The pool; whatever happens in a test, no memory stays."""
+    one = PoolBench(AdapterMaker(tmp_path)())
+    before = one.segments()
+    yield one
+    one.pool.close()
+    assert one.segments() == before
+    one.workers.end()
+
+
+def fails(_: int) -> Any:
+    raise KeyError("something inside vLLM")
+
+
+FAULTS: dict[str, tuple[str, Callable[[int], Any], type[Exception], str]] = {
+    "cannot open it": ("loraserve_open", lambda _: "it is gone", AdapterRejectedError, "it is gone"),
+    "finds it damaged": (
+        "loraserve_advance",
+        lambda _: ("failed", "its weights hash to 0"),
+        AdapterRejectedError,
+        "its weights hash to 0",
+    ),
+    "does not list it": (
+        "loraserve_report",
+        lambda _: {**FakeRank(2).loraserve_report()},
+        WorkFailedError,
+        r"worker ranks \[1\] do not report it",
+    ),
+    "fails inside vLLM": ("loraserve_advance", fails, WorkFailedError, "something inside vLLM"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_what_one_rank_does_not_take_no_rank_keeps(bench: PoolBench, fault: str) -> None:
+    method, answer, error, message = FAULTS[fault]
+    segments = bench.segments()
+    bench.workers.ranks[1].faults[method] = answer
+    with pytest.raises(error, match=message):
+        await bench.load("bad")
+    assert bench.is_empty()
+    assert bench.segments() == segments
+    assert bench.pool.pin(version("bad")) is None
+    bench.workers.ranks[1].faults.clear()
+    await bench.load("bad")
+    await bench.enter("bad")
+
+
+@pytest.mark.parametrize("answer", [fails, lambda _: ("failed", "out of memory")])
+async def test_a_slot_that_cannot_be_written_refuses_its_requests_and_serves_others(
+    bench: PoolBench, answer: Callable[[int], Any]
+) -> None:
+    await bench.load("one", "two", "three")
+    bench.workers.ranks[1].faults["loraserve_advance"] = answer
+    for leaving in ("one", "two"):
+        bench.pool.leave(version(leaving), await bench.enter(leaving))
+    waiting = [bench.waits("three")[1] for _ in range(2)]
+    refusals = [await ends(task) for task in waiting]
+    assert [type(refusal) for refusal in refusals] == [WorkFailedError] * 2
+    assert "adapter three@0: " in str(refusals[0])
+    bench.workers.ranks[1].faults.clear()
+    # What the first rank had written already is out of its slot again.
+    for name in ("one", "two"):
+        await bench.enter(name)
+
+
+async def test_a_version_that_goes_while_another_waits_for_a_slot_has_left_it_first(bench: PoolBench) -> None:
+    await bench.load("one", "two", "three")
+    unload = asyncio.create_task(bench.pool.unload(version("one")))
+    _, waiting = bench.waits("three")
+    assert await ends(waiting) is True
+    assert await ends(unload) is None
+    assert [rank.active for rank in bench.workers.ranks] == [{2, 3}] * 2
+
+
+async def test_an_engine_that_dies_takes_all_who_wait(bench: PoolBench) -> None:
+    await bench.load("one", "two", "three")
+    running = [(name, await bench.enter(name)) for name in ("one", "two")]
+    bench.workers.hold("loraserve_deactivate")
+    _, in_line = bench.waits("three")
+    bench.pool.leave(version("one"), running[0][1])
+    await bench.workers.reached("loraserve_deactivate")
+    loading = asyncio.create_task(bench.load("four"))
+    unloading = asyncio.create_task(bench.pool.unload(version("one")))
+    await asyncio.sleep(0)
+    bench.workers.die()
+    found = await asyncio.gather(*(ends(task) for task in (in_line, loading, unloading)))
+    assert [type(end) for end in found] == [EngineDeadError] * 3
+    bench.pool.leave(version("two"), running[1][1])
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(bench.pool.enter(version("two"), "late"), PATIENCE_S)
+    bench.pool.close()
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(bench.pool.enter(version("two"), "later"), PATIENCE_S)
+
+
+async def test_who_gives_up_is_never_let_in_and_holds_up_nobody(bench: PoolBench) -> None:
+    await bench.load("one", "two", "three")
+    running = [await bench.enter(name) for name in ("one", "two")]
+    given_up, leaving = bench.waits("three")
+    cancelled, gone = bench.waits("three")
+    _, patient = bench.waits("three")
+    await asyncio.sleep(0)
+    bench.pool.give_up(given_up)
+    bench.pool.give_up("unknown")
+    assert await ends(leaving) is False
+    gone.cancel()
+    assert isinstance(await ends(gone), asyncio.CancelledError)
+    for request in (given_up, cancelled):
+        bench.pool.leave(version("three"), request)
+    assert not patient.done()
+    bench.pool.leave(version("two"), running[1])
+    assert await ends(patient) is True
+    (active,) = [slot for slot in bench.pool._table.snapshot().slots if slot.version_id == version("three")]
+    assert active.num_admitted == 1
+
+
+async def test_a_load_goes_on_when_its_caller_has_gone(bench: PoolBench) -> None:
+    gate = bench.workers.hold("loraserve_open")
+    caller = asyncio.create_task(bench.load("one"))
+    await bench.workers.reached("loraserve_open")
+    caller.cancel()
+    assert isinstance(await ends(caller), asyncio.CancelledError)
+    assert bench.pool.pin(version("one")) is None
+    gate.set()
+    await bench.load("one")
+    assert await bench.pool.resident() == {version("one")}
+    assert bench.workers.asked.count("loraserve_open") == 1
+
+
+async def test_memory_is_given_back_after_the_slot(bench: PoolBench) -> None:
+    await bench.load("one")
+    await bench.enter("one")
+    bench.pool.pin(version("one"))
+    with pytest.raises(StaleError, match="1 requests still use it"):
+        await bench.pool.unload(version("one"))
+    bench.pool.leave(version("one"), "request-1")
+    bench.pool.unpin(version("one"))
+    segments = bench.segments()
+    gate = bench.workers.hold("loraserve_close")
+    unload = asyncio.create_task(bench.pool.unload(version("one")))
+    await bench.workers.reached("loraserve_close")
+    assert bench.pool.pin(version("one")) is None
+    assert not unload.done()
+    assert bench.segments() == segments
+    assert not any(rank.active for rank in bench.workers.ranks)
+    gate.set()
+    assert await ends(unload) is None
+    assert bench.is_empty()
+    assert bench.segments() == segments - 1
+
+
+async def test_memory_is_given_back_also_when_the_engine_dies_meanwhile(bench: PoolBench) -> None:
+    segments = bench.segments()
+    await bench.load("one")
+    bench.workers.hold("loraserve_close")
+    unload = asyncio.create_task(bench.pool.unload(version("one")))
+    await bench.workers.reached("loraserve_close")
+    bench.workers.die()
+    assert isinstance(await ends(unload), EngineDeadError)
+    assert bench.segments() == segments
+
+
+@asynccontextmanager
+async def admitted(bench: PoolBench, name: str) -> AsyncIterator[bool]:
+    """A request as the engine treats it, from its pin to its end."""
+    request = bench.new_request()
+    lora = bench.pool.pin(version(name))
+    try:
+        yield lora is not None and await bench.pool.enter(version(name), request)
+    finally:
+        bench.pool.leave(version(name), request)
+        if lora is not None:
+            bench.pool.unpin(version(name))
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_in_any_turmoil_a_request_runs_only_while_its_version_is_in_a_slot(
+    bench: PoolBench, seed: int
+) -> None:
+    dice = random.Random(seed)
+    names = ("one", "two", "three", "four", "five")
+    await bench.load(*names)
+    ran = 0
+
+    async def request(name: str) -> None:
+        nonlocal ran
+        async with admitted(bench, name) as entered:
+            for _ in range(dice.randrange(6) if entered else 0):
+                number = bench.pool._held[version(name)].lora_id
+                assert all(number in rank.active for rank in bench.workers.ranks)
+                await asyncio.sleep(0)
+                ran += 1
+
+    async def change(name: str) -> None:
+        try:
+            await bench.pool.unload(version(name))
+        except StaleError:
+            return
+        await bench.load(name)
+
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        for _ in range(200):
+            kind = dice.random()
+            task = group.create_task((change if kind < 0.1 else request)(dice.choice(names)))
+            if kind > 0.9:
+                asyncio.get_running_loop().call_later(dice.random() * 0.01, task.cancel)
+            if dice.random() < 0.3:
+                await asyncio.sleep(0)
+    assert ran > 100
+    assert await bench.pool.resident() == {version(name) for name in names}
+    bench.pool._table.check_invariants()
+    assert not any(slot.num_admitted for slot in bench.pool._table.snapshot().slots)
