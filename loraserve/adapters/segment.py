@@ -135,7 +135,7 @@ def map_segment(ref: SegmentRef) -> MappedSegment:
         raise SegmentError(f"process {ref.pid} has no segment {ref.fd}: {error.strerror}") from error
     try:
         return _map(fd, ref)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError) as error:
         raise SegmentError(f"segment {ref.fd} of process {ref.pid}: {error}") from error
     finally:
         os.close(fd)
@@ -150,8 +150,8 @@ def _map(fd: int, ref: SegmentRef) -> MappedSegment:
     memory = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
     if memory[: len(_MAGIC)] != _MAGIC:
         raise SegmentError("it holds no adapter")
-    (length,) = _LENGTH.unpack_from(memory, len(_MAGIC))
     begin = len(_MAGIC) + _LENGTH.size
+    length = _LENGTH.unpack_from(memory, len(_MAGIC))[0] if size_bytes >= begin else size_bytes
     if length > size_bytes - begin:
         raise SegmentError("its header is cut off")
     return MappedSegment(memory, begin + length, ref.sha256, json.loads(memory[begin : begin + length]))
