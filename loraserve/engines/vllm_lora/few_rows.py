@@ -46,6 +46,7 @@ def build(cache_dir: Path) -> Path:
                 [compiler, *_FLAGS, "-o", str(made), str(sources[0])],
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=_BUILD_TIMEOUT_S,
                 check=False,
             )
