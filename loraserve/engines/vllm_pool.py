@@ -6,7 +6,11 @@ its version is active.
 """
 
 import asyncio
+import os
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from loraserve.adapters.segment import AdapterSegment, publish
@@ -39,7 +43,12 @@ from placement.types import VersionId
 
 _FIRST_POLL_S = 0.001
 _LAST_POLL_S = 0.02
+_NICENESS = 10
 _PREPARING, _READY, _ACTIVE, _FAILED = "preparing", "ready", "active", "failed"
+
+
+def _go_last() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 class _Held:
@@ -77,6 +86,8 @@ class EnginePool:
         self._changing = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._dead = ""
+        # Copying and hashing goes after serving: the engine may share these processors.
+        self._publisher = ThreadPoolExecutor(1, "loraserve-publish", initializer=_go_last)
         self.memory = SlotMemory()
 
     async def load(self, adapter: AdapterFiles) -> None:
@@ -137,6 +148,7 @@ class EnginePool:
     def close(self) -> None:
         """Give all memory back: the engine's processes have ended."""
         self._dead = self._dead or "the vLLM engine is closed"
+        self._publisher.shutdown(wait=False)
         for held in self._held.values():
             held.segment.close()
 
@@ -155,8 +167,9 @@ class EnginePool:
                 raise OverloadedError(f"adapter {name}: the pool holds {self._num_adapters} already")
             if not adapter.directory.is_dir():
                 raise AdapterRejectedError(f"adapter {name}: no folder {adapter.directory}")
-            segment = await asyncio.to_thread(
-                publish, adapter.directory, name=name, max_lora_rank=self._max_lora_rank
+            segment = await asyncio.get_running_loop().run_in_executor(
+                self._publisher,
+                partial(publish, adapter.directory, name=name, max_lora_rank=self._max_lora_rank),
             )
             try:
                 self._held[name] = await self._open(name, segment)

@@ -3,6 +3,8 @@
 Engine processes only. The pool never lets go of an adapter by itself: the replica opens and closes.
 """
 
+import contextlib
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -84,5 +86,12 @@ class WorkerPool:
 
 
 def _yield_to_the_loop() -> None:
-    """The thread that computes tokens goes before the one that prepares."""
+    """The thread that computes tokens goes before the one that prepares.
+
+    This one gets no OpenMP threads of its own: with more threads than processors, OpenMP's threads sleep at
+    every barrier instead of spinning, and each decode step takes half as long again, for ever.
+    """
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    with contextlib.suppress(OSError, AttributeError):
+        # The one that torch has loaded: libraries are known by this name.
+        ctypes.CDLL("libgomp.so.1").omp_set_num_threads(1)
