@@ -138,7 +138,9 @@ class VllmEngine:
                 check_resumed(request, started.info.vocab_size)
                 prompt_ids = await started.prompts.encode(request.prompt)
                 work = vllm_work(started.client, request, prompt_ids)
-                entered = await self._enter(started, request)
+                # What is over already waits for no slot.
+                over = entry.aborted or work.ended is not None
+                entered = over or await self._enter(started, request)
                 # Nothing pauses between this and the first step of the stream, when vLLM knows of it.
                 only = work.aborted() if entry.aborted or not entered else work.ended
                 if only is not None:

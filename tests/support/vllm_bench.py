@@ -6,8 +6,10 @@ from pathlib import Path
 
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.vllm import VllmEngine
+from loraserve.engines.vllm_pool import EnginePool
 from loraserve.request import ChatTurn, GenerationRequest, GenerationStep, SamplingParams
 from loraserve.samples import SampleSet
+from placement.adapter_slots import SlotSnapshot
 from placement.types import VersionId
 
 MAX_TOKENS = 24
@@ -16,6 +18,8 @@ PROMPTS = (
     "A computer counts",
     "In the morning the market was full of people who wanted to buy",
     "Water",
+    # Longer than what the kernel for few rows takes, and than a block of the prefix cache.
+    "In the morning the market was full of people who wanted to buy. " * 10,
 )
 
 
@@ -98,3 +102,10 @@ class Bench:
     ) -> Answer:
         """Run one greedy request to its end."""
         return await self.answer(self.request(prompt, adapter, **sampling))
+
+    @property
+    def slots(self) -> SlotSnapshot:
+        """The engine's slots and who waits for one."""
+        adapters = self.engine._running().adapters
+        assert isinstance(adapters, EnginePool)
+        return adapters._table.snapshot()

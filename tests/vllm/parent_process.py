@@ -1,19 +1,24 @@
 """A replica's stand-in: starts a VllmEngine and waits to be killed.
 
-Arguments: the model's folder, and `starting` or `running`: when to print the engine's process id.
+Arguments: the model's folder, `starting` or `running`: when to print the engine's process id, and the folder
+of an adapter, which a running engine has loaded under the name `killed-` and this process's id.
 """
 
 import asyncio
 import multiprocessing
+import os
 import sys
+from pathlib import Path
 
 from loraserve.config import EngineSection, ModelSection
+from loraserve.engines.base import AdapterFiles
 from loraserve.engines.vllm import VllmEngine
+from placement.types import VersionId
 
 
 async def main() -> None:
     """Print one line with the ids of the engine's processes, then stay."""
-    model, when = sys.argv[1:]
+    model, when, adapter = sys.argv[1:]
     engine = VllmEngine(
         ModelSection(path=model, dtype="float32"),
         EngineSection(
@@ -26,6 +31,8 @@ async def main() -> None:
             await asyncio.wait({start}, timeout=0.005)
         print("PIDS", *(child.pid for child in multiprocessing.active_children()), flush=True)
     info = await start
+    version = VersionId(f"killed-{os.getpid()}@0")
+    await engine.load_adapter(AdapterFiles(version_id=version, directory=Path(adapter), rank=8, size_bytes=1))
     print("PIDS", *info.pids, flush=True)
     await asyncio.Event().wait()
 

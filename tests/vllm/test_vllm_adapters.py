@@ -1,8 +1,9 @@
 """Adapters come and go one version at a time, and a refused one leaves nothing behind."""
 
+import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from loraserve.errors import AdapterRejectedError, NotFoundError, OverloadedErro
 from loraserve.request import GenerationRequest
 from loraserve.samples import build_adapter
 from placement.types import VersionId
-from tests.support.vllm_bench import Bench
+from tests.support.vllm_bench import PROMPTS, Bench
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -111,18 +112,37 @@ async def test_a_version_in_use_stays(bench: Bench) -> None:
     await bench.engine.load_adapter(bench.files(FREED))
 
 
-async def test_two_versions_of_one_name_answer_each_for_itself(one_free: Bench, tmp_path: Path) -> None:
-    """The prefix cache and the batch must not take one for the other."""
-    engine = one_free.engine
-    await engine.unload_adapter(one_free.versions["rank-64"])
-    answers = {}
-    for digest, seed in (("1111111111111111", 1), ("2222222222222222", 2)):
-        directory = build_adapter(tmp_path / digest, one_free.samples.model, rank=8, seed=seed)
-        version = VersionId(f"same@{digest}")
-        await engine.load_adapter(AdapterFiles(version_id=version, directory=directory, rank=8, size_bytes=1))
-        one_free.versions[digest] = version
-    for digest in ("1111111111111111", "2222222222222222"):
-        answers[digest] = (await one_free.ask("long " * 200, digest)).token_ids
-        await engine.unload_adapter(one_free.versions.pop(digest))
-    await engine.load_adapter(one_free.files("rank-64"))
-    assert answers["1111111111111111"] != answers["2222222222222222"]
+async def test_two_versions_of_one_name_answer_each_for_itself_in_one_batch(
+    bench: Bench, references: Mapping[str, Sequence[list[int]]]
+) -> None:
+    """Neither the batch nor the prefix cache takes one for the other, nor for the base model."""
+    gone = ("rank-32", "rank-64")
+    weights = {"1111111111111111": "rank-8", "2222222222222222": "rank-128"}
+    for name in gone:
+        await bench.engine.unload_adapter(bench.versions[name])
+    for digest, name in weights.items():
+        bench.versions[digest] = VersionId(f"same@{digest}")
+        await bench.engine.load_adapter(bench.files(name, version=bench.versions[digest]))
+    asked = [(prompt, digest) for prompt in range(len(PROMPTS)) for digest in (*weights, "", *weights)]
+    answers = await asyncio.gather(*(bench.ask(PROMPTS[prompt], digest or None) for prompt, digest in asked))
+    for (prompt, digest), answer in zip(asked, answers, strict=True):
+        assert answer.token_ids == references[weights.get(digest, "")][prompt]
+    for digest in weights:
+        await bench.engine.unload_adapter(bench.versions.pop(digest))
+    for name in gone:
+        await bench.engine.load_adapter(bench.files(name))
+
+
+async def test_a_name_answers_with_the_weights_of_its_new_version(
+    bench: Bench, references: Mapping[str, Sequence[list[int]]]
+) -> None:
+    assert [(await bench.ask(one, "rank-8")).token_ids for one in PROMPTS] == references["rank-8"]
+    old = bench.versions["rank-8"]
+    for digest, weights in (("1111111111111111", "rank-16"), ("2222222222222222", "rank-8")):
+        await bench.engine.unload_adapter(bench.versions["rank-8"])
+        bench.versions["rank-8"] = VersionId(f"rank-8@{digest}")
+        await bench.engine.load_adapter(bench.files(weights, version=bench.versions["rank-8"]))
+        assert [(await bench.ask(one, "rank-8")).token_ids for one in PROMPTS] == references[weights]
+    await bench.engine.unload_adapter(bench.versions["rank-8"])
+    bench.versions["rank-8"] = old
+    await bench.engine.load_adapter(bench.files("rank-8"))
