@@ -146,8 +146,10 @@ class EnginePool:
         self._handle(Ended(version_id=version_id, request_id=request_id))
 
     def close(self) -> None:
-        """Give all memory back: the engine's processes have ended."""
+        """Give all memory back: the engine's processes have ended, and nobody waits for them any more."""
         self._dead = self._dead or "the vLLM engine is closed"
+        for request in self._waiting:
+            self._answer(request, EngineDeadError(self._dead))
         self._publisher.shutdown(wait=False)
         for held in self._held.values():
             held.segment.close()
@@ -157,6 +159,8 @@ class EnginePool:
     async def _load(self, adapter: AdapterFiles) -> None:
         name = adapter.version_id
         async with self._changing:
+            if self._dead:
+                raise EngineDeadError(self._dead)
             if name in self._held:
                 return
             if adapter.rank > self._max_lora_rank:

@@ -168,6 +168,22 @@ async def test_an_engine_that_dies_takes_all_who_wait(bench: PoolBench) -> None:
         await asyncio.wait_for(bench.pool.enter(version("two"), "later"), PATIENCE_S)
 
 
+async def test_a_pool_that_closes_lets_nobody_wait(bench: PoolBench) -> None:
+    """Also not for a slot whose request is never read to its end."""
+    await bench.load("one", "two", "three")
+    for name in ("one", "two"):
+        await bench.enter(name)
+    _, waiting = bench.waits("three")
+    gate = bench.workers.hold("loraserve_open")
+    loads = [asyncio.create_task(bench.load(name)) for name in ("four", "five")]
+    await bench.workers.reached("loraserve_open")
+    bench.workers.die()
+    bench.pool.close()
+    gate.set()
+    found = await asyncio.gather(*(ends(task) for task in (waiting, *loads)))
+    assert [type(end) for end in found] == [EngineDeadError] * 3
+
+
 async def test_who_gives_up_is_never_let_in_and_holds_up_nobody(bench: PoolBench) -> None:
     await bench.load("one", "two", "three")
     running = [await bench.enter(name) for name in ("one", "two")]
