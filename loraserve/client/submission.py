@@ -40,6 +40,10 @@ MAX_ATTEMPTS = 8
 MAX_FAILURES = 16
 """Of one request, including those before it was sent; only waiting for a router is bounded by time."""
 
+QUICK_ATTEMPTS = 3
+"""So many follow each other at once. Who has lost more peers than that is in the middle of a larger failure:
+the attempts that are left are spread over some seconds."""
+
 MAX_STALE = 3
 EXCLUDING_PICK_S = 2.0
 """How long a router may look for another replica than those that have failed this request."""
@@ -88,6 +92,8 @@ class Submission:
         self._timeout_s = timeout_s
         self._deadline_s = means.clock.now_s() + timeout_s
         self._waits = Backoff(means.rng, first_s=FIRST_WAIT_S, max_s=LONGEST_WAIT_S)
+        self._rests = Backoff(means.rng)
+        self._rest_s = 0.0
         # Whom the present attempt went to: always a router, and the replica that it named if sent there.
         self._router: Router | None = None
         self._replica: ReplicaChannel | None = None
@@ -180,6 +186,8 @@ class Submission:
             raise self._broken(f"{self._error}; {_why_not_resumable(self._sampling)}")
         if not again:
             raise self._final()
+        if self.attempts >= QUICK_ATTEMPTS:
+            self._rest_s = self._rests.next_s()
 
     async def _choose(self) -> "InferenceAsyncStub":
         """Whom to send to next; the message is ready for it."""
@@ -230,9 +238,9 @@ class Submission:
             if self.attempts >= MAX_ATTEMPTS or self._num_failures >= MAX_FAILURES:
                 raise self._final(going_on=True)
             self._check_deadline()
-            if self._pause:
-                self._pause = False
-                await self._wait()
+            if self._rest_s or self._pause:
+                await self._wait(self._rest_s or self._waits.next_s())
+                self._rest_s, self._pause = 0.0, False
             if routers.closed:
                 raise UnavailableError("the client is closed")
             router = routers.next(self._tried)
@@ -246,9 +254,9 @@ class Submission:
             self._tried.clear()
             self._pause = True
 
-    async def _wait(self) -> None:
+    async def _wait(self, wanted_s: float) -> None:
         left_s = self._deadline_s - self._means.clock.now_s()
-        await asyncio.sleep(max(0.0, min(self._waits.next_s(), left_s)))
+        await asyncio.sleep(max(0.0, min(wanted_s, left_s)))
 
     async def _pick(self, router: Router) -> inference_pb2.PickResponse | None:
         """The router's choice; None after a failure that another try may mend."""

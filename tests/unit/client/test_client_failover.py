@@ -193,6 +193,22 @@ class TestNotResumable:
         assert (done.step.token_ids, done.step.text, done.attempts) == (*whole, 3)
 
 
+async def test_attempts_after_the_third_are_spread_over_time(routers: tuple[FakeRouter, ...]) -> None:
+    """A failure that takes everything for a second must not use all attempts up in a moment."""
+    whole = await expected(routers[0])
+    for replica in routers[0].replicas:
+        replica.script.extend([LOST_AT_ONCE] * 3)
+    loop = asyncio.get_running_loop()
+    async with Client(addresses(routers)) as client:
+        began_s = loop.time()
+        stream = client.generate("hi €", adapter="a", sampling=GREEDY)
+        assert joined(await read(stream)) == whole
+    sent = sum(len(replica.requests) for replica in routers[0].replicas)
+    assert (stream.attempts, sent) == (7, 7)
+    # Before attempts four to seven: at least half of 0.1, 0.2, 0.4 and 0.8 s.
+    assert loop.time() - began_s >= 0.75
+
+
 async def test_an_answer_whose_end_alone_was_lost_is_complete(routers: tuple[FakeRouter, ...]) -> None:
     whole = await expected(routers[0], SEEDED)
     routers[0].replicas[0].script.append(Break(after=TOKENS + 1, error=UnavailableError("gone")))
