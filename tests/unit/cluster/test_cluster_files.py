@@ -14,7 +14,6 @@ import pytest
 
 from loraserve.cluster.state import (
     RunningCluster,
-    cache_dir,
     cluster_dir,
     is_alive,
     read_running,
@@ -23,6 +22,7 @@ from loraserve.cluster.state import (
     write_running,
 )
 from loraserve.errors import NotFoundError
+from loraserve.folders import cache_dir
 
 
 def running_here(**changes: object) -> RunningCluster:
