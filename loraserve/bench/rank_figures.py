@@ -12,6 +12,7 @@ from loraserve.bench.rank_rows import KINDS, Kind, base_of
 
 FORMULAS: Mapping[str, str] = {
     "KIND_ratio_rR": "t(stock, KIND_rR) / t(rank-true, KIND_rR)",
+    "KIND_ratio_limit_rR": "t(stock, KIND_rR) / t(off, KIND_base): the ratio if adapters cost nothing at all",
     "KIND_over_padded_rR": "a(padded, KIND_rR) / a(rank-true, KIND_rR)",
     "KIND_step_over_padded_rR": "t(padded, KIND_rR) / t(rank-true, KIND_rR)",
     "KIND_over_no_lora_rR": "t(rank-true, KIND_rR) / t(off, KIND_base)",
@@ -114,6 +115,9 @@ def _rank_figures(sums: _Sums, kind: Kind, batch: str) -> dict[str, float | None
     true_step, true_added = sums.step("rank-true", kind, batch), sums.added("rank-true", kind, batch)
     return {
         f"{kind}_ratio_{batch}": _ratio(sums.step("stock", kind, batch), true_step),
+        f"{kind}_ratio_limit_{batch}": _ratio(
+            sums.step("stock", kind, batch), sums.step("off", kind, "base")
+        ),
         f"{kind}_over_padded_{batch}": _ratio(sums.added("padded", kind, batch), true_added),
         f"{kind}_step_over_padded_{batch}": _ratio(sums.step("padded", kind, batch), true_step),
         f"{kind}_over_no_lora_{batch}": _ratio(true_step, sums.step("off", kind, "base")),
