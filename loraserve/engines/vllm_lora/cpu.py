@@ -91,7 +91,10 @@ class CpuStep(PunicaWrapperBase):  # type: ignore[misc]
     """What all layers share: this step's rows, grouped. vLLM calls `update_metadata` when they change."""
 
     def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.kernel: Any = load(str(dtype).removeprefix("torch."))
+        self.num_rows = 0
+        """How many rows a layer must have for the spans to lie within it."""
         self.few = np.empty((0, 3), dtype=np.int64)
         self.num_few_rows = 0
         self.many: tuple[Span, ...] = ()
@@ -108,11 +111,16 @@ class CpuStep(PunicaWrapperBase):  # type: ignore[misc]
 
     def group(self, groups: RowGroups) -> None:
         """Take the groups, the small ones for the kernel."""
-        few = [span for span in groups.spans if self.kernel and span.stop - span.start <= FEW_ROWS]
+        most = FEW_ROWS if self.kernel else 0
+        few = [span for span in groups.spans if span.stop - span.start <= most]
         self.few = np.array([(span.slot, span.start, span.stop) for span in few], dtype=np.int64)
         self.num_few_rows = sum(span.stop - span.start for span in few)
-        self.many = tuple(span for span in groups.spans if span not in few)
+        self.many = tuple(span for span in groups.spans if span.stop - span.start > most)
         self.order = groups.order
+        if groups.order is None:
+            self.num_rows = max((span.stop for span in groups.spans), default=0)
+        else:
+            self.num_rows = int(groups.order.max()) + 1
         if self.pointers.size < self.num_few_rows:
             self.pointers = np.empty(self.num_few_rows, dtype=np.uintp)
 
@@ -147,11 +155,23 @@ class LayerExecution:
     def add_lora_linear(self, y: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> None:
         """Add every adapter's share to its rows of `y` [rows, out], given `x` [rows, in], in place.
 
-        Rows of the base model are not touched.
+        Rows of the base model are not touched. RuntimeError for fewer rows than the step has: the kernel
+        would write beyond them.
         """
         step = self._step
+        if not step.num_rows:
+            return
+        num_rows, width = x.shape
+        if num_rows < step.num_rows:
+            raise RuntimeError(f"LoRA for {step.num_rows} rows in a layer that has {num_rows}")
+        if x.dtype != step.dtype or y.dtype != step.dtype:
+            # A router computed in float32, or `lora_dtype` given: the kernel knows one type.
+            share = torch.zeros_like(y, dtype=step.dtype)
+            self.add_lora_linear(share, x.to(step.dtype))
+            y.add_(share)
+            return
         if step.num_few_rows:
-            self._add_few(y, x)
+            self._add_few(y, x, width)
         for span in step.many:
             weights = self.slots[span.slot]
             if weights is None:
@@ -164,9 +184,8 @@ class LayerExecution:
             _multiply(gathered, x.index_select(0, rows), weights)
             y.index_copy_(0, rows, gathered)
 
-    def _add_few(self, y: torch.Tensor, x: torch.Tensor) -> None:
+    def _add_few(self, y: torch.Tensor, x: torch.Tensor, width: int) -> None:
         step = self._step
-        width = x.shape[-1]
         step.kernel(
             x.data_ptr(),
             x.stride(0),
