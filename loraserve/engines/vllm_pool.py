@@ -6,6 +6,7 @@ its version is active.
 """
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections import Counter
@@ -171,16 +172,31 @@ class EnginePool:
                 raise OverloadedError(f"adapter {name}: the pool holds {self._num_adapters} already")
             if not adapter.directory.is_dir():
                 raise AdapterRejectedError(f"adapter {name}: no folder {adapter.directory}")
-            segment = await asyncio.get_running_loop().run_in_executor(
-                self._publisher,
-                partial(publish, adapter.directory, name=name, max_lora_rank=self._max_lora_rank),
-            )
+            segment = await self._publish(adapter)
             try:
                 self._held[name] = await self._open(name, segment)
             except BaseException:
                 segment.close()
                 raise
         self._handle(Loaded(version_id=name))
+        await self._set_aside(name)
+
+    async def _publish(self, adapter: AdapterFiles) -> AdapterSegment:
+        name = adapter.version_id
+        copy = partial(publish, adapter.directory, name=name, max_lora_rank=self._max_lora_rank)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._publisher, copy)
+        except OSError as error:  # no memory, or too many open files: each segment is one
+            raise WorkFailedError(f"adapter {name}: it cannot be put into shared memory: {error}") from error
+
+    async def _set_aside(self, version_id: VersionId) -> None:
+        """Checking a version has prepared it; free that if no slot takes it, or it would stay for ever."""
+        async with self._writing:
+            held = self._held.get(version_id)
+            if held is not None and self._table.phase(version_id) is None:
+                # If that fails, the version is there all the same.
+                with contextlib.suppress(WorkFailedError):
+                    await self._calls.workers("loraserve_deactivate", held.lora_id)
 
     async def _open(self, name: VersionId, segment: AdapterSegment) -> _Held:
         """Every rank has mapped and checked the segment, or none keeps it."""

@@ -91,7 +91,11 @@ def _yield_to_the_loop() -> None:
     This one gets no OpenMP threads of its own: with more threads than processors, OpenMP's threads sleep at
     every barrier instead of spinning, and each decode step takes half as long again, for ever.
     """
+    import torch
+
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    # Torch sets a thread's number at its first use there: this is it, or it would undo the next line.
+    torch.get_num_threads()
     with contextlib.suppress(OSError, AttributeError):
         # The one that torch has loaded: libraries are known by this name.
         ctypes.CDLL("libgomp.so.1").omp_set_num_threads(1)
