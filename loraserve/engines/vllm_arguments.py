@@ -90,7 +90,7 @@ def few_rows_library() -> str:
     """The compiled kernel for a few rows per adapter, built upon first use; '' without a compiler."""
     try:
         return str(few_rows.build(cache_dir() / "kernels"))
-    except few_rows.BuildError as error:
+    except (few_rows.BuildError, RuntimeError) as error:  # RuntimeError: a user without a home folder
         logger.warning("LoRA for a few rows runs without its compiled kernel, slower: %s", error)
         return ""
 
@@ -123,6 +123,11 @@ def _lora_arguments(engine: EngineSection, *, on_cpu: bool, execution: str) -> d
     """
     if execution == "off":
         return {"enable_lora": False}
+    if on_cpu and execution != "stock" and engine.extra.get("fully_sharded_loras"):
+        raise ConfigError(
+            "engine.extra.fully_sharded_loras: on the CPU only with engine.lora_execution stock, "
+            f"not {execution}; remove it"
+        )
     slots = engine.adapter_slots + (1 if execution == "stock" and on_cpu else 0)
     arguments: dict[str, Any] = {
         "enable_lora": True,

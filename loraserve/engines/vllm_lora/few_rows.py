@@ -6,6 +6,7 @@
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 LIBRARY = "LORASERVE_FEW_ROWS"
 """The variable that names the built library; absent: there is none."""
@@ -67,12 +70,14 @@ def _fingerprint(compiler: str, sources: Sequence[Path]) -> str:
     with contextlib.suppress(OSError):
         digest.update(str(os.stat(compiler).st_mtime_ns).encode())
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-        digest.update("\n".join(line for line in lines if line.startswith("flags")).encode()[:8192])
+        # What the processor can do: "flags" on x86, "Features" on ARM; the same for all of them.
+        able = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        digest.update(f"{os.uname().machine} {able}".encode())
     return digest.hexdigest()[:16]
 
 
 def load(dtype: str) -> Any | None:
-    """The kernel for `float32` or `bfloat16`, as a C function; None if there is none.
+    """The kernel for `float32` or `bfloat16`, as a C function; None if there is none that can be loaded.
 
     Its arguments: x, its row stride, y, its row stride, width of x, spans, their number, order or None, the
     layer's slots, scratch, row pointers; strides in elements, all others addresses.
@@ -81,7 +86,11 @@ def load(dtype: str) -> Any | None:
     name = {"float32": "few_rows_float", "bfloat16": "few_rows_bf16"}.get(dtype)
     if not path or name is None:
         return None
-    function = getattr(ctypes.CDLL(path), name)
+    try:
+        function = getattr(ctypes.CDLL(path), name)
+    except (OSError, AttributeError) as error:
+        logger.warning("LoRA for a few rows runs without its compiled kernel, slower: %s", error)
+        return None
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [
         pointer,

@@ -187,3 +187,29 @@ def test_where_nothing_was_built_nothing_is_loaded(monkeypatch: pytest.MonkeyPat
     assert few_rows.load("float32") is None
     monkeypatch.setenv(few_rows.LIBRARY, os.devnull)
     assert few_rows.load("float16") is None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x7fELF cut off"])
+def test_a_library_that_cannot_be_loaded_leaves_the_engine_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, content: bytes | None
+) -> None:
+    library = tmp_path / "few_rows.so"
+    if content is not None:
+        library.write_bytes(content)
+    monkeypatch.setenv(few_rows.LIBRARY, str(library))
+    assert few_rows.load("float32") is None
+    assert "runs without its compiled kernel" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("word", ["flags", "Features"])
+def test_another_processor_gets_another_library(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """Also in a folder that machines of both kinds share."""
+    monkeypatch.setattr(few_rows, "_CPUINFO", tmp_path / "cpuinfo")
+    names = set()
+    for able in ("one two", "one two three"):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{word}\t: {able}\n")
+        names.add(build(tmp_path).name)
+    assert len(names | {library.name}) == 3

@@ -1,6 +1,7 @@
 """What the vLLM engine is started with, and what is refused before vLLM is even imported."""
 
 import os
+import pwd
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from loraserve.engines.vllm_arguments import (
     engine_arguments,
     engine_environment,
     environment_set,
+    few_rows_library,
 )
 from loraserve.errors import ConfigError
 
@@ -91,6 +93,29 @@ def test_what_is_owned_or_cannot_run_is_refused_by_name(extra: dict[str, Any], m
 )
 def test_a_value_that_asks_for_nothing_is_allowed(extra: dict[str, Any]) -> None:
     VllmEngine(MODEL, EngineSection(extra=extra))
+
+
+@pytest.mark.parametrize("execution", ["rank-true", "padded"])
+def test_what_would_kill_the_engine_at_its_first_step_is_refused(execution: str) -> None:
+    engine = EngineSection(extra={"fully_sharded_loras": True})
+    with pytest.raises(ConfigError, match=f"extra.fully_sharded_loras: .* {execution}; remove it"):
+        engine_arguments(MODEL, engine, on_cpu=True, execution=execution)
+    for on_cpu, other in ((False, execution), (True, "stock")):
+        assert engine_arguments(MODEL, engine, on_cpu=on_cpu, execution=other)["fully_sharded_loras"]
+
+
+def test_a_user_without_a_home_folder_gets_no_kernel_and_no_crash(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for variable in ("LORASERVE_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def unknown(uid: int) -> Any:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert few_rows_library() == ""
+    assert "home directory" in caplog.text
 
 
 def test_an_unknown_argument_is_refused_with_the_nearest() -> None:
