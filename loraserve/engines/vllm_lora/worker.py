@@ -16,16 +16,27 @@ class WorkerExtension:
 
     model_runner: Any
 
+    @property
+    def loraserve_manager(self) -> Any:
+        """Our LoRA manager; RuntimeError if vLLM made its own, as it does when it did not find our plugin."""
+        manager = self.model_runner.lora_manager
+        if not hasattr(manager, "pool"):
+            raise RuntimeError(
+                f"vLLM made its own {type(manager).__name__}: it did not find loraserve's entry point in "
+                "vllm.general_plugins; install loraserve again"
+            )
+        return manager
+
     def loraserve_state(self) -> dict[str, Any]:
         """How this worker computes adapters, and how many slots it has."""
-        manager = self.model_runner.lora_manager
+        manager = self.loraserve_manager
         return {"execution": manager.execution, "slots": manager.model_manager.lora_slots}
 
     def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, sha256: str) -> str:
         """Map an adapter's segment and begin to check it; '' or what is wrong."""
         ref = SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, sha256=sha256)
         try:
-            self.model_runner.lora_manager.pool.open(lora_id, ref)
+            self.loraserve_manager.pool.open(lora_id, ref)
         except SegmentError as error:
             return str(error)
         return ""
@@ -35,7 +46,7 @@ class WorkerExtension:
 
         The state it is in now, and the reason if that is FAILED.
         """
-        manager = self.model_runner.lora_manager
+        manager = self.loraserve_manager
         try:
             if not manager.pool.begin(lora_id):
                 return PREPARING, ""
@@ -47,17 +58,17 @@ class WorkerExtension:
 
     def loraserve_deactivate(self, lora_id: int) -> None:
         """Free the adapter's slot; one without a slot is no error. Its prepared form goes as well."""
-        self.model_runner.lora_manager.deactivate(lora_id)
+        self.loraserve_manager.deactivate(lora_id)
 
     def loraserve_close(self, lora_id: int) -> None:
         """Free the adapter's slot and its mapping; one that is not here is no error."""
-        manager = self.model_runner.lora_manager
+        manager = self.loraserve_manager
         manager.deactivate(lora_id)
         manager.pool.close(lora_id)
 
     def loraserve_report(self) -> dict[str, Any]:
         """The pool's adapters with their bytes, the active ones with their slots, and the slots' memory."""
-        manager = self.model_runner.lora_manager
+        manager = self.loraserve_manager
         slots = manager.model_manager.lora_index_to_id
         return {
             "pool": dict(manager.pool.sizes_bytes()),
