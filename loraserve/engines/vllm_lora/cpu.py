@@ -39,18 +39,14 @@ class SliceWeights:
 class LayerWeights:
     """One adapter's matrices for one layer, scaling included: `a` [sum of the slices' ranks, in].
 
-    `described` is what the kernel reads: addresses and sizes.
+    `described` is what the kernel reads: addresses and sizes. `size_bytes` is what the matrices take,
+    counted once: all slots of all layers are added up between two steps.
     """
 
     a: torch.Tensor
     slices: tuple[SliceWeights, ...]
     described: NDArray[np.int64]
-
-    @property
-    def size_bytes(self) -> int:
-        """What the matrices take."""
-        tensors = (self.a, *(part.b for part in self.slices))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    size_bytes: int
 
 
 def prepare_layer(
@@ -76,7 +72,12 @@ def prepare_layer(
             begin += rank
         left += width
     a = torch.cat(a_parts)
-    return LayerWeights(a=a, slices=tuple(slices), described=_describe(a, slices))
+    return LayerWeights(
+        a=a,
+        slices=tuple(slices),
+        described=_describe(a, slices),
+        size_bytes=sum(tensor.nbytes for tensor in (a, *(part.b for part in slices))),
+    )
 
 
 def _describe(a: torch.Tensor, slices: Sequence[SliceWeights]) -> NDArray[np.int64]:
