@@ -69,6 +69,7 @@ def rank(
                     tokens of a request without adapter; decode the gap between tokens, all running
       a(MODE, ROW)  t(MODE, ROW) - t(off, the same shape without adapters): what LoRA adds
       KIND_ratio_rR              t(stock) / t(rank-true)
+      KIND_ratio_limit_rR        t(stock) / t(off, base): the same if adapters cost nothing at all
       KIND_over_padded_rR        a(padded) / a(rank-true)
       KIND_step_over_padded_rR   t(padded) / t(rank-true)
       KIND_over_no_lora_rR       t(rank-true) / t(off)

@@ -161,9 +161,12 @@ class VllmEngine:
                         if finished and not output.finished:
                             break  # vLLM does not know of this end: closing the stream aborts the rest
         finally:
-            if not finished:
-                await self._abort_in_vllm(started, (request.request_id,))
-            self._release(started, request)
+            try:
+                if not finished:
+                    await self._abort_in_vllm(started, (request.request_id,))
+            finally:
+                # Also if the abort is cancelled: what it holds must not stay for ever.
+                self._release(started, request)
 
     async def abort(self, request_id: str) -> None:
         """End the request, whose stream then finishes with ABORTED; an unknown id is no error."""

@@ -1,10 +1,13 @@
 """Calls into a vLLM engine that do not wait for ever, and work that outlives its caller."""
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any
 
 from loraserve.errors import EngineDeadError, LoraServeError, WorkFailedError
+
+logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 600.0
 _LIVENESS_POLL_S = 0.5
@@ -59,5 +62,6 @@ class EngineCalls:
 
     def _forget(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, LoraServeError):
+            logger.error("work on a vLLM engine failed: %r", error)

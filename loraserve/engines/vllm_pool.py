@@ -325,8 +325,9 @@ class EnginePool:
     async def _advance(self, lora_id: int, *, activate: bool) -> str:
         """Advance the adapter on every rank until it is checked, or active; '' or what is wrong with it."""
         wanted = _ACTIVE if activate else _READY
-        pause_s, waited_s = _FIRST_POLL_S, 0.0
-        while waited_s < CALL_TIMEOUT_S:
+        loop, pause_s = asyncio.get_running_loop(), _FIRST_POLL_S
+        deadline_s = loop.time() + CALL_TIMEOUT_S
+        while loop.time() < deadline_s:
             answers = await self._calls.workers("loraserve_advance", lora_id, activate)
             for state, reason in answers:
                 if state == _FAILED:
@@ -335,7 +336,6 @@ class EnginePool:
                 return ""
             if any(state == _PREPARING for state, _ in answers):
                 await asyncio.sleep(pause_s)
-                waited_s += pause_s
                 pause_s = min(2 * pause_s, _LAST_POLL_S)
         return f"it was not ready within {CALL_TIMEOUT_S:.0f} s"
 

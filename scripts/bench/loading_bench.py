@@ -6,6 +6,7 @@ loaded, stays for a moment and is dropped, again and again. One engine per execu
   step_ms_<execution>          median gap between two steps of a stream while nothing is loaded
   step_max_ms_<execution>      the longest of them
   loading_step_ms_<execution>  median gap while an adapter is being loaded or dropped
+  loading_p99_ms_<execution>   99 of 100 of them are shorter
   loading_max_ms_<execution>   the longest of them
   stall_steps_<execution>      loading_max_ms over step_ms: by how many steps the longest gap is one
   load_ms_<execution>          median time of a load, from its file until requests may name it
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import bench_common as common
@@ -131,6 +132,7 @@ def _figures(
         "step_ms": median(calm) * 1e3,
         "step_max_ms": max(calm) * 1e3,
         "loading_step_ms": median(busy) * 1e3,
+        "loading_p99_ms": quantiles(busy, n=100)[-1] * 1e3,
         "loading_max_ms": max(busy) * 1e3,
         "stall_steps": max(busy) / median(calm),
         "load_ms": median(load_s) * 1e3,
