@@ -20,6 +20,11 @@ from loraserve.engines.vllm_lora.few_rows import load
 from loraserve.engines.vllm_lora.rows import RowGroups, Span, group_rows
 from loraserve.engines.vllm_lora.weights import LayerSource
 
+_A_ROWS = 16
+"""A's height is a multiple of this: products of another height take torch up to twice as long."""
+_JOINED_RANKS = 24
+"""Up to so many rank rows one product with the slices' B and zeros between them takes less time than one
+product for each slice."""
 FEW_ROWS = 32
 """Up to so many rows per adapter the kernel reads an adapter's matrices faster than torch multiplies them."""
 
@@ -37,14 +42,19 @@ class SliceWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One adapter's matrices for one layer, scaling included: `a` [sum of the slices' ranks, in].
+    """One adapter's matrices for one layer, scaling included: `a` [at least `ranks`, in].
 
-    `described` is what the kernel reads: addresses and sizes. `size_bytes` is what the matrices take,
-    counted once: all slots of all layers are added up between two steps.
+    `ranks` is the sum of the slices' ranks, above which `a` is zero.
+
+    `joined_b` [ranks, out] holds all slices' B, each beside the others' zeros, where that is the faster way
+    to multiply many rows. `described` is what the kernel reads: addresses and sizes. `size_bytes` is what
+    the matrices take, counted once: all slots of all layers are added up between two steps.
     """
 
     a: torch.Tensor
+    ranks: int
     slices: tuple[SliceWeights, ...]
+    joined_b: torch.Tensor | None
     described: NDArray[np.int64]
     size_bytes: int
 
@@ -57,32 +67,49 @@ def prepare_layer(
     The scaling is applied in float32 and rounded once. `padded_rank` pads every slice with zeros to that
     rank: what an engine without true ranks computes.
     """
-    a_parts: list[torch.Tensor] = []
+    a = _room_for_a(source, padded_rank, dtype)
     slices: list[SliceWeights] = []
     begin = left = 0
     for part, width in zip(source, output_slices, strict=True):
         if part is not None:
             rank = padded_rank or part.rank
-            a = torch.zeros(rank, part.a.shape[1], dtype=dtype)
-            a[: part.rank] = part.a
+            a[begin : begin + part.rank] = part.a
             b = torch.zeros(rank, width, dtype=dtype)
             b[: part.rank] = (part.b.float() * part.scaling).t()
-            a_parts.append(a)
             slices.append(SliceWeights(begin=begin, end=begin + rank, left=left, right=left + width, b=b))
             begin += rank
         left += width
-    a = torch.cat(a_parts)
+    joined = _join(slices, begin, left, dtype) if not padded_rank else None
+    held = [a, *(part.b for part in slices), *([] if joined is None else [joined])]
     return LayerWeights(
         a=a,
+        ranks=begin,
         slices=tuple(slices),
-        described=_describe(a, slices),
-        size_bytes=sum(tensor.nbytes for tensor in (a, *(part.b for part in slices))),
+        joined_b=joined,
+        described=_describe(a, begin, slices),
+        size_bytes=sum(tensor.nbytes for tensor in held),
     )
 
 
-def _describe(a: torch.Tensor, slices: Sequence[SliceWeights]) -> NDArray[np.int64]:
+def _room_for_a(source: LayerSource, padded_rank: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros for the slices' A, one below the other."""
+    ranks = [(padded_rank or part.rank, part.a.shape[1]) for part in source if part is not None]
+    height = sum(rank for rank, _ in ranks)
+    return torch.zeros(-(-height // _A_ROWS) * _A_ROWS, ranks[0][1], dtype=dtype)
+
+
+def _join(slices: Sequence[SliceWeights], ranks: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+    if len(slices) < 2 or ranks > _JOINED_RANKS:
+        return None
+    joined = torch.zeros(ranks, width, dtype=dtype)
+    for part in slices:
+        joined[part.begin : part.end, part.left : part.right] = part.b
+    return joined
+
+
+def _describe(a: torch.Tensor, ranks: int, slices: Sequence[SliceWeights]) -> NDArray[np.int64]:
     """The kernel's Layer: address and height of A, then every slice's bounds and the address of its B."""
-    fields = [a.data_ptr(), a.shape[0], len(slices)]
+    fields = [a.data_ptr(), ranks, len(slices)]
     for part in slices:
         fields += [part.begin, part.end, part.left, part.right, part.b.data_ptr()]
     return np.array(fields, dtype=np.int64)
@@ -151,7 +178,7 @@ class LayerExecution:
         """Let the slot hold these matrices, or none."""
         self.slots[slot] = weights
         self._addresses[slot] = None if weights is None else weights.described.ctypes.data
-        self._most_ranks = max((held.a.shape[0] for held in self.slots if held is not None), default=0)
+        self._most_ranks = max((held.ranks for held in self.slots if held is not None), default=0)
 
     def add_lora_linear(self, y: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> None:
         """Add every adapter's share to its rows of `y` [rows, out], given `x` [rows, in], in place.
@@ -203,6 +230,9 @@ class LayerExecution:
 
 
 def _multiply(y: torch.Tensor, x: torch.Tensor, weights: LayerWeights) -> None:
-    hidden = torch.mm(x, weights.a.t())
+    hidden = torch.nn.functional.linear(x, weights.a)
+    if weights.joined_b is not None:
+        y.addmm_(hidden[:, : weights.ranks], weights.joined_b)
+        return
     for part in weights.slices:
         y[:, part.left : part.right].addmm_(hidden[:, part.begin : part.end], part.b)
