@@ -68,6 +68,7 @@ class Controller:
         self._on_step = on_step
         self._changed = asyncio.Event()
         self._registering: dict[str, asyncio.Lock] = {}
+        self._num_storing = 0
         self._recovering = recovering
         self._journal = Journal(store, publish=self._publish, release=self._release)
         self.keeper = ReplicaKeeper(
@@ -184,6 +185,19 @@ class Controller:
                 raise AlreadyExistsError(
                     f"adapter {name} is registered; choose another name, or replace its weights (--replace)"
                 )
+            registration = await self._stored(name, source)
+            adapter = registration.adapter
+            self.dispatch(messages.AdapterRegistered(adapter))
+            await self._wait_served(adapter.version_id)
+            return adapter.version_id
+
+    async def _stored(self, name: str, source: str) -> StoredRegistration:
+        """The adapter's files and its row are in the store; no files are deleted meanwhile.
+
+        They may be the content of a version whose last copy goes at this moment, found there and reused.
+        """
+        self._num_storing += 1
+        try:
             timeout_s = self.config.adapters.fetch_timeout_s
             manifest = (await self.library.add_async(name, source, timeout_s=timeout_s)).manifest
             adapter = AdapterVersion(
@@ -199,13 +213,14 @@ class Controller:
             try:
                 self._journal.save(registration)
             except WorkFailedError as error:
-                self._delete_files(manifest.sha256)
+                if self._num_storing == 1:
+                    self._delete_files(manifest.sha256)
                 self._news()
                 raise WorkFailedError(f"adapter {name} is not registered: {error}") from error
             self.registrations[adapter.version_id] = registration
-            self.dispatch(messages.AdapterRegistered(adapter))
-            await self._wait_served(adapter.version_id)
-            return adapter.version_id
+            return registration
+        finally:
+            self._num_storing -= 1
 
     async def _wait_served(self, version: VersionId) -> None:
         state = self.state
@@ -311,7 +326,9 @@ class Controller:
         changed.set()
 
     def _collect_files(self) -> None:
-        """Delete the files of versions that nobody registers or holds any more."""
+        """Delete the files of versions that nobody registers or holds any more, once nothing is stored."""
+        if self._num_storing:
+            return
         held = {version for record in self.state.replicas.values() for version in record.copies}
         for version, entry in list(self.registrations.items()):
             needed = version in held or version in self.state.adapters

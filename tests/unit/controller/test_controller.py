@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from loraserve.adapters import StoredAdapter
 from loraserve.clock import WallClock
 from loraserve.engines.base import EngineInfo
 from loraserve.engines.emulated import EmulatedEngine
@@ -95,6 +96,30 @@ async def test_removal_takes_the_name_out_and_the_files_away(
         controller.remove("a")
     await controller.wait_until(lambda: not controller.registrations, TIMEOUT_S)
     assert controller.library.contents() == ()
+
+
+async def test_content_that_is_being_registered_again_outlives_its_last_copy(
+    setup: Callable[..., Setup], samples: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store finds the content there and reuses it; then the version that had it goes."""
+    controller = await setup().start()
+    source = str(samples.adapters["rank-8"])
+    first = await controller.register("a", source, replace=False)
+    add = controller.library.add_async
+
+    async def add_while_it_goes(name: str, source: str, *, timeout_s: float) -> StoredAdapter:
+        stored = await add(name, source, timeout_s=timeout_s)
+        controller.remove("a")
+        await controller.wait_until(
+            lambda: not any(record.copies for record in controller.state.replicas.values()), TIMEOUT_S
+        )
+        return stored
+
+    monkeypatch.setattr(controller.library, "add_async", add_while_it_goes)
+    second = await controller.register("b", source, replace=False)
+    assert controller.state.is_served(second)
+    assert len(controller.library.contents()) == 1
+    assert (list(controller.registrations), first != second) == ([second], True)
 
 
 async def test_a_lost_replica_is_replaced_and_loaded_again(
