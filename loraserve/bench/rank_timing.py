@@ -22,7 +22,7 @@ from loraserve.request import GenerationRequest, SamplingParams
 from placement.types import VersionId
 
 _TIMEOUT_S = 300.0
-_TRIES = 5
+_TRIES = 50
 _BESIDE_TOKENS = 6
 _FIRST_TOKEN = 8
 """Prompts use the vocabulary from here on: special tokens come first."""
