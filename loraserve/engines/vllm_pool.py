@@ -7,8 +7,6 @@ its version is active.
 
 import asyncio
 import contextlib
-import os
-import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +15,8 @@ from typing import Any
 from loraserve.adapters.segment import AdapterSegment, publish
 from loraserve.engines.base import AdapterFiles, SlotMemory
 from loraserve.engines.vllm_calls import CALL_TIMEOUT_S, EngineCalls
+from loraserve.engines.vllm_lora.pool import go_last
+from loraserve.engines.vllm_lora.worker import ACTIVE, FAILED, PREPARING, READY
 from loraserve.errors import (
     AdapterRejectedError,
     EngineDeadError,
@@ -44,12 +44,6 @@ from placement.types import VersionId
 
 _FIRST_POLL_S = 0.001
 _LAST_POLL_S = 0.02
-_NICENESS = 10
-_PREPARING, _READY, _ACTIVE, _FAILED = "preparing", "ready", "active", "failed"
-
-
-def _go_last() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 class _Held:
@@ -88,7 +82,7 @@ class EnginePool:
         self._writing = asyncio.Lock()
         self._dead = ""
         # Copying and hashing goes after serving: the engine may share these processors.
-        self._publisher = ThreadPoolExecutor(1, "loraserve-publish", initializer=_go_last)
+        self._publisher = ThreadPoolExecutor(1, "loraserve-publish", initializer=go_last)
         self.memory = SlotMemory()
 
     async def load(self, adapter: AdapterFiles) -> None:
@@ -324,17 +318,17 @@ class EnginePool:
 
     async def _advance(self, lora_id: int, *, activate: bool) -> str:
         """Advance the adapter on every rank until it is checked, or active; '' or what is wrong with it."""
-        wanted = _ACTIVE if activate else _READY
+        wanted = ACTIVE if activate else READY
         loop, pause_s = asyncio.get_running_loop(), _FIRST_POLL_S
         deadline_s = loop.time() + CALL_TIMEOUT_S
         while loop.time() < deadline_s:
             answers = await self._calls.workers("loraserve_advance", lora_id, activate)
             for state, reason in answers:
-                if state == _FAILED:
+                if state == FAILED:
                     return str(reason)
             if all(state == wanted for state, _ in answers):
                 return ""
-            if any(state == _PREPARING for state, _ in answers):
+            if any(state == PREPARING for state, _ in answers):
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LAST_POLL_S)
         return f"it was not ready within {CALL_TIMEOUT_S:.0f} s"

@@ -3,7 +3,6 @@
 Engine processes only. vLLM's own caches never evict here: the replica makes room before a request needs it.
 """
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,6 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
 from loraserve.adapters.segment import MappedSegment
-from loraserve.engines.vllm_lora.install import EXECUTION
 from loraserve.engines.vllm_lora.pool import Prepared, WorkerPool
 
 
@@ -127,7 +125,6 @@ class PooledWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._manager_cls = _model_manager_class()
-        self.execution = os.environ[EXECUTION]
         self.pool = WorkerPool(lambda segment: self._adapter_manager.prepare(segment))
 
     @property

@@ -85,6 +85,11 @@ class WorkerPool:
         return self._prepare(segment)
 
 
+def go_last() -> None:
+    """Let this thread's work go after serving, which may share its processors."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
 def _yield_to_the_loop() -> None:
     """The thread that computes tokens goes before the one that prepares.
 
@@ -93,7 +98,7 @@ def _yield_to_the_loop() -> None:
     """
     import torch
 
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    go_last()
     # Torch sets a thread's number at its first use there: this is it, or it would undo the next line.
     torch.get_num_threads()
     with contextlib.suppress(OSError, AttributeError):

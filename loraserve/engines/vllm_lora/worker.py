@@ -27,11 +27,6 @@ class WorkerExtension:
             )
         return manager
 
-    def loraserve_state(self) -> dict[str, Any]:
-        """How this worker computes adapters, and how many slots it has."""
-        manager = self.loraserve_manager
-        return {"execution": manager.execution, "slots": manager.model_manager.lora_slots}
-
     def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, sha256: str) -> str:
         """Map an adapter's segment and begin to check it; '' or what is wrong."""
         ref = SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, sha256=sha256)
