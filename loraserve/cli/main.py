@@ -10,6 +10,7 @@ from loraserve.cli.down import down
 from loraserve.cli.drain import drain, undrain
 from loraserve.cli.status import status
 from loraserve.cli.submit import submit
+from loraserve.cli.trace import trace_app
 from loraserve.cli.up import up
 
 
@@ -33,6 +34,7 @@ def make_app() -> typer.Typer:
     app.command(context_settings={"allow_interspersed_args": False})(submit)
     app.add_typer(adapter_app, name="adapter")
     app.add_typer(bench_app, name="bench")
+    app.add_typer(trace_app, name="trace")
     app.callback(invoke_without_command=True)(top)
     return app
 
