@@ -124,7 +124,7 @@ class KernelFit:
 class Profile:
     """One kind of replica. `source` says who measured it, on what, and with which command; `origins`
     where single values come from, by their key. `slo` None: the SLO of the operating points is not
-    known. `mixed_tokens_per_s` is the operating point of all ranks in turn, 0 if not measured.
+    known. `mixed_tokens_per_s` is the operating point of all ranks in turn, None if not measured.
 
     ValueError if ranks repeat, or the latency model charges another `max_lora_rank` than the engine's.
     """
@@ -135,7 +135,7 @@ class Profile:
     latency: LatencyModel | None = None
     latency_basis: LatencyBasis = ""
     operating_points: tuple[OperatingPoint, ...] = ()
-    mixed_tokens_per_s: float = 0.0
+    mixed_tokens_per_s: float | None = None
     slo: Slo | None = None
     adapter_bytes_per_rank: float = 2.0 * 2**20
     speeds: LoadSpeeds = field(default_factory=LoadSpeeds)
@@ -157,7 +157,8 @@ class Profile:
         if ranks != sorted(set(ranks)):
             raise ValueError(f"operating_points: ranks {ranks}; expected each once, the lowest first")
         _check("adapter_bytes_per_rank", self.adapter_bytes_per_rank, above=0)
-        _check("mixed_tokens_per_s", self.mixed_tokens_per_s, least=0)
+        if self.mixed_tokens_per_s is not None:
+            _check("mixed_tokens_per_s", self.mixed_tokens_per_s, above=0)
 
     def operating_point(self, rank: int) -> float:
         """Tokens/s that one replica sustains of requests of this rank, prompt and output.

@@ -71,7 +71,7 @@ def read_profile(path: Path) -> Profile:
 def parse_profile(tree: Mapping[str, Any], where: str) -> Profile:
     """A profile from plain values; BadInputError names the key."""
     _refuse_unknown(tree, Profile, where, "")
-    tree = {**tree, "source": _unwrapped(tree.get("source"))}
+    tree = {key: _unwrapped(value) if key == "source" else value for key, value in tree.items()}
     try:
         return msgspec.convert(tree, Profile)
     except msgspec.ValidationError as error:
@@ -104,7 +104,7 @@ def _lines(profile: Profile) -> Iterator[str]:
             tables.append((field.name, value))
         elif isinstance(value, tuple):
             lists.append((field.name, value))
-        elif value is not None and value != "":
+        elif not _is_left_out(field, value):
             plain.append((field.name, value))
     for name, value in plain:
         yield f"{name} = {_wrapped(value) if name == 'source' else _value(value)}"
@@ -123,8 +123,13 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
         return
     for field in dataclasses.fields(value):
         one = getattr(value, field.name)
-        if one is not None and one != "":
+        if not _is_left_out(field, one):
             yield field.name, one
+
+
+def _is_left_out(field: "dataclasses.Field[Any]", value: Any) -> bool:
+    """TOML has no null, and '' by default says nothing."""
+    return value is None or (value == "" and field.default == "")
 
 
 def _key(key: str) -> str:
@@ -140,7 +145,9 @@ def _value(value: Any) -> str:
         return _quoted(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return repr(value)
+    short = f"{value:g}"
+    # 1.07e+10 is read more easily than 10700000000.0.
+    return short if isinstance(value, float) and "e+" in short and float(short) == value else repr(value)
 
 
 def _quoted(text: str) -> str:
