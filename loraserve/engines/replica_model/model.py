@@ -1,0 +1,315 @@
+"""One replica in time: requests come in, adapters become active, steps run one after the other.
+
+The one model behind the simulator (virtual time) and the emulated engine (the wall clock): both tell it
+what comes when, and move it on with `advance`. It owns no clock and sleeps nowhere.
+"""
+
+import math
+from collections import deque
+
+from loraserve.engines.replica_model.batch import Batch, Run
+from loraserve.engines.replica_model.gate import AdapterGate
+from loraserve.engines.replica_model.log import ReplicaLog
+from loraserve.engines.replica_model.sequence import Phase, ReplicaLimits, Sequence
+from placement.latency import StepCost
+from placement.types import VersionId
+
+ENDLESS = 1 << 62
+
+
+class ReplicaModel:
+    """Continuous batching under a latency model; times are whole picoseconds and never go back.
+
+    A request that comes at the very moment at which a step ends may be in the next step. What is not known
+    by `advance(until_ps)` may still come at `until_ps`, so the step that begins then is not planned before
+    time moves on: who lets it run by itself calls `advance(next_ps() + 1)`. `max_run_steps` bounds how many
+    steps are taken at once; the outcome is the same.
+    """
+
+    def __init__(
+        self,
+        limits: ReplicaLimits,
+        cost: StepCost,
+        *,
+        log: ReplicaLog | None = None,
+        max_run_steps: int = ENDLESS,
+    ) -> None:
+        self.limits = limits
+        self.log = ReplicaLog() if log is None else log
+        self.batch = Batch(limits, cost, self.log, max_run_steps)
+        self.gate = AdapterGate(limits)
+        self.finished = self.batch.ended
+        self._inbox: deque[tuple[int, Sequence]] = deque()
+        self._run = Run()
+        self._is_busy = False
+        self._begun_ps = 0
+        """When the run under way began; between runs, when the last one ended."""
+        self._end_ps = 0
+        self._until_ps = 0
+
+    # -- what others ask -----------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        return len(self.batch.running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences queued for the batch or for their adapter."""
+        return len(self.batch.waiting) + len(self.gate)
+
+    @property
+    def coming(self) -> int:
+        """Sequences submitted for a moment that has not come."""
+        return len(self._inbox)
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens that the sequences in the batch or its queue will still draw."""
+        return self.batch.outstanding_tokens - self._steps_done() * self.batch.num_decoding
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks in use, 0 to 1."""
+        batch = self.batch
+        blocks = batch.used_blocks + batch.blocks_to_come(batch.num_steps, self._steps_done())
+        return blocks / self.limits.kv_blocks
+
+    @property
+    def wanted(self) -> list[VersionId]:
+        """The versions that requests wait for and the pool lacks; whoever fetches them clears the list."""
+        return self.gate.wanted
+
+    @property
+    def evicted(self) -> list[VersionId]:
+        """The versions that have made room for others; whoever reads the list clears it."""
+        return self.gate.evicted
+
+    def drawn(self, sequence: Sequence) -> int:
+        """The tokens that the sequence has drawn so far."""
+        drawn = self.batch.drawn(sequence)
+        return drawn + self._steps_done() if sequence.phase is Phase.DECODE else drawn
+
+    def next_ps(self) -> int | None:
+        """When something happens next by itself: a step ends, an adapter becomes active, a request comes."""
+        join_ps = self._next_join_ps()
+        if self._is_busy:
+            return min(join_ps, self._begun_ps + self._run_ps(self._steps_done() + 1))
+        if self.batch.waiting or self.batch.running:
+            return self._begun_ps
+        return join_ps if join_ps < ENDLESS else None
+
+    # -- what happens --------------------------------------------------------------------------
+
+    def submit(self, sequence: Sequence, at_ps: int) -> None:
+        """A request comes at `at_ps`, no earlier than those before it and than time has moved on to.
+
+        ValueError for a request that can never be computed here, and for a time that is past.
+        """
+        if not self.limits.fits(sequence.prompt_tokens, sequence.output_tokens):
+            raise ValueError(
+                f"request {sequence.request}: {sequence.prompt_tokens} prompt and {sequence.output_tokens} "
+                f"output tokens; the KV cache holds {self.limits.kv_blocks * self.limits.block_tokens}"
+            )
+        if sequence.prompt_tokens < 1 or sequence.output_tokens <= sequence.drawn:
+            raise ValueError(
+                f"request {sequence.request}: at least one token of prompt and of output to come"
+            )
+        if at_ps < self._until_ps or (self._inbox and at_ps < self._inbox[-1][0]):
+            raise ValueError(f"request {sequence.request}: comes at {at_ps} ps, which is past")
+        self._inbox.append((at_ps, sequence))
+
+    def advance(self, until_ps: int) -> None:
+        """Let time pass: every step that ends by `until_ps` is done, and who has ended is in `finished`."""
+        run = self._run
+        while True:
+            if self._is_busy:
+                if self._inbox or self.gate.next_ps is not None:
+                    join_ps = self._next_join_ps()
+                    if join_ps <= until_ps and join_ps < self._end_ps:
+                        self._join(join_ps)
+                        continue
+                if self._end_ps > until_ps:
+                    break
+                self._commit(run.steps, self._end_ps)
+                self._is_busy = False
+            if self._inbox or self.gate.next_ps is not None:
+                self._take_joins(self._begun_ps)
+            if self._begun_ps >= until_ps or not self._plan():
+                join_ps = self._next_join_ps()
+                if self._begun_ps >= until_ps or join_ps >= until_ps:
+                    break
+                self._begun_ps = join_ps
+        if until_ps > self._until_ps:
+            self._until_ps = until_ps
+
+    def cancel(self, sequence: Sequence, at_ps: int) -> bool:
+        """A request's client has gone: it is out at once, and the step under way goes on without it; False
+        if it is not here."""
+        self.advance(at_ps)
+        for entry in self._inbox:
+            if entry[1] is sequence:
+                self._inbox.remove(entry)
+                sequence.phase = Phase.ENDED
+                return True
+        if sequence.phase is Phase.ENDED:
+            return False
+        self._split(at_ps)
+        found = self.batch.remove(sequence, self._run if self._is_busy else None)
+        if sequence.version is not None:
+            self.gate.leave(sequence, at_ps)
+            self._enter()
+        sequence.phase = Phase.ENDED
+        return found
+
+    def hold(self, version: VersionId, rank: int, size_bytes: int, at_ps: int) -> None:
+        """The version's weights have come to the host pool; ValueError if they can never fit."""
+        self.advance(at_ps)
+        self.gate.hold(version, size_bytes, at_ps)
+        self._wake(at_ps)
+
+    def release(self, version: VersionId, at_ps: int) -> bool:
+        """Drop the version; False while requests name it."""
+        self.advance(at_ps)
+        released = self.gate.release(version, at_ps)
+        self._wake(at_ps)
+        return released
+
+    def fail(self, at_ps: int) -> list[Sequence]:
+        """The replica dies, and this model with it: every sequence it had, with the tokens drawn so far."""
+        self.advance(at_ps)
+        self._split(at_ps)
+        batch = self.batch
+        lost = [*batch.running, *batch.waiting, *self.gate.sequences(), *(one for _, one in self._inbox)]
+        for sequence in tuple(batch.running):
+            batch.remove(sequence, self._run if self._is_busy else None)
+        for sequence in tuple(batch.waiting):
+            batch.remove(sequence, None)
+        for sequence in lost:
+            sequence.phase = Phase.ENDED
+        self._inbox.clear()
+        self._is_busy = False
+        self._begun_ps = at_ps
+        return lost
+
+    def check_invariants(self) -> None:
+        """AssertionError unless sequences, tokens, blocks, bytes and slots add up."""
+        self.batch.check_invariants(self._run if self._is_busy else None)
+        self.gate.check_invariants()
+        versions = {one.version for one in self.batch.running} - {None}
+        assert len(versions) <= self.limits.adapter_slots, "more adapters in the batch than slots"
+
+    # -- time ----------------------------------------------------------------------------------
+
+    def _run_ps(self, steps: int) -> int:
+        run = self._run
+        return steps * run.step_ps + run.growth_ps * (steps * (steps - 1) // 2)
+
+    def _steps_by(self, at_ps: int) -> int:
+        """How many steps of the run under way have ended by then, not more than it has."""
+        run, passed_ps = self._run, at_ps - self._begun_ps
+        if run.growth_ps:
+            # The stable form of the quadratic's root; floats are off by one step at most.
+            half = run.step_ps - run.growth_ps / 2
+            steps = int(2 * passed_ps / (half + math.sqrt(half * half + 2 * run.growth_ps * passed_ps)))
+            while self._run_ps(steps) > passed_ps:
+                steps -= 1
+            while self._run_ps(steps + 1) <= passed_ps:
+                steps += 1
+        else:
+            steps = passed_ps // run.step_ps
+        return min(steps, run.steps)
+
+    def _steps_done(self) -> int:
+        return self._steps_by(self._until_ps) if self._is_busy and self._until_ps > self._begun_ps else 0
+
+    def _plan(self) -> bool:
+        """Begin the next run now, if there is anything to compute."""
+        batch = self.batch
+        if not (batch.running or batch.waiting) or not batch.plan(self._run):
+            return False
+        self._is_busy = True
+        self._end_ps = self._begun_ps + self._run_ps(self._run.steps)
+        return True
+
+    def _commit(self, steps: int, end_ps: int) -> None:
+        ended = self.finished
+        num_before = len(ended)
+        self.batch.commit(self._run, steps, self._begun_ps, end_ps)
+        self._begun_ps = end_ps
+        if len(ended) > num_before:
+            for sequence in ended[num_before:]:
+                if sequence.version is not None:
+                    self.gate.leave(sequence, end_ps)
+            self._enter()
+
+    def _split(self, at_ps: int) -> None:
+        """Make the step under way a run of its own, which may lose rows."""
+        if not self._is_busy or self._run.steps == 1:
+            return
+        run = self._run
+        steps = self._steps_by(at_ps)
+        if steps:
+            self._commit(steps, self._begun_ps + self._run_ps(steps))
+            run.step_ps += run.growth_ps * steps
+        run.steps = 1
+        self._end_ps = self._begun_ps + run.step_ps
+
+    # -- joining -------------------------------------------------------------------------------
+
+    def _next_join_ps(self) -> int:
+        """When the next request comes or the next adapter becomes active; `ENDLESS` if nothing does."""
+        landing_ps = self.gate.next_ps
+        coming_ps = self._inbox[0][0] if self._inbox else ENDLESS
+        return coming_ps if landing_ps is None or coming_ps <= landing_ps else landing_ps
+
+    def _join(self, join_ps: int) -> None:
+        """Take in what comes while a run is under way, which ends early if somebody could enter the batch.
+
+        Where somebody waits already, the head of the queue did not fit, and does not until the run ends.
+        """
+        is_blocked = bool(self.batch.waiting)
+        self._take_joins(join_ps)
+        if not is_blocked:
+            self._shorten(join_ps)
+
+    def _shorten(self, at_ps: int) -> None:
+        """End the run under way with the step that runs at `at_ps`, if somebody waits for that."""
+        if self._is_busy and self.batch.waiting and self._run.steps > 1:
+            steps = self._steps_by(at_ps)
+            if steps == 0 or self._begun_ps + self._run_ps(steps) < at_ps:
+                steps += 1
+            self._run.steps = steps
+            self._end_ps = self._begun_ps + self._run_ps(steps)
+
+    def _take_joins(self, until_ps: int) -> None:
+        """Let in, in the order of time, the requests that have come and the adapters that are active."""
+        inbox, gate, batch = self._inbox, self.gate, self.batch
+        while True:
+            landing_ps = gate.next_ps
+            if inbox and inbox[0][0] <= until_ps and (landing_ps is None or inbox[0][0] <= landing_ps):
+                at_ps, sequence = inbox.popleft()
+                if sequence.version is None:
+                    batch.add(sequence)
+                else:
+                    gate.want(sequence, at_ps)
+            elif landing_ps is not None and landing_ps <= until_ps:
+                gate.land(landing_ps)
+            else:
+                return
+            self._enter()
+
+    def _enter(self) -> None:
+        for sequence in self.gate.take_ready():
+            self.batch.add(sequence)
+
+    def _wake(self, at_ps: int) -> None:
+        """Somebody may have become ready by what was done to the pool at `at_ps`."""
+        is_blocked = bool(self.batch.waiting)
+        self._enter()
+        if self._is_busy:
+            if not is_blocked:
+                self._shorten(at_ps)
+        elif self._begun_ps < at_ps:
+            self._begun_ps = at_ps
