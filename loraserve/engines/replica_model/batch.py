@@ -105,11 +105,13 @@ class Batch:
         chunks: list[tuple[Sequence, int]] = []
         need = self._block_phases[self.num_steps % self._block_tokens]
         budget = self._limits.max_num_batched_tokens - self.num_decoding
+        gave_way = False
         if self._partial is None and need <= self._limits.kv_blocks - self.used_blocks:
             if self.waiting:
                 self._admit(chunks, budget, need)
-        elif self._continue(chunks, need) and self.waiting:
-            need = self._block_phases[self.num_steps % self._block_tokens]
+        elif not self._continue(chunks, need):
+            gave_way = True
+        elif self.waiting:
             self._admit(chunks, budget - sum(tokens for _, tokens in chunks), need)
         rows = self.num_decoding
         run.chunks = chunks
@@ -120,7 +122,8 @@ class Batch:
             return True
         if not rows:
             return False
-        run.steps = self._steps_to_go(rows)
+        # Who gave way may come back in the very next step.
+        run.steps = 1 if gave_way else self._steps_to_go(rows)
         run.growth_ps = self._growth_per_row_ps * rows
         run.step_ps = self._pricer.decode_ps(rows, self._context_tokens, self._ranks)
         run.prefill_tokens, run.max_rank = 0, self._pricer.max_rank
@@ -134,6 +137,9 @@ class Batch:
             self._context_tokens += rows * steps
             self.used_blocks += self.blocks_to_come(first_step, steps)
             self.outstanding_tokens -= rows * steps
+        if self._prefix is not None:
+            # Before anybody gives blocks back: this is the most that the run had in use.
+            self._prefix.evict(self._limits.kv_blocks - self.used_blocks)
         log = self._log
         log.run_step.append(first_step)
         log.run_ps.append(begun_ps)
@@ -159,8 +165,6 @@ class Batch:
                     self._first_token(sequence, ended_ps)
                 else:
                     self._partial = sequence
-        if self._prefix is not None:
-            self._prefix.evict(self._limits.kv_blocks - self.used_blocks)
         log.run_blocks.append(self.used_blocks)
 
     def blocks_to_come(self, first_step: int, steps: int) -> int:
@@ -220,6 +224,9 @@ class Batch:
         waiting, running, size = self.waiting, self.running, self._block_tokens
         most = self._limits.max_num_seqs
         free = self._limits.kv_blocks - self.used_blocks - need
+        if self._prefix is not None:
+            # What running sequences take in this step is gone before anybody can share it.
+            self._prefix.evict(free)
         while waiting and budget > 0 and len(running) < most:
             sequence = waiting[0]
             known = sequence.known
@@ -233,6 +240,8 @@ class Batch:
             blocks = -(-(sequence.computed + tokens) // size) - (sequence.computed // size)
             free -= blocks
             self.used_blocks += blocks
+            if self._prefix is not None:
+                self._prefix.evict(free)
             waiting.popleft()
             running[sequence] = None
             sequence.phase = Phase.PREFILL
@@ -260,16 +269,19 @@ class Batch:
         if partial is not None:
             tokens, blocks = self._next_chunk(partial)
             if need + blocks <= free:
-                self.used_blocks += blocks
-                chunks.append((partial, tokens))
+                self._take(partial, tokens, blocks, chunks)
                 return True
         self._make_room()
         partial = self._partial
         if partial is not None:
-            tokens, blocks = self._next_chunk(partial)
-            self.used_blocks += blocks
-            chunks.append((partial, tokens))
+            self._take(partial, *self._next_chunk(partial), chunks)
         return False
+
+    def _take(self, partial: Sequence, tokens: int, blocks: int, chunks: list[tuple[Sequence, int]]) -> None:
+        self.used_blocks += blocks
+        if self._prefix is not None:
+            self._prefix.evict(self._limits.kv_blocks - self.used_blocks)
+        chunks.append((partial, tokens))
 
     def _next_chunk(self, partial: Sequence) -> tuple[int, int]:
         """The tokens of its prompt that it computes next, and the blocks they take."""

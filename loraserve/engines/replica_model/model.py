@@ -189,6 +189,7 @@ class ReplicaModel:
         for sequence in lost:
             sequence.phase = Phase.ENDED
         self._inbox.clear()
+        self.gate = AdapterGate(self.limits)
         self._is_busy = False
         self._begun_ps = at_ps
         return lost
