@@ -1,0 +1,80 @@
+"""The controller's epochs in simulated time: the demand it plans for, and a record of what came of each."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraserve.simulator.agenda import Agenda
+from loraserve.simulator.dispatch import Dispatch
+from loraserve.simulator.ledger import Ledger
+from loraserve.simulator.result import EpochRecord
+from loraserve.simulator.scenario import Scenario
+from loraserve.simulator.shell import Shell
+from loraserve.simulator.site import Site
+from placement.cluster_messages import EpochElapsed
+from placement.latency import PS_PER_S
+from placement.types import VersionId
+from traces.columns import BASE
+
+
+class Epochs:
+    """Lets an epoch elapse every so often, for as long as requests come or are under way."""
+
+    def __init__(
+        self, scenario: Scenario, shell: Shell, dispatch: Dispatch, sites: Sequence[Site], ledger: Ledger
+    ) -> None:
+        self.records: list[EpochRecord] = []
+        self._scenario = scenario
+        self._shell = shell
+        self._dispatch = dispatch
+        self._sites = sites
+        self._ledger = ledger
+        self._epoch_ps = round(scenario.epoch_s * PS_PER_S)
+        self._totals = (0, 0, 0)
+
+    def begin(self, agenda: Agenda) -> None:
+        """Let the first epoch elapse in its time."""
+        agenda.put(self._epoch_ps, lambda now_ps: self._elapse(agenda, now_ps))
+
+    def _elapse(self, agenda: Agenda, now_ps: int) -> None:
+        self._record(now_ps)
+        self._shell.dispatch(EpochElapsed(self.demand(now_ps)), now_ps)
+        agenda.put(now_ps + self._epoch_ps, lambda at_ps: self._elapse(agenda, at_ps))
+
+    def demand(self, now_ps: int) -> dict[VersionId, float]:
+        """Tokens per second, prompt and output, of the requests of the last window, by version."""
+        scenario, arrival_ps = self._scenario, self._ledger.arrival_ps
+        window_ps = min(round(scenario.window_s * PS_PER_S), now_ps)
+        first, last = np.searchsorted(arrival_ps, (now_ps - window_ps, now_ps))
+        trace = scenario.trace
+        place = trace.adapter[first:last]
+        tokens = trace.prompt_tokens[first:last].astype(np.int64) + trace.output_tokens[first:last]
+        named = place != BASE
+        sums = np.bincount(place[named], weights=tokens[named], minlength=len(scenario.adapters))
+        return {
+            scenario.adapters[index].version_id: float(sums[index]) * PS_PER_S / window_ps
+            for index in np.flatnonzero(sums).tolist()
+        }
+
+    def close(self, end_ps: int) -> None:
+        """Record the last epoch, which ends with the simulation."""
+        if not self.records or end_ps > self.records[-1].time_ps:
+            self._record(end_ps)
+
+    def _record(self, now_ps: int) -> None:
+        transfers = self._shell.transfers
+        totals = (transfers.bytes_moved, transfers.num_begun, self._dispatch.cold_misses)
+        bytes_moved, loads, cold_misses = (
+            now - before for now, before in zip(totals, self._totals, strict=True)
+        )
+        self._totals = totals
+        self.records.append(
+            EpochRecord(
+                time_ps=now_ps,
+                table_version=self._shell.state.table.version,
+                copies=tuple(len(site.held) for site in self._sites),
+                bytes_moved=bytes_moved,
+                loads=loads,
+                cold_misses=cold_misses,
+            )
+        )

@@ -1,0 +1,157 @@
+"""The simulation itself: arrivals in order, everything else by the agenda, and the result."""
+
+import time
+from array import array
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraserve.simulator.agenda import FAR_PS, Agenda
+from loraserve.simulator.check import check_result
+from loraserve.simulator.dispatch import Dispatch
+from loraserve.simulator.epochs import Epochs
+from loraserve.simulator.ledger import Ledger
+from loraserve.simulator.result import SimulationResult
+from loraserve.simulator.scenario import Scenario
+from loraserve.simulator.shell import Shell
+from loraserve.simulator.site import Site, Timing
+from placement.latency import PS_PER_S
+
+CHUNK = 1 << 14
+"""So many arrivals at a time are taken from their column; progress is told after each."""
+
+Progress = Callable[[int, int], None]
+
+
+def simulate(scenario: Scenario, *, on_progress: Progress | None = None) -> SimulationResult:
+    """Run the scenario to its end; `on_progress` is told how many requests of how many have come.
+
+    The same scenario gives the same result, but for `wall_s`. AssertionError if something is not
+    conserved, which is a mistake in the simulator.
+    """
+    return Simulation(scenario).run(on_progress)
+
+
+class Simulation:
+    """One run and all its parts; `run` once."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.agenda = Agenda()
+        self.ledger = Ledger(scenario.trace)
+        self.sites = _sites(scenario, self.ledger)
+        by_id = {site.replica_id: site for site in self.sites}
+        self.dispatch = Dispatch(scenario, by_id, self.ledger, self.agenda)
+        self.shell = Shell(scenario, by_id, self.dispatch, self.agenda)
+        if scenario.on_demand:
+            self.dispatch.on_sent = self.shell.sent
+        self.epochs = Epochs(scenario, self.shell, self.dispatch, self.sites, self.ledger)
+        self._look_ps = 0
+
+    def run(self, on_progress: Progress | None = None) -> SimulationResult:
+        """The whole run."""
+        begun_s = time.perf_counter()
+        self.shell.begin()
+        self.epochs.begin(self.agenda)
+        for failure in self.scenario.failures:
+            self.agenda.put(round(failure.at_s * PS_PER_S), partial(self.shell.fail, failure))
+        self._arrive(on_progress)
+        self._drain()
+        end_ps = max(self.ledger.end_ps)
+        self.epochs.close(end_ps)
+        self._check()
+        result = self._result(time.perf_counter() - begun_s)
+        check_result(result)
+        return result
+
+    def _arrive(self, on_progress: Progress | None) -> None:
+        agenda, route, num = self.agenda, self.dispatch.route, len(self.ledger)
+        for first in range(0, num, CHUNK):
+            chunk = self.ledger.arrival_ps[first : first + CHUNK].tolist()
+            for row, now_ps in enumerate(chunk, first):
+                if agenda.due_ps <= now_ps:
+                    agenda.run_until(now_ps)
+                route(row, now_ps)
+            if on_progress is not None:
+                on_progress(first + len(chunk), num)
+
+    def _drain(self) -> None:
+        """After the last arrival: what is still to happen, until every request has ended."""
+        agenda, ledger = self.agenda, self.ledger
+        while agenda.due_ps < FAR_PS and not self._is_over(agenda.due_ps):
+            agenda.run_until(agenda.due_ps)
+        if ledger.num_ended < len(ledger):
+            for site in self.sites:
+                site.finish()
+
+    def _is_over(self, now_ps: int) -> bool:
+        # Once a second will do: to look at every replica before every act would take long.
+        if now_ps >= self._look_ps:
+            self._look_ps = now_ps + PS_PER_S
+            for site in self.sites:
+                site.look(now_ps)
+        return self.ledger.num_ended == len(self.ledger)
+
+    def _check(self) -> None:
+        """AssertionError unless everything is at rest and accounted for."""
+        assert self.ledger.num_ended == len(self.ledger), "a request never ended"
+        for site in self.sites:
+            assert not any(site.own), f"{site.replica_id}: routers have requests in flight at the end"
+            if site.model is not None:
+                left = site.model.running + site.model.waiting + site.model.coming
+                assert left == 0, f"{site.replica_id}: {left} requests are left"
+                site.model.check_invariants()
+        self.shell.transfers.check_invariants()
+
+    def _result(self, wall_s: float) -> SimulationResult:
+        scenario, ledger, trace = self.scenario, self.ledger, self.scenario.trace
+        logs = [(log, site.index) for site in self.sites for log in site.logs]
+        return SimulationResult(
+            arrival_ps=ledger.arrival_ps,
+            first_ps=_numpy(ledger.first_ps, np.int64),
+            end_ps=_numpy(ledger.end_ps, np.int64),
+            prompt_tokens=trace.prompt_tokens,
+            output_tokens=trace.output_tokens,
+            drawn_tokens=_numpy(ledger.drawn, np.int32),
+            adapter=trace.adapter,
+            adapters=trace.adapters,
+            replica=_numpy(ledger.replica, np.int32),
+            replica_ids=tuple(site.replica_id for site in self.sites),
+            router=(np.arange(len(ledger)) % scenario.num_routers).astype(np.int16),
+            attempts=_numpy(ledger.attempts, np.int16),
+            outcome=_numpy(ledger.outcome, np.int8),
+            statuses=ledger.statuses,
+            logs=tuple(log for log, _ in logs),
+            log_replica=tuple(index for _, index in logs),
+            epochs=tuple(self.epochs.records),
+            policy=scenario.policy,
+            routing=scenario.routing,
+            seed=scenario.seed,
+            wall_s=wall_s,
+            num_events=len(ledger) + self.agenda.num_done,
+            bytes_moved=self.shell.transfers.bytes_moved,
+            cold_misses=self.dispatch.cold_misses,
+            scenario=scenario.describe(),
+        )
+
+
+def _sites(scenario: Scenario, ledger: Ledger) -> list[Site]:
+    timing = Timing(
+        report_interval_ps=round(scenario.report_interval_s * PS_PER_S),
+        report_delay_ps=round(scenario.report_delay_s * PS_PER_S),
+        network_delay_ps=round(scenario.network_delay_s * PS_PER_S),
+        num_routers=scenario.num_routers,
+    )
+    phases = Random(scenario.seed)
+    return [
+        Site(index, setup, timing, ledger, phase_ps=phases.randrange(timing.report_interval_ps))
+        for index, setup in enumerate(sorted(scenario.replicas, key=lambda setup: setup.spec.replica_id))
+    ]
+
+
+def _numpy(column: "array[int]", dtype: Any) -> NDArray[Any]:
+    return np.frombuffer(column, dtype=dtype)

@@ -1,0 +1,225 @@
+"""One replica of a simulated cluster: its model, moved on only when somebody looks, and its load reports.
+
+What a router knows of a replica follows from the replica's state at a few instants: when a report is
+sampled, and when the end of a stream is sent. So the model is advanced to just these, in order, at the time
+when a router asks, and a replica that nobody asks about costs nothing.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from loraserve.engines.replica_model.log import ReplicaLog
+from loraserve.engines.replica_model.model import ReplicaModel
+from loraserve.engines.replica_model.sequence import Sequence
+from loraserve.simulator.agenda import FAR_PS
+from loraserve.simulator.ledger import OK, Ledger
+from loraserve.simulator.scenario import ReplicaSetup
+from placement.routing import ReplicaLoad
+from placement.types import ReplicaId, VersionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What every replica's reports and messages take, in picoseconds; a report no less than a message."""
+
+    report_interval_ps: int
+    report_delay_ps: int
+    network_delay_ps: int
+    num_routers: int
+
+
+class Site:
+    """A replica in all its lives. `own[r]` is what router r has in flight here, `loads[r]` the last report
+    that it has seen; both hold for `looked_ps`. `model` is None while the replica is down.
+
+    `held` are the versions in its pool, `fetching` those on their way, `dropping` those that it refuses.
+    """
+
+    __slots__ = (
+        "_interval_ps",
+        "_ledger",
+        "_network_ps",
+        "_num_routers",
+        "_phase_ps",
+        "_reached_ps",
+        "_report_ps",
+        "_reports",
+        "_setup",
+        "_tick_ps",
+        "capacity_tokens",
+        "down_until_ps",
+        "dropping",
+        "fetching",
+        "has_small_pool",
+        "held",
+        "index",
+        "life",
+        "loads",
+        "logs",
+        "looked_ps",
+        "model",
+        "num_sent",
+        "own",
+        "replica_id",
+    )
+
+    def __init__(
+        self, index: int, setup: ReplicaSetup, timing: Timing, ledger: Ledger, *, phase_ps: int
+    ) -> None:
+        self.index = index
+        self.replica_id: ReplicaId = setup.spec.replica_id
+        self.capacity_tokens = setup.limits.kv_blocks * setup.limits.block_tokens
+        self.has_small_pool = setup.limits.pool_adapters > 0 or setup.limits.pool_bytes > 0
+        self._setup = setup
+        self._ledger = ledger
+        self._interval_ps = timing.report_interval_ps
+        self._report_ps = timing.report_delay_ps
+        self._network_ps = timing.network_delay_ps
+        self._num_routers = timing.num_routers
+        self._phase_ps = phase_ps
+        self._tick_ps = phase_ps
+        self._reached_ps = -1
+        self._reports: deque[tuple[int, int, int, int, float]] = deque()
+        self.own = [0] * timing.num_routers
+        self.loads: list[ReplicaLoad | None] = [None] * timing.num_routers
+        self.looked_ps = -1
+        self.num_sent = 0
+        self.life = 0
+        self.down_until_ps = -1
+        self.logs: list[ReplicaLog] = []
+        self.held: set[VersionId] = set()
+        self.dropping: set[VersionId] = set()
+        self.fetching: set[VersionId] = set()
+        self.model: ReplicaModel | None = None
+
+    # -- its life ------------------------------------------------------------------------------
+
+    def start(self, at_ps: int) -> ReplicaModel:
+        """Begin a life, with nothing in it."""
+        log = ReplicaLog()
+        self.logs.append(log)
+        self.model = ReplicaModel(self._setup.limits, self._setup.cost, log=log)
+        self.life += 1
+        periods = -(-(at_ps - self._phase_ps) // self._interval_ps)
+        self._tick_ps = self._phase_ps + max(0, periods) * self._interval_ps
+        self._reached_ps = at_ps - 1
+        self.looked_ps = -1
+        return self.model
+
+    def die(self, at_ps: int) -> list[Sequence]:
+        """End a life; what it had, with what was drawn. What had ended by then is heard."""
+        model = self.settle(at_ps)
+        if model is None:
+            return []
+        lost = model.fail(at_ps)
+        self._hear(model, at_ps)
+        self.model = None
+        self.own = [0] * self._num_routers
+        self.loads = [None] * self._num_routers
+        self._reports.clear()
+        for versions in (self.held, self.dropping, self.fetching):
+            versions.clear()
+        return lost
+
+    def finish(self) -> None:
+        """Let it finish what it has, when nothing comes any more."""
+        if self.model is not None:
+            self.model.advance(FAR_PS)
+            self._hear(self.model, FAR_PS)
+
+    # -- what routers do -----------------------------------------------------------------------
+
+    def send(self, sequence: Sequence, router: int, at_ps: int) -> None:
+        """A router sends a request; it arrives after the network's delay."""
+        model = self.model
+        assert model is not None
+        model.submit(sequence, at_ps + self._network_ps)
+        self.own[router] += 1
+        self.num_sent += 1
+
+    def look(self, now_ps: int) -> None:
+        """Bring `own` and `loads` to what routers know at `now_ps`, which never goes back."""
+        self.looked_ps = now_ps
+        model = self.model
+        if model is None:
+            return
+        heard_ps = now_ps - self._network_ps
+        if self._tick_ps <= heard_ps:
+            self._sample(model, heard_ps, now_ps)
+        if self._reached_ps < heard_ps:
+            self._reached_ps = heard_ps
+            model.advance(heard_ps)
+        reports = self._reports
+        while reports and reports[0][0] <= now_ps:
+            if model.finished:
+                self._hear(model, reports[0][0] - self._network_ps)
+            self._see(reports.popleft())
+        if model.finished:
+            self._hear(model, heard_ps)
+
+    def settle(self, now_ps: int) -> ReplicaModel | None:
+        """Bring the model itself to `now_ps`, as for something that happens at the replica."""
+        model = self.model
+        if model is None:
+            return None
+        if self._tick_ps <= now_ps:
+            self._sample(model, now_ps, now_ps)
+        if self._reached_ps < now_ps:
+            self._reached_ps = now_ps
+            model.advance(now_ps)
+        return model
+
+    def _sample(self, model: ReplicaModel, until_ps: int, now_ps: int) -> None:
+        """Take the reports due by `until_ps`, but for those that are outdated before anybody sees them."""
+        tick_ps, interval_ps = self._tick_ps, self._interval_ps
+        skipped = (now_ps - self._report_ps - tick_ps) // interval_ps
+        if skipped > 0:
+            tick_ps += skipped * interval_ps
+        while tick_ps <= until_ps:
+            model.advance(tick_ps)
+            self._reached_ps = tick_ps
+            self._reports.append(
+                (
+                    tick_ps + self._report_ps,
+                    model.running,
+                    model.waiting,
+                    model.outstanding_tokens,
+                    model.kv_usage,
+                )
+            )
+            tick_ps += interval_ps
+        self._tick_ps = tick_ps
+
+    def _see(self, report: tuple[int, int, int, int, float]) -> None:
+        """A report comes to the routers, each of which notes what it has here at this moment."""
+        _, running, waiting, outstanding_tokens, kv_usage = report
+        self.loads = [
+            ReplicaLoad(
+                replica_id=self.replica_id,
+                running=running,
+                waiting=waiting,
+                outstanding_tokens=outstanding_tokens,
+                kv_cache_usage=kv_usage,
+                own_requests=own,
+                routers=self._num_routers,
+            )
+            for own in self.own
+        ]
+
+    def _hear(self, model: ReplicaModel, until_ps: int) -> None:
+        """Routers hear the end of the streams that ended by `until_ps`."""
+        finished = model.finished
+        heard = finished
+        if finished and finished[-1].last_ps > until_ps:
+            heard = [sequence for sequence in finished if sequence.last_ps <= until_ps]
+        ledger, delay_ps, own, num_routers = self._ledger, self._network_ps, self.own, self._num_routers
+        for sequence in heard:
+            row = sequence.request
+            if ledger.first_ps[row] < 0:
+                ledger.first_ps[row] = sequence.first_ps + delay_ps
+            ledger.end_ps[row] = sequence.last_ps + delay_ps
+            ledger.drawn[row] = sequence.drawn
+            ledger.outcome[row] = OK
+            own[row % num_routers] -= 1
+        ledger.num_ended += len(heard)
+        del finished[: len(heard)]
