@@ -3,16 +3,19 @@
 The simulator's input and the synthesiser's output; `traces.types.Trace` is the same row by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.types import BadRow
+from traces.types import BadRow, Trace, TraceRequest
 
 BASE = -1
 """The place that stands for the base model in the column `adapter`."""
+
+DEFAULT_BLOCK_TOKENS = 512
+_BLOCK_TOKENS = {"qwen": 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,3 +55,69 @@ class TraceColumns:
     def duration_s(self) -> float:
         """Seconds from the first arrival to the last."""
         return float(self.arrival_s[-1]) if len(self) else 0.0
+
+
+def columns_of(trace: Trace, *, hash_block_tokens: int | None = None) -> TraceColumns:
+    """The same workload as columns; blocks are of `hash_block_tokens` tokens, or as the trace's format
+    has them."""
+    places: dict[tuple[str, int | None], int] = {}
+    adapter = np.empty(len(trace), dtype=np.int32)
+    for index, request in enumerate(trace.requests):
+        if request.adapter is None:
+            adapter[index] = BASE
+        else:
+            adapter[index] = places.setdefault((request.adapter, request.rank), len(places))
+    counts = [len(request.hash_ids) for request in trace.requests]
+    has_hashes = any(counts)
+    return TraceColumns(
+        arrival_s=np.array([request.arrival_s for request in trace.requests], dtype=np.float64),
+        prompt_tokens=np.array([request.prompt_tokens for request in trace.requests], dtype=np.int32),
+        output_tokens=np.array([request.output_tokens for request in trace.requests], dtype=np.int32),
+        adapter=adapter,
+        adapters=tuple(TraceAdapter(name=name, rank=rank) for name, rank in places),
+        source=trace.source,
+        format=trace.format,
+        hash_offsets=np.concatenate(([0], np.cumsum(counts, dtype=np.int64))) if has_hashes else None,
+        hash_ids=np.fromiter(_hash_ids(trace), dtype=np.int64, count=sum(counts)) if has_hashes else None,
+        hash_block_tokens=hash_block_tokens or _BLOCK_TOKENS.get(trace.format, DEFAULT_BLOCK_TOKENS),
+        bad_rows=trace.bad_rows,
+        num_bad_rows=trace.num_bad_rows,
+    )
+
+
+def trace_of(columns: TraceColumns) -> Trace:
+    """The same workload row by row; what a row has no room for, the size of its blocks, is left out."""
+    adapters: list[tuple[str | None, int | None]] = [(one.name, one.rank) for one in columns.adapters]
+    adapters.append((None, None))  # the place BASE
+    offsets, ids = columns.hash_offsets, columns.hash_ids
+    rows = zip(
+        columns.arrival_s.tolist(),
+        columns.prompt_tokens.tolist(),
+        columns.output_tokens.tolist(),
+        columns.adapter.tolist(),
+        strict=True,
+    )
+    return Trace(
+        requests=tuple(
+            TraceRequest(
+                index=index,
+                arrival_s=arrival_s,
+                prompt_tokens=prompt_tokens,
+                output_tokens=output_tokens,
+                adapter=adapters[place][0],
+                rank=adapters[place][1],
+                hash_ids=()
+                if offsets is None or ids is None
+                else tuple(ids[offsets[index] : offsets[index + 1]].tolist()),
+            )
+            for index, (arrival_s, prompt_tokens, output_tokens, place) in enumerate(rows)
+        ),
+        source=columns.source,
+        format=columns.format,
+        bad_rows=tuple(columns.bad_rows),
+        num_bad_rows=columns.num_bad_rows,
+    )
+
+
+def _hash_ids(trace: Trace) -> Iterator[int]:
+    return (block for request in trace.requests for block in request.hash_ids)

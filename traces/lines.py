@@ -1,15 +1,14 @@
-"""Lines of a plain or gzip file, in bounded memory whatever the file holds.
+"""Whole lines of a plain or gzip file, many at a time, in bounded memory whatever the file holds.
 
 Owns no meaning: a line is bytes without its end.
 """
 
 import gzip
-import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from traces.types import TraceError
 
@@ -18,15 +17,25 @@ MAX_GZIP_RATIO = 200
 """Traces compress 3 to 40 times; a small file that grows far beyond that is no trace."""
 GZIP_RATIO_FROM_BYTES = 1 << 20
 """The ratio is judged from this many decompressed bytes on."""
+PARQUET_MAGIC = b"PAR1"
 
+_PIECE_BYTES = 1 << 18
 _GZIP_MAGIC = b"\x1f\x8b"
 _OTHER_MAGIC = {
     b"PK\x03\x04": "a zip archive",
     b"\x28\xb5\x2f\xfd": "zstd-compressed",
     b"BZh": "bzip2-compressed",
     b"\xfd7zXZ\x00": "xz-compressed",
-    b"PAR1": "a Parquet file",
+    PARQUET_MAGIC: "a Parquet file",
 }
+
+
+class Chunk(NamedTuple):
+    """Whole lines, joined by line feeds without a last one; `data` None is one line above
+    `MAX_LINE_BYTES`. `line` is the number, from 1, of the first of them."""
+
+    line: int
+    data: bytes | None
 
 
 class _CountingReader:
@@ -35,73 +44,96 @@ class _CountingReader:
     It reads in small pieces, so that the count is never far ahead of what was decompressed.
     """
 
-    _PIECE_BYTES = 8192
+    _COUNTED_BYTES = 8192
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.num_bytes = 0
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(self._PIECE_BYTES if size < 0 else min(size, self._PIECE_BYTES))
+        data = self._file.read(self._COUNTED_BYTES if size < 0 else min(size, self._COUNTED_BYTES))
         self.num_bytes += len(data)
         return data
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """`(line number from 1, bytes)` of each line that is not empty; None for one above `MAX_LINE_BYTES`.
+def magic_of(path: Path) -> bytes:
+    """The first four bytes of a file that can be read twice; b"" of any other, such as a pipe."""
+    try:
+        if not path.is_file():
+            return b""
+        with path.open("rb") as file:
+            return file.read(4)
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
-    TraceError for a file that cannot be read, is damaged, or decompresses beyond all reason.
+
+def read_chunks(path: Path) -> Iterator[Chunk]:
+    """The lines of a file, in order and gap-free.
+
+    TraceError for a file that cannot be read, is damaged, or decompresses beyond all reason; what was
+    read before comes out first.
     """
-    line = 0  # the last one that was whole
+    line = 1
     try:
         with ExitStack() as stack:
-            file, compressed = _open(path, stack)
-            for line, text, end_bytes in _split(file):
-                if compressed is not None and end_bytes > GZIP_RATIO_FROM_BYTES:
-                    _check_ratio(end_bytes, compressed.num_bytes, path, line)
-                if text is not _INSIDE and text != b"":
-                    yield line, text
+            read, packed = _open(path, stack)
+            for line, chunk, end_bytes in _whole_lines(read):
+                if packed is not None and end_bytes > GZIP_RATIO_FROM_BYTES:
+                    _check_ratio(end_bytes, packed.num_bytes, path, line)
+                if chunk is not None:
+                    yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         what = f"the gzip data ends or breaks here ({error}); fetch the file again"
-        raise TraceError(what, source=str(path), line=line + 1) from error
+        raise TraceError(what, source=str(path), line=line) from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise TraceError(f"cannot read the trace: {reason}", source=str(path)) from error
+        raise _unreadable(path, error) from error
 
 
-def _open(path: Path, stack: ExitStack) -> tuple[BinaryIO, _CountingReader | None]:
+def _unreadable(path: Path, error: OSError) -> TraceError:
+    return TraceError(f"cannot read the trace: {error.strerror or error}", source=str(path))
+
+
+def _open(path: Path, stack: ExitStack) -> tuple[Callable[[int], bytes], _CountingReader | None]:
     raw = stack.enter_context(path.open("rb"))
     magic = raw.peek(8)[:8]
     for prefix, kind in _OTHER_MAGIC.items():
         if magic.startswith(prefix):
-            what = f"this is {kind}; a trace must be plain text or gzip, so unpack or convert it"
+            what = f"this is {kind}; a trace must be plain text or gzip or Parquet, so unpack or convert it"
             raise TraceError(what, source=str(path))
     if not magic.startswith(_GZIP_MAGIC):
-        return raw, None
+        return raw.read1, None
     counting = _CountingReader(raw)
     unpacked = stack.enter_context(gzip.GzipFile(fileobj=counting, mode="rb"))  # type: ignore[call-overload]
-    return io.BufferedReader(unpacked, 1 << 16), counting
+    return unpacked.read1, counting
 
 
-_INSIDE = b"\n"
-"""Stands for the rest of a line that is too long; no line without its end is equal to it."""
+def _whole_lines(read: Callable[[int], bytes]) -> Iterator[tuple[int, Chunk | None, int]]:
+    """`(number of the line that comes next, the lines of one piece, bytes so far)`.
 
-
-def _split(file: BinaryIO) -> Iterator[tuple[int, bytes | None, int]]:
-    """`(line, text, bytes so far)`; None once a line is too long, then `_INSIDE` for its rest."""
-    line, end_bytes, overlong = 1, 0, False
-    while piece := file.readline(MAX_LINE_BYTES + 1):
+    A line that is too long comes out, as None, as soon as that is known; its rest is read and dropped.
+    """
+    line, end_bytes, rest, dropping = 1, 0, b"", False
+    while piece := read(_PIECE_BYTES):
         end_bytes += len(piece)
-        ended = piece.endswith(b"\n")
-        if overlong:
-            yield line, _INSIDE, end_bytes
-        elif not ended and len(piece) > MAX_LINE_BYTES:
-            overlong = True
-            yield line, None, end_bytes
+        if dropping:
+            _, found, piece = piece.partition(b"\n")
+            if not found:
+                yield line, None, end_bytes
+                continue
+            line, dropping = line + 1, False
+        whole, found, tail = (rest + piece).rpartition(b"\n")
+        rest = tail
+        if found:
+            first = line
+            line += whole.count(b"\n") + 1
+            yield line, Chunk(first, whole), end_bytes
         else:
-            yield line, piece.rstrip(b"\r\n"), end_bytes
-        if ended:
-            line, overlong = line + 1, False
+            yield line, None, end_bytes
+        if len(rest) > MAX_LINE_BYTES:
+            rest, dropping = b"", True
+            yield line, Chunk(line, None), end_bytes
+    if rest:
+        yield line + 1, Chunk(line, rest), end_bytes
 
 
 def _check_ratio(unpacked_bytes: int, packed_bytes: int, path: Path, line: int) -> None:

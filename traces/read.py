@@ -3,25 +3,25 @@
 Bounded memory whatever the file holds; nothing here knows one format from another.
 """
 
-import itertools
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from traces.adapter_table import AdapterTable
+from traces.columns import TraceColumns, trace_of
+from traces.fill import Fill
 from traces.formats import FORMATS
-from traces.formats.base import Row, RowError, RowParser, TraceFormat, shown
-from traces.lines import MAX_LINE_BYTES, read_lines
-from traces.types import MAX_BAD_ROWS_KEPT, BadRow, Trace, TraceError, TraceRequest, check_cut
+from traces.formats.base import Parser, Row, RowError, Setting, TraceFormat, shown
+from traces.lines import MAX_LINE_BYTES, PARQUET_MAGIC, Chunk, magic_of, read_chunks
+from traces.reading import MAX_DURATION_S, MAX_REQUESTS, OnBadRow, Reading
+from traces.types import Trace, TraceError, check_cut
 
-MAX_REQUESTS = 10_000_000
-"""About 2 GB of requests; beyond it a limit must be given."""
+__all__ = ["MAX_DURATION_S", "MAX_REQUESTS", "OnBadRow", "bundled_trace", "read_columns", "read_trace"]
 
-MAX_DURATION_S = 10 * 366 * 86_400.0
-
-OnBadRow = Literal["refuse", "skip"]
+PARQUET = "parquet"
 
 
 def read_trace(
@@ -31,38 +31,99 @@ def read_trace(
     on_bad_row: OnBadRow = "refuse",
     limit: int | None = None,
     duration_s: float | None = None,
+    fill: Fill | None = None,
 ) -> Trace:
-    """Read a plain or gzip trace of any registered format, found by content unless named.
+    """`read_columns`, row by row."""
+    return trace_of(
+        read_columns(
+            path, format=format, on_bad_row=on_bad_row, limit=limit, duration_s=duration_s, fill=fill
+        )
+    )
 
-    `limit` and `duration_s` cut after bad rows are taken out; lines after the cut are not read.
-    TraceError on a file that is no trace or is damaged, on one without a usable request, and on the
-    first bad row (`refuse`); `skip` counts bad rows instead and keeps their line numbers.
+
+def read_columns(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    on_bad_row: OnBadRow = "refuse",
+    limit: int | None = None,
+    duration_s: float | None = None,
+    fill: Fill | None = None,
+) -> TraceColumns:
+    """Read a plain, gzip or Parquet trace of any registered format, found by content unless named.
+
+    `limit` and `duration_s` cut after bad rows are taken out; lines after the cut are not read, except
+    of formats whose rows come in no order. `fill` says what a format leaves open.
+    TraceError on a file that is no trace or is damaged, on one without a usable request, on the first
+    bad row (`refuse`), and on a format without lengths where `fill` has none; `skip` counts bad rows
+    instead and keeps their line numbers.
     """
     if on_bad_row not in ("refuse", "skip"):
         raise TraceError(f"on_bad_row is {on_bad_row!r}; expected 'refuse' or 'skip'")
     check_cut(limit, duration_s)
+    if format is not None and format not in (*FORMATS, PARQUET):
+        raise TraceError(
+            f"no trace format is called {shown(format)}; there are: {', '.join((*FORMATS, PARQUET))}"
+        )
+    wanted = Wanted(format, on_bad_row == "refuse", limit, duration_s, fill or Fill())
+    if magic_of(Path(path)) == PARQUET_MAGIC and format in (None, PARQUET):
+        from traces.parquet import read_parquet
+
+        return read_parquet(Path(path), wanted)
+    if format == PARQUET:
+        raise TraceError("this is no Parquet file; leave --format out", source=str(path))
+    return read_text(read_chunks(Path(path)), Path(path), wanted)
+
+
+class Wanted(NamedTuple):
+    """What the caller asked for."""
+
+    format: str | None
+    refuse: bool
+    limit: int | None
+    duration_s: float | None
+    fill: Fill
+
+    def reading(self, source: str, *, ordered: bool, has_lengths: bool, adapters: AdapterTable) -> Reading:
+        if not has_lengths:
+            self.fill.check_lengths(self.format or "this format", source)
+        return Reading(
+            source=source,
+            refuse=self.refuse,
+            ordered=ordered,
+            has_lengths=has_lengths,
+            adapters=adapters,
+            limit=self.limit,
+            duration_s=self.duration_s,
+        )
+
+
+def read_text(chunks: Iterator[Chunk], path: Path, wanted: Wanted) -> TraceColumns:
+    """The columns of lines, the first of which tells the format."""
     source = str(path)
-    lines = read_lines(Path(path))
-    first = _first_line(lines, source)
-    chosen = _choose_format(first.text, format, source)
-    reading = _Reading(source=source, refuse=on_bad_row == "refuse", parse=chosen.parser(first.text))
-    rest = _Line.all(lines) if chosen.has_header else itertools.chain([first], _Line.all(lines))
-    requests = []
-    for request in reading.requests(rest):
-        if duration_s is not None and request.arrival_s >= duration_s:
-            break
-        requests.append(request)
-        if limit is not None and len(requests) >= limit:
-            break
-    if not requests:
-        raise reading.nothing_left()
-    return Trace.of(
-        requests,
-        source=source,
-        format=chosen.name,
-        bad_rows=tuple(reading.bad_rows),
-        num_bad_rows=reading.num_bad_rows,
+    first, rest = _first_line(chunks, source)
+    chosen = _choose_format(first.text, wanted.format, source)
+    setting = Setting(
+        path=path,
+        seed=wanted.fill.seed,
+        spread=wanted.fill.spread,
+        popularity=wanted.fill.popularity,
+        duration_s=wanted.duration_s,
     )
+    parser = chosen.parser(first.text, setting)
+    reading = wanted._replace(format=chosen.name).reading(
+        source, ordered=chosen.ordered, has_lengths=parser.has_lengths, adapters=setting.adapters
+    )
+    last = first.number
+    if not chosen.has_header:
+        _take_lines(reading, parser, [first])
+    for chunk in rest:
+        if reading.done:
+            break
+        _take(reading, parser, chunk)
+        last = chunk.line
+    _finish(reading, parser, last)
+    return reading.columns(format=chosen.name, block_tokens=parser.block_tokens, fill=wanted.fill)
 
 
 def bundled_trace(name: str = "demo") -> Trace:
@@ -78,7 +139,7 @@ def bundled_trace(name: str = "demo") -> Trace:
 
 
 class _Line(NamedTuple):
-    """One line; `problem` says why it is no text. A tuple, as there are millions."""
+    """One line; `problem` says why it is no text."""
 
     number: int
     text: str
@@ -86,32 +147,111 @@ class _Line(NamedTuple):
 
     @classmethod
     def of(cls, number: int, data: bytes | None) -> "_Line":
-        if data is None:
+        if data is None or len(data) > MAX_LINE_BYTES:
             return cls(number, "", f"the line is longer than {MAX_LINE_BYTES:,} bytes, which no row is")
         try:
-            return cls(number, data.decode())
+            return cls(number, data.rstrip(b"\r").decode())
         except UnicodeDecodeError:
             return cls(number, "", "the line is not UTF-8 text")
 
-    @classmethod
-    def all(cls, lines: Iterator[tuple[int, bytes | None]]) -> Iterator["_Line"]:
-        return (cls.of(number, data) for number, data in lines)
+
+def _lines(chunk: Chunk) -> Iterator[_Line]:
+    if chunk.data is None:
+        yield _Line.of(chunk.line, None)
+        return
+    for number, data in enumerate(chunk.data.split(b"\n"), start=chunk.line):
+        yield _Line.of(number, data)
 
 
-def _first_line(lines: Iterator[tuple[int, bytes | None]], source: str) -> _Line:
-    for number, data in lines:
-        line = _Line.of(number, data)
-        if line.problem:
-            raise TraceError(f"{line.problem}; {_known_formats()}", source=source, line=number)
-        text = line.text.removeprefix("\ufeff")
-        if text.strip():
-            return _Line(number, text)
+def _first_line(chunks: Iterator[Chunk], source: str) -> tuple[_Line, Iterator[Chunk]]:
+    """The first line that is not empty, and what comes after it."""
+    for chunk in chunks:
+        data, number = chunk.data, chunk.line
+        while True:
+            head, found, data = (None, b"", b"") if data is None else data.partition(b"\n")
+            line = _Line.of(number, head)
+            if line.problem:
+                raise TraceError(f"{line.problem}; {_known_formats()}", source=source, line=number)
+            text = line.text.removeprefix("\ufeff")
+            if text.strip():
+                return _Line(number, text), _after(Chunk(number + 1, data) if found else None, chunks)
+            if not found:
+                break
+            number += 1
     raise TraceError(f"the file is empty; {_known_formats()}", source=source)
 
 
+def _after(chunk: Chunk | None, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    if chunk is not None:
+        yield chunk
+    yield from chunks
+
+
+def _take(reading: Reading, parser: Parser, chunk: Chunk) -> None:
+    """The rows of many lines, all at once if that goes."""
+    if not parser.expands and chunk.data is not None:
+        text = _plain_text(chunk.data)
+        if text == "":
+            return
+        block = None if text is None else parser.block(text)
+        if block is not None and reading.block(block):
+            return
+    _take_lines(reading, parser, _lines(chunk))
+
+
+def _plain_text(data: bytes) -> str | None:
+    """Lines with nothing but line feeds between them; None if that cannot be."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return None
+    if "\r" in text:
+        text = f"{text}\n".replace("\r\n", "\n")
+    text = text.strip("\n")
+    while "\n\n" in text:
+        text = text.replace("\n\n", "\n")
+    return text
+
+
+def _take_lines(reading: Reading, parser: Parser, lines: Iterable[_Line]) -> None:
+    if parser.expands:
+        for line in lines:
+            _expand(reading, parser, line)
+        return
+    reading.rows(
+        (line.number, partial(_row, parser, line)) for line in lines if line.problem or line.text.strip()
+    )
+
+
+def _row(parser: Parser, line: _Line) -> Row | None:
+    if line.problem:
+        raise RowError(line.problem)
+    return parser.row(line.text)
+
+
+def _expand(reading: Reading, parser: Parser, line: _Line) -> None:
+    if not line.problem and not line.text.strip():
+        return
+    try:
+        if line.problem:
+            raise RowError(line.problem)
+        reading.expanded(parser.expand(line.text), line.number)
+    except RowError as error:
+        reading.bad(line.number, str(error))
+    except OverflowError as error:
+        raise TraceError(f"{error}, which no trace has", source=reading.source, line=line.number) from error
+
+
+def _finish(reading: Reading, parser: Parser, last: int) -> None:
+    try:
+        block = parser.finish()
+        if block is not None:
+            reading.expanded(block, last)
+    except RowError as error:
+        reading.bad(last, str(error))
+
+
 def _choose_format(first: str, name: str | None, source: str) -> TraceFormat:
-    if name is not None and name not in FORMATS:
-        raise TraceError(f"no trace format is called {shown(name)}; there are: {', '.join(FORMATS)}")
     for candidate in FORMATS.values() if name is None else (FORMATS[name],):
         if candidate.matches(first):
             return candidate
@@ -124,84 +264,5 @@ def _choose_format(first: str, name: str | None, source: str) -> TraceFormat:
 
 
 def _known_formats() -> str:
-    return "expected one of: " + "; ".join(f"{known.name} ({known.layout})" for known in FORMATS.values())
-
-
-@dataclass(slots=True, kw_only=True)
-class _Reading:
-    """What one pass over a file has found so far. Rows may never step back in time: the time of
-    every row whose time could be read counts, a failed request's too."""
-
-    source: str
-    refuse: bool
-    parse: RowParser
-    origin_s: float | None = None
-    latest_s: float = -math.inf
-    num_requests: int = 0
-    num_bad_rows: int = 0
-    bad_rows: list[BadRow] = field(default_factory=list)
-
-    def requests(self, lines: Iterator[_Line]) -> Iterator[TraceRequest]:
-        for line in lines:
-            if not line.problem and not line.text.strip():
-                continue
-            try:
-                row = self._row(line)
-            except RowError as error:
-                self._count_bad(line.number, str(error))
-                continue
-            if self.origin_s is None:
-                self.origin_s = row.time_s
-            if self.num_requests >= MAX_REQUESTS:
-                what = f"more than {MAX_REQUESTS:,} requests; give a limit"
-                raise TraceError(what, source=self.source, line=line.number)
-            yield TraceRequest(
-                index=self.num_requests,
-                arrival_s=row.time_s - self.origin_s,
-                prompt_tokens=row.prompt_tokens,
-                output_tokens=row.output_tokens,
-                adapter=row.adapter,
-                rank=row.rank,
-                hash_ids=row.hash_ids,
-            )
-            self.num_requests += 1
-
-    def _row(self, line: _Line) -> Row:
-        if line.problem:
-            raise RowError(line.problem)
-        try:
-            row = self.parse(line.text)
-        except RowError as error:
-            if error.time_s is not None:
-                self._advance(error.time_s)
-            raise
-        self._advance(row.time_s)
-        for what, value in (("prompt", row.prompt_tokens), ("output", row.output_tokens)):
-            if value < 1:
-                raise RowError(f"{value} {what} tokens; a request has at least 1")
-        return row
-
-    def _advance(self, time_s: float) -> None:
-        if time_s < self.latest_s:
-            back_s = self.latest_s - time_s
-            raise RowError(f"time goes back by {back_s:g} s; rows must be in order of arrival")
-        if self.origin_s is not None and time_s - self.origin_s > MAX_DURATION_S:
-            after_s = time_s - self.origin_s
-            raise RowError(f"{after_s:g} s after the first request; a trace ends within ten years")
-        self.latest_s = time_s
-
-    def _count_bad(self, line: int, reason: str) -> None:
-        if self.refuse:
-            raise TraceError(
-                f"{reason} (on-bad-row 'skip' counts such rows and goes on)", source=self.source, line=line
-            )
-        self.num_bad_rows += 1
-        if len(self.bad_rows) < MAX_BAD_ROWS_KEPT:
-            self.bad_rows.append(BadRow(line=line, reason=reason))
-
-    def nothing_left(self) -> TraceError:
-        if not self.bad_rows:
-            return TraceError("no requests after the header; expected one per line", source=self.source)
-        first = self.bad_rows[0]
-        what = f"no usable request: all {self.num_bad_rows:,} rows are bad, the first because {first.reason}"
-        return TraceError(what, source=self.source, line=first.line)
+    names = ", ".join((*FORMATS, PARQUET))
+    return f"expected one of: {names} (`loraserve trace formats` says what they look like)"

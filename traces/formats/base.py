@@ -1,4 +1,4 @@
-"""What every trace format has: a way to know it, and a parser from one line to one row.
+"""What every trace format has: a way to know it, and a parser of its lines.
 
 A parser never sees the file, keeps nothing but what it needs to read the next line, and raises
 `RowError` for a line that is no usable request.
@@ -7,7 +7,14 @@ A parser never sees the file, keeps nothing but what it needs to read the next l
 import csv
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traces.adapter_table import AdapterTable
 
 MAX_TOKENS = 10_000_000
 """Ten times the longest context window offered today; more is a damaged row."""
@@ -15,8 +22,11 @@ MAX_TOKENS = 10_000_000
 MAX_TIME_S = 1e11
 """Beyond any Unix time, in seconds."""
 
+MAX_RANK = 65_536
+MAX_NAME_CHARACTERS = 512
+
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?", re.ASCII)
 _WHOLE = re.compile(r"[0-9]{1,18}(?:\.0*)?", re.ASCII)
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?", re.ASCII)
 _SHOWN_CHARACTERS = 40
 
 
@@ -30,17 +40,71 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One request as its line has it; `time_s` counts from an origin of the file's own."""
+    """One request as its line has it; `time_s` counts from an origin of the file's own. Tokens are 0 in
+    formats that do not tell lengths."""
 
     time_s: float
-    prompt_tokens: int
-    output_tokens: int
+    prompt_tokens: int = 0
+    output_tokens: int = 0
     adapter: str | None = None
     rank: int | None = None
     hash_ids: tuple[int, ...] = ()
 
 
-RowParser = Callable[[str], Row]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Many requests at once: `time_s` float64, the others int32, `adapter` in places of the reading's
+    table or -1; None where the format does not tell them. `hash_ids` (int64) are those of all rows, of
+    which each has `hash_counts`."""
+
+    time_s: NDArray[np.float64]
+    prompt_tokens: NDArray[np.int32] | None = None
+    output_tokens: NDArray[np.int32] | None = None
+    adapter: NDArray[np.int32] | None = None
+    hash_counts: NDArray[np.int32] | None = None
+    hash_ids: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.time_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a parser may use besides its lines: where the file is and what the caller wants of a format
+    that leaves something open."""
+
+    path: Path
+    adapters: AdapterTable = field(default_factory=AdapterTable)
+    seed: int = 0
+    spread: Literal["random", "even"] = "random"
+    popularity: Path | None = None
+    duration_s: float | None = None
+
+
+class Parser:
+    """Reads the lines of one file. A format defines `row`, or `expand` where a line stands for any
+    number of requests; `block`, if defined too, must agree with `row`."""
+
+    expands = False
+    has_lengths = True
+    block_tokens = 512
+
+    def row(self, text: str) -> Row | None:
+        """The request of one line, None for a line that rightly is none; RowError."""
+        raise NotImplementedError
+
+    def block(self, text: str) -> Block | None:
+        """The requests of many lines, none of them empty, much faster; None if any line is at all
+        unusual, which says: take them one by one."""
+        return None
+
+    def expand(self, text: str) -> Block:
+        """All requests of one line, in any order; RowError."""
+        raise NotImplementedError
+
+    def finish(self) -> Block | None:
+        """What is left when the lines have ended; RowError."""
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +112,16 @@ class TraceFormat:
     """A registered format.
 
     `matches` looks at the first line; `parser` makes a parser for the lines after it, or for all of
-    them where there is no header; `layout` tells a person what the format looks like.
+    them where there is no header; `layout` tells a person what the format looks like. `ordered` is
+    False where rows need not be in order of arrival: they are sorted.
     """
 
     name: str
     layout: str
-    has_header: bool
     matches: Callable[[str], bool]
-    parser: Callable[[str], RowParser]
+    parser: Callable[[str, Setting], Parser]
+    has_header: bool = True
+    ordered: bool = True
 
 
 def fields_of(text: str) -> list[str]:
@@ -90,7 +156,7 @@ def shown(text: object) -> str:
 
 def seconds(text: str, column: str) -> float:
     """A time in seconds: finite, not negative, within reason."""
-    if not _NUMBER.fullmatch(text):
+    if not NUMBER.fullmatch(text):
         raise RowError(f"{column} is {shown(text)}; expected a number of seconds")
     return checked_seconds(float(text), column)
 
@@ -114,3 +180,19 @@ def checked_tokens(value: int, column: str) -> int:
     if not 0 <= value <= MAX_TOKENS:
         raise RowError(f"{column} is {shown(value)}; expected 0 to {MAX_TOKENS:,} tokens")
     return value
+
+
+def checked_rank(text: str) -> int:
+    """A rank from 1 to `MAX_RANK`."""
+    rank = int(text) if re.fullmatch(r"[0-9]{1,6}", text, re.ASCII) else 0
+    if not 0 < rank <= MAX_RANK:
+        raise RowError(f"rank is {shown(text)}; expected a whole number from 1 to {MAX_RANK:,}")
+    return rank
+
+
+def checked_name(text: str) -> str:
+    """An adapter's name: short and printable."""
+    if len(text) > MAX_NAME_CHARACTERS or not text.isprintable():
+        right = f"expected at most {MAX_NAME_CHARACTERS} printable characters"
+        raise RowError(f"adapter is {shown(text)}; {right}")
+    return text

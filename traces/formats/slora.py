@@ -9,23 +9,25 @@ and `req_id` are not used. An adapter that is empty or 'None' is the base model.
 import re
 
 from traces.formats.base import (
+    MAX_RANK,
+    Block,
+    Parser,
     Row,
     RowError,
-    RowParser,
+    Setting,
     TraceFormat,
+    checked_name,
+    checked_rank,
     expect_fields,
     fields_of,
     header_of,
     seconds,
-    shown,
     tokens,
 )
+from traces.formats.csv_block import NameMemo, seconds_column, split_columns, token_column
 
 COLUMNS = ("req_id", "adapter", "prompt_len", "output_len", "req_time", "rank")
 """What `write_trace` writes."""
-
-MAX_RANK = 65_536
-MAX_NAME_CHARACTERS = 512
 
 _REQUIRED = {"adapter", "prompt_len", "output_len", "req_time"}
 _OPTIONAL = {"req_id", "model_dir", "rank"}
@@ -49,36 +51,26 @@ def _matches(line: str) -> bool:
     return len(names) == len(columns) and names >= _REQUIRED and names <= _REQUIRED | _OPTIONAL
 
 
-def _rank(text: str) -> int:
-    rank = int(text) if re.fullmatch(r"[0-9]{1,6}", text, re.ASCII) else 0
-    if not 0 < rank <= MAX_RANK:
-        raise RowError(f"rank is {shown(text)}; expected a whole number from 1 to {MAX_RANK:,}")
-    return rank
+def _adapter(name_text: str, rank_text: str) -> tuple[str | None, int | None]:
+    name = None if name_text in ("", "None") else checked_name(name_text)
+    rank = checked_rank(rank_text) if rank_text else None
+    if name is None and rank is not None:
+        raise RowError(f"rank is {rank} but no adapter is named; leave one out or add the other")
+    return name, rank_in_name(name) if name is not None and rank is None else rank
 
 
-def _adapter(text: str) -> str | None:
-    if text in ("", "None"):
-        return None
-    if len(text) > MAX_NAME_CHARACTERS or not text.isprintable():
-        right = f"expected at most {MAX_NAME_CHARACTERS} printable characters"
-        raise RowError(f"adapter is {shown(text)}; {right}")
-    return text
+class _Parser(Parser):
+    def __init__(self, header: str, setting: Setting) -> None:
+        self._columns = _columns(header)
+        self._place = {name: index for index, name in enumerate(self._columns)}
+        self._table = setting.adapters
+        self._memo = NameMemo(self._adapter_place)
 
-
-def _parser(header: str) -> RowParser:
-    columns = _columns(header)
-    place = {name: index for index, name in enumerate(columns)}
-
-    def parse(text: str) -> Row:
+    def row(self, text: str) -> Row:
         fields = fields_of(text)
-        expect_fields(fields, columns)
-        adapter = _adapter(fields[place["adapter"]])
-        rank_text = fields[place["rank"]] if "rank" in place else ""
-        rank = _rank(rank_text) if rank_text else None
-        if adapter is None and rank is not None:
-            raise RowError(f"rank is {rank} but no adapter is named; leave one out or add the other")
-        if adapter is not None and rank is None:
-            rank = rank_in_name(adapter)
+        expect_fields(fields, self._columns)
+        place = self._place
+        adapter, rank = _adapter(fields[place["adapter"]], fields[place["rank"]] if "rank" in place else "")
         return Row(
             time_s=seconds(fields[place["req_time"]], "req_time"),
             prompt_tokens=tokens(fields[place["prompt_len"]], "prompt_len"),
@@ -87,13 +79,30 @@ def _parser(header: str) -> RowParser:
             rank=rank,
         )
 
-    return parse
+    def block(self, text: str) -> Block | None:
+        columns = split_columns(text, len(self._columns))
+        if columns is None:
+            return None
+        time_s = seconds_column(columns[self._place["req_time"]])
+        prompt_tokens = token_column(columns[self._place["prompt_len"]])
+        output_tokens = token_column(columns[self._place["output_len"]])
+        if time_s is None or prompt_tokens is None or output_tokens is None:
+            return None
+        adapter = self._memo.column(
+            *(columns[self._place[name]] for name in ("adapter", "rank") if name in self._place)
+        )
+        if adapter is None:
+            return None
+        return Block(time_s=time_s, prompt_tokens=prompt_tokens, output_tokens=output_tokens, adapter=adapter)
+
+    def _adapter_place(self, fields: tuple[str, ...]) -> int:
+        name, rank = _adapter(fields[0].strip(), fields[1].strip() if len(fields) > 1 else "")
+        return -1 if name is None else self._table.place(name, rank)
 
 
 SLORA = TraceFormat(
     name="slora",
     layout="CSV req_id,[model_dir,]adapter,prompt_len,output_len,req_time[,rank]",
-    has_header=True,
     matches=_matches,
-    parser=_parser,
+    parser=_Parser,
 )

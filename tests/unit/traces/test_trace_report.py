@@ -197,7 +197,7 @@ def test_figures_are_short(value: float | None, text: str) -> None:
 
 
 def test_importing_traces_costs_no_heavy_import() -> None:
-    heavy = "matplotlib numpy msgspec html asyncio"
+    heavy = "matplotlib scipy pyarrow msgspec html asyncio"
     script = f"import sys, traces; sys.exit(' '.join(set('{heavy}'.split()) & set(sys.modules)) or None)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
