@@ -121,15 +121,24 @@ class EngineSection(Section, frozen=True):
 
 
 class EmulatedSection(Section, frozen=True):
-    """The emulated engine's latency model: step = base + per_token·prefill tokens + per_seq·running
-    + per_rank·running·(largest rank in the batch); `speed` divides every step.
+    """The emulated engine's latency model, in the terms of `placement.latency.LatencyModel`: a step takes
+    base + seq·sequences in it + prefill_token·prompt tokens + prefill_pair·(prompt token, token before it)
+    + context_token·tokens in the KV cache of what decodes, and for adapters lora_step + adapter·different
+    ones + rank_seq·decoding rows·rank + rank_token·prompt tokens·rank, where `kernel` says which rank: the
+    engine's `max_lora_rank`, the largest in the batch, or each row's own. `speed` divides every step.
     `kv_bytes_per_token` sizes the KV cache in tokens. With `engine_process` the engine dies with a child
     process of its own, as vLLM does with its."""
 
+    kernel: Literal["padded_config", "padded_batch", "sum"] = "padded_batch"
     base_step_ms: Cost = 4.0
     prefill_token_ms: Cost = 0.02
+    prefill_pair_ms: Cost = 0.0
     decode_seq_ms: Cost = 0.1
+    context_token_ms: Cost = 0.0
+    lora_step_ms: Cost = 0.0
+    adapter_ms: Cost = 0.0
     rank_seq_ms: Cost = 0.002
+    rank_token_ms: Cost = 0.0
     load_bytes_per_s: Rate = 1e9
     kv_bytes_per_token: Positive = 4096
     speed: Rate = 1.0

@@ -117,18 +117,14 @@ class StepCost:
 
     @classmethod
     def of(cls, model: LatencyModel, speed: float = 1.0) -> "StepCost":
-        """The model's coefficients, each rounded to a picosecond; a `speed` of 2 halves every step.
-
-        ValueError if a step could take no time at all, in which simulated time would stand still.
-        """
+        """The model's coefficients, each rounded to a picosecond; a `speed` of 2 halves every step."""
         values = [round(getattr(model, name) * PS_PER_MS / speed) for name in _COEFFICIENTS]
-        if values[0] < 1 and values[1] < 1:
-            raise ValueError("base_ms and row_ms: both 0; a step must take time, so give one of them")
         base, row, token, pair, context, lora, adapter, decode, prefill = values
         return cls(
             kernel=model.kernel,
             max_lora_rank=model.max_lora_rank,
-            base=base,
+            # In steps of no time at all simulated time would stand still.
+            base=max(base, 1),
             row=row,
             prefill_token=token,
             prefill_pair=pair,

@@ -1,7 +1,7 @@
 """An engine without a model: paced by a latency model, saying deterministic tokens.
 
-Owns the event loop's side of the pure batching model: one task that schedules a step, sleeps as long as
-the step takes, and hands out what it drew. Adapters are names with a rank and a loading time.
+Owns the event loop's side of the replica model, the same that the simulator runs: one task that sleeps
+until its next step ends and hands out what was drawn. Adapters are names with a rank and a loading time.
 """
 
 import asyncio
@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 from loraserve.clock import Clock
 from loraserve.config import EmulatedSection, EngineSection, ModelSection
-from loraserve.engines import batching
 from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, SlotMemory, check_resumed
+from loraserve.engines.emulated_model import limits_of, step_cost_of
 from loraserve.engines.emulated_process import StandInProcess
-from loraserve.engines.emulated_slots import SlottedBatch
 from loraserve.engines.outputs import Output
+from loraserve.engines.replica_model.model import ReplicaModel
+from loraserve.engines.replica_model.sequence import Phase
+from loraserve.engines.replica_model.sequence import Sequence as ModelSequence
 from loraserve.engines.tokenizer import PromptRenderer
 from loraserve.errors import (
     AdapterRejectedError,
@@ -28,6 +30,7 @@ from loraserve.errors import (
     WorkFailedError,
 )
 from loraserve.request import GenerationRequest, GenerationStep
+from placement.latency import PS_PER_S
 from placement.types import VersionId
 
 MAX_LAG_S = 0.1
@@ -46,6 +49,8 @@ class _Stream:
 
     output: Output
     version_id: VersionId | None
+    sequence: ModelSequence
+    given_tokens: int
     news: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
 
@@ -62,35 +67,33 @@ class EmulatedEngine:
         clock: Clock,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
-        kv_capacity_tokens = config.kv_cache_bytes // emulated.kv_bytes_per_token
-        if kv_capacity_tokens < config.max_model_len_tokens:
-            raise ConfigError(
-                f"engine.kv_cache_bytes: holds {kv_capacity_tokens} tokens, less than one request of "
-                f"engine.max_model_len_tokens = {config.max_model_len_tokens}; give at least "
-                f"{config.max_model_len_tokens * emulated.kv_bytes_per_token} bytes"
-            )
         self._config = config
         self._latency = emulated
         self._model = model
         self._clock = clock
         self._sleep = sleep
-        self._batch = batching.Batch(
-            batching.BatchLimits(
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                kv_capacity_tokens=kv_capacity_tokens,
-            )
+        # One step at a time, so that a request that stops by itself is out before the next one.
+        self._replica = ReplicaModel(
+            limits_of(config, emulated), step_cost_of(config, emulated), max_run_steps=1
         )
-        self._requests = SlottedBatch(self._batch, num_slots=config.adapter_slots)
+        self._origin_s = clock.now_s()
+        """The clock at the model's zero; moved on when the loop falls behind."""
+        self._num_requests = 0
         self._streams: dict[str, _Stream] = {}
         self._adapters: dict[VersionId, AdapterFiles] = {}
         self._loading: dict[VersionId, asyncio.Lock] = {}
+        self._link = asyncio.Lock()
         self._work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._process: StandInProcess | None = None
         self._dead: str | None = "the engine has not been started"
         self._renderer: PromptRenderer
         self._words: Sequence[int]
+
+    @property
+    def replica(self) -> ReplicaModel:
+        """What computes here: its log has every step taken."""
+        return self._replica
 
     async def start(self) -> EngineInfo:
         """Read the tokenizer, start the process if one is asked for, and begin to step."""
@@ -133,9 +136,11 @@ class EmulatedEngine:
         try:
             async with lock:
                 if version_id not in self._adapters:
-                    await self._sleep(adapter.size_bytes / self._latency.load_bytes_per_s)
+                    async with self._link:
+                        await self._sleep(adapter.size_bytes / self._latency.load_bytes_per_s)
                     self._check_alive()
                     self._adapters[version_id] = adapter
+                    self._replica.hold(version_id, adapter.rank, adapter.size_bytes, self._replica.now_ps)
         finally:
             self._loading.pop(version_id, None)
 
@@ -149,7 +154,7 @@ class EmulatedEngine:
         if users:
             raise WorkFailedError(f"{version_id}: cannot be unloaded, {users} requests use it")
         if self._adapters.pop(version_id, None) is not None:
-            self._requests.drop(version_id)
+            self._replica.release(version_id, self._replica.now_ps)
 
     async def resident(self) -> frozenset[VersionId]:
         """The versions loaded."""
@@ -173,22 +178,22 @@ class EmulatedEngine:
                     await stream.news.wait()
         finally:
             self._streams.pop(request.request_id, None)
-            self._requests.remove(request.request_id)
+            self._replica.cancel(stream.sequence, self._replica.now_ps)
 
     async def abort(self, request_id: str) -> None:
         """Take the request out of the batch now; its stream ends with ABORTED."""
         stream = self._streams.get(request_id)
         if stream is not None:
-            self._requests.remove(request_id)
+            self._replica.cancel(stream.sequence, self._replica.now_ps)
             stream.output.abort()
             stream.news.set()
 
     def load(self) -> EngineLoad:
         """The batch's load now."""
         return EngineLoad(
-            running=self._batch.num_running,
-            waiting=self._batch.num_waiting + self._requests.num_outside,
-            kv_cache_usage=self._batch.kv_usage,
+            running=self._replica.running,
+            waiting=self._replica.waiting + self._replica.coming,
+            kv_cache_usage=self._replica.kv_usage,
         )
 
     def slot_memory(self) -> SlotMemory:
@@ -218,15 +223,21 @@ class EmulatedEngine:
 
     def check_invariants(self) -> None:
         """AssertionError unless requests, tokens and slots are conserved."""
-        self._requests.check_invariants()
+        replica = self._replica
+        replica.check_invariants()
         assert len(self._adapters) <= self._config.max_held_adapters, "more adapters than it may hold"
-        members = {sequence.request_id for sequence in self._requests}
-        assert members <= self._streams.keys(), "the batch runs a request that nobody reads"
+        assert replica.gate.held == self._adapters.keys(), "the model holds other adapters"
+        num_alive = 0
         for request_id, stream in self._streams.items():
             ended = stream.output.finished or stream.error is not None
-            assert ended == (request_id not in members), f"{request_id} is neither running nor ended"
+            num_alive += not ended
+            assert ended == (stream.sequence.phase is Phase.ENDED), (
+                f"{request_id} is neither running nor ended"
+            )
             if not ended and stream.version_id is not None:
                 assert stream.version_id in self._adapters, f"{request_id} runs without its adapter"
+        members = replica.running + replica.waiting + replica.coming
+        assert members == num_alive, "the model runs a request that nobody reads"
 
     def _submit(self, request: GenerationRequest) -> _Stream:
         self._check_alive()
@@ -248,14 +259,21 @@ class EmulatedEngine:
         max_tokens = min(request.sampling.max_tokens, room)
         output = Output(request, prompt_ids, self._renderer, self._words, max_tokens)
         output.resume(request.resumed_token_ids)
-        stream = _Stream(output, version_id)
+        rank = 0 if version_id is None else self._adapters[version_id].rank
+        # The output so far is in no KV cache here: it is computed like a prompt.
+        num_drawn = len(request.resumed_token_ids)
+        sequence = ModelSequence(
+            self._num_requests, len(prompt_ids), max_tokens, rank, version_id, drawn=num_drawn
+        )
+        self._num_requests += 1
+        stream = _Stream(output, version_id, sequence, num_drawn)
         self._streams[request.request_id] = stream
-        if not output.finished:
-            # The output so far is in no KV cache here: it is computed like a prompt.
-            known_tokens = len(prompt_ids) + len(request.resumed_token_ids)
-            rank = 0 if version_id is None else self._adapters[version_id].rank
-            sequence = batching.Sequence(request_id=request.request_id, prompt_tokens=known_tokens, rank=rank)
-            self._requests.add(sequence, version_id)
+        if output.finished:
+            sequence.phase = Phase.ENDED
+        else:
+            now_ps = round((self._clock.now_s() - self._origin_s) * PS_PER_S)
+            sequence.owner = stream
+            self._replica.submit(sequence, max(now_ps, self._replica.now_ps))
             self._work.set()
         return stream
 
@@ -267,21 +285,42 @@ class EmulatedEngine:
             self._die(f"the engine failed: {error}")
 
     async def _step_forever(self) -> None:
-        due_s = self._clock.now_s()
+        replica = self._replica
         while True:
-            if len(self._batch) == 0:
+            due_ps = replica.next_ps()
+            if due_ps is None:
                 self._work.clear()
                 await self._work.wait()
-                due_s = self._clock.now_s()
-            step = self._batch.schedule()
-            due_s = max(due_s, self._clock.now_s() - MAX_LAG_S) + batching.step_time_s(step, self._latency)
-            await self._sleep(max(0.0, due_s - self._clock.now_s()))
-            for sequence in self._batch.commit(step):
-                stream = self._streams[sequence.request_id]
+                continue
+            await self._sleep_until(due_ps)
+            replica.advance(due_ps)
+            self._give_out()
+            # Now that who has stopped is out, the next step may begin.
+            replica.advance(due_ps + 1)
+
+    async def _sleep_until(self, due_ps: int) -> None:
+        left_s = self._origin_s + due_ps / PS_PER_S - self._clock.now_s()
+        if left_s > 0:
+            await self._sleep(left_s)
+        elif left_s < -MAX_LAG_S:
+            self._origin_s -= left_s + MAX_LAG_S
+
+    def _give_out(self) -> None:
+        """Hand each reader what was drawn since, and end what has stopped by itself."""
+        replica = self._replica
+        for sequence in (*replica.batch.running, *replica.finished):
+            stream = sequence.owner
+            assert isinstance(stream, _Stream)
+            drawn = replica.drawn(sequence)
+            if drawn == stream.given_tokens:
+                continue
+            while stream.given_tokens < drawn and not stream.output.finished:
                 stream.output.extend()
-                if stream.output.finished:
-                    self._requests.remove(sequence.request_id)
-                stream.news.set()
+                stream.given_tokens += 1
+            if stream.output.finished:
+                replica.cancel(sequence, replica.now_ps)
+            stream.news.set()
+        replica.finished.clear()
 
     def _check_alive(self) -> None:
         if self._dead is not None:
@@ -289,8 +328,8 @@ class EmulatedEngine:
 
     def _die(self, reason: str) -> None:
         self._dead = self._dead or reason
-        for request_id, stream in self._streams.items():
-            self._requests.remove(request_id)
+        for stream in self._streams.values():
+            self._replica.cancel(stream.sequence, self._replica.now_ps)
             if not stream.output.finished and stream.error is None:
                 stream.error = EngineDeadError(reason)
                 stream.news.set()

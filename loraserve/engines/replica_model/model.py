@@ -50,6 +50,11 @@ class ReplicaModel:
     # -- what others ask -----------------------------------------------------------------------
 
     @property
+    def now_ps(self) -> int:
+        """How far time has moved on."""
+        return self._until_ps
+
+    @property
     def running(self) -> int:
         """Sequences in the batch."""
         return len(self.batch.running)

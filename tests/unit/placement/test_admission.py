@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraserve.clock import ManualClock
-from loraserve.config import EmulatedSection
-from loraserve.engines.batching import Batch, BatchLimits, Sequence, Step, step_time_s
+from loraserve.engines.replica_model.model import ReplicaModel
+from loraserve.engines.replica_model.sequence import ReplicaLimits, Sequence
 from loraserve.replica.meter import Meter, Progress
 from loraserve.router.loads import LoadBook
 from loraserve.rpc.table_codec import LoadReport
 from placement.admission import Demand, TooLateError, choose_in_time, estimate, is_late
+from placement.latency import PS_PER_S, LatencyModel, StepCost
 from placement.routing import Chooser, LoadView, ReplicaLoad, RouteRequest
 from placement.table import RoutingTable, TableReplica
 from placement.types import ReplicaId
@@ -133,19 +134,22 @@ def test_a_request_goes_to_the_holder_that_is_in_time() -> None:
 
 
 class Replica:
-    """The emulated engine's batch and a meter, in virtual time."""
+    """A replica model that takes one step at a time, and a meter, in virtual time."""
+
+    LIMITS = ReplicaLimits(kv_blocks=512, max_num_seqs=8, max_num_batched_tokens=512)
+    COST = StepCost.of(LatencyModel(base_ms=25.0, prefill_token_ms=0.2, row_ms=2.0))
 
     def __init__(self, name: ReplicaId, clock: ManualClock) -> None:
         self.name = name
-        self.batch = Batch(BatchLimits(max_num_seqs=8, max_num_batched_tokens=512, kv_capacity_tokens=8192))
+        self.model = ReplicaModel(self.LIMITS, self.COST, max_run_steps=1)
         self.meter = Meter(clock)
-        self.progress: dict[str, Progress] = {}
+        self.progress: dict[Sequence, Progress] = {}
         self.sequence = 0
         self.stepping = False
 
     def report(self) -> LoadReport:
         self.sequence += 1
-        running, waiting = self.batch.num_running, self.batch.num_waiting
+        running, waiting = self.model.running, self.model.waiting + self.model.coming
         rates = self.meter.rates(running=running, waiting=waiting)
         return LoadReport(
             replica_id=self.name,
@@ -163,7 +167,6 @@ class Overload:
     """Poisson arrivals at one router in front of two replicas; `good` counts who finished in time."""
 
     DEADLINE_S = 2.5
-    LATENCY = EmulatedSection(base_step_ms=25.0, prefill_token_ms=0.2, decode_seq_ms=2.0)
 
     def __init__(self, seed: int, *, per_s: float, seconds: float, early_refusal: bool) -> None:
         self.rng = Random(seed)
@@ -173,7 +176,6 @@ class Overload:
         self.book = LoadBook(clock=self.clock, in_flight=self.in_flight)
         self.chooser = Chooser("least-outstanding", seed)
         self.replicas = {name: Replica(name, self.clock) for name in NAMES}
-        self.wanted: dict[str, tuple[ReplicaId, int]] = {}
         self.good = self.late = self.refused = 0
         self._order = count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -217,44 +219,49 @@ class Overload:
         except TooLateError:
             self.refused += 1
             return
-        name = decision.replica_id
-        request_id = f"q{next(self._order)}"
-        replica = self.replicas[name]
-        self.in_flight[name] += 1
-        self.wanted[request_id] = (name, output_tokens)
-        replica.progress[request_id] = replica.meter.begin()
-        replica.batch.add(Sequence(request_id=request_id, prompt_tokens=self.rng.randint(5, 40)))
-        self._after(self.DEADLINE_S, partial(self._expire, request_id))
+        replica = self.replicas[decision.replica_id]
+        self.in_flight[replica.name] += 1
+        sequence = Sequence(next(self._order), self.rng.randint(5, 40), output_tokens)
+        replica.progress[sequence] = replica.meter.begin()
+        replica.model.submit(sequence, self._now_ps(replica))
+        self._after(self.DEADLINE_S, partial(self._expire, replica, sequence))
         if not replica.stepping:
             self._step(replica)
 
-    def _step(self, replica: Replica) -> None:
-        replica.stepping = len(replica.batch) > 0
-        if replica.stepping:
-            step = replica.batch.schedule()
-            self._after(step_time_s(step, self.LATENCY), partial(self._stepped, replica, step))
+    def _now_ps(self, replica: Replica) -> int:
+        return max(round(self.clock.now_s() * PS_PER_S), replica.model.now_ps)
 
-    def _stepped(self, replica: Replica, step: Step) -> None:
-        for sequence in replica.batch.commit(step):
-            progress = replica.progress[sequence.request_id]
-            progress.step(1)
-            if sequence.output_tokens >= self.wanted[sequence.request_id][1]:
-                progress.finish(sequence.output_tokens)
-                self.good += 1
-                self._leave(sequence.request_id)
+    def _step(self, replica: Replica) -> None:
+        replica.model.advance(self._now_ps(replica) + 1)
+        due_ps = replica.model.next_ps()
+        replica.stepping = due_ps is not None
+        if due_ps is not None:
+            seconds = max(0.0, due_ps / PS_PER_S - self.clock.now_s())
+            self._after(seconds, partial(self._stepped, replica, due_ps))
+
+    def _stepped(self, replica: Replica, due_ps: int) -> None:
+        model = replica.model
+        model.advance(max(due_ps, model.now_ps))
+        for sequence in (*model.batch.running, *model.finished):
+            drawn = model.drawn(sequence)
+            if drawn:
+                replica.progress[sequence].step(1)
+        for sequence in model.finished:
+            replica.progress[sequence].finish(sequence.drawn)
+            self.good += 1
+            self._leave(replica, sequence)
+        model.finished.clear()
         self._step(replica)
 
-    def _expire(self, request_id: str) -> None:
-        if request_id in self.wanted:
+    def _expire(self, replica: Replica, sequence: Sequence) -> None:
+        if sequence in replica.progress:
             self.late += 1
-            self._leave(request_id)
+            replica.model.cancel(sequence, replica.model.now_ps)
+            self._leave(replica, sequence)
 
-    def _leave(self, request_id: str) -> None:
-        name, _ = self.wanted.pop(request_id)
-        replica = self.replicas[name]
-        replica.batch.remove(request_id)
-        del replica.progress[request_id]
-        self.in_flight[name] -= 1
+    def _leave(self, replica: Replica, sequence: Sequence) -> None:
+        del replica.progress[sequence]
+        self.in_flight[replica.name] -= 1
 
 
 def test_goodput_holds_at_five_times_the_load_that_can_be_served() -> None:
