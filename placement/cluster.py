@@ -352,6 +352,8 @@ class ClusterState:
         """Drop from the registry the old versions that a newer one with a holder has replaced."""
         commands: list[Command] = []
         for name, older in self.superseded.items():
+            if not older:
+                continue
             chain = [*older, self.active[name]] if name in self.active else older
             served = next((i for i in reversed(range(len(chain))) if self.holders(chain[i])), 0)
             obsolete = min(served, len(older))
@@ -363,15 +365,20 @@ class ClusterState:
         """Drop the held copies that the published table sends nobody to."""
         commands: list[Command] = []
         active = set(self.active.values())
-        routed = {
+        needed = {
             (entry.version_id, holder.replica_id)
             for entry in self.table.entries.values()
             for holder in entry.holders
         }
+        needed.update(
+            (version, holder.replica_id)
+            for version, holders in self.plan.holders.items()
+            if version in active
+            for holder in holders
+        )
         for record in self._ready():
             for version in sorted(record.copies):
-                wanted = version in active and record.replica_id in self.plan.replicas_of(version)
-                if record.holds(version) and not wanted and (version, record.replica_id) not in routed:
+                if (version, record.replica_id) not in needed and record.holds(version):
                     record.copies[version].phase = CopyPhase.RETIRING
                     commands.append(UnloadAdapter(record.replica_id, version))
         return commands

@@ -114,6 +114,16 @@ class Holdings:
         """The replicas that acknowledged this version and are not dropping it."""
         return tuple(record.replica_id for record in self.replicas.values() if record.holds(version))
 
+    def all_holders(self) -> dict[VersionId, tuple[ReplicaId, ...]]:
+        """The holders of every version that has any, as `holders` gives them one by one."""
+        found: dict[VersionId, list[ReplicaId]] = {}
+        for record in self.replicas.values():
+            if record.is_serving:
+                for version, copy in record.copies.items():
+                    if copy.phase is CopyPhase.HELD:
+                        found.setdefault(version, []).append(record.replica_id)
+        return {version: tuple(replicas) for version, replicas in found.items()}
+
     def may_come(self, version: VersionId) -> bool:
         """Whether a planned replica has not refused this version, so that it may hold it yet."""
         planned = self.plan.replicas_of(version)

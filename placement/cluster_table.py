@@ -1,19 +1,24 @@
 """The routing table that follows from what the replicas hold."""
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from placement.cluster_records import Holdings, ReplicaPhase
 from placement.table import RoutingTable, TableEntry, TableReplica
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 
+_Held = Mapping[VersionId, tuple[ReplicaId, ...]]
+
 
 def table_of(holdings: Holdings, before: RoutingTable) -> RoutingTable:
     """The table of what is held now, to follow `before`: names by the newest version that somebody
     holds, and the ready replicas with the draining ones that a name still depends on."""
+    # Gathered once: to look through all replicas for each name takes seconds with a thousand of them.
+    held = holdings.all_holders()
     entries = {
         name: entry
         for name in sorted(holdings.active)
-        if (entry := _entry(holdings, name) or _waiting(holdings, name, before)) is not None
+        if (entry := _entry(holdings, held, name) or _waiting(holdings, name, before)) is not None
     }
     needed = {holder.replica_id for entry in entries.values() for holder in entry.holders}
     replicas = {
@@ -34,9 +39,11 @@ def table_of(holdings: Holdings, before: RoutingTable) -> RoutingTable:
     )
 
 
-def _entry(holdings: Holdings, name: AdapterName) -> TableEntry | None:
+def _entry(holdings: Holdings, held: _Held, name: AdapterName) -> TableEntry | None:
     for version in holdings.versions_of(name):
-        holders = _shares(holdings, version)
+        if version not in held:
+            continue
+        holders = _shares(holdings, held[version], version)
         if holders:
             rank = holdings.adapters[version].rank
             return TableEntry(name=name, version_id=version, rank=rank, holders=holders)
@@ -53,10 +60,9 @@ def _waiting(holdings: Holdings, name: AdapterName, before: RoutingTable) -> Tab
     return TableEntry(name=name, version_id=version, rank=holdings.adapters[version].rank, holders=())
 
 
-def _shares(holdings: Holdings, version: VersionId) -> tuple[Holder, ...]:
+def _shares(holdings: Holdings, held: tuple[ReplicaId, ...], version: VersionId) -> tuple[Holder, ...]:
     """The planned shares of those that hold it already; equal ones if none of them is planned; a
     draining replica's only where no other holds it."""
-    held = holdings.holders(version)
     shares = {
         holder.replica_id: holder.share
         for holder in holdings.plan.holders.get(version, ())
@@ -65,7 +71,7 @@ def _shares(holdings: Holdings, version: VersionId) -> tuple[Holder, ...]:
         and holdings.replicas[holder.replica_id].phase is ReplicaPhase.READY
     }
     if not shares:
-        released = _released_for_newer(holdings, version)
+        released = _released_for_newer(holdings, held, version)
         kept = [replica for replica in held if replica not in released]
         ready = [replica for replica in kept if holdings.replicas[replica].phase is ReplicaPhase.READY]
         shares = dict.fromkeys(ready or [one for one in kept if _must_stay(holdings, one, version)], 1.0)
@@ -80,12 +86,13 @@ def _must_stay(holdings: Holdings, replica: ReplicaId, version: VersionId) -> bo
     return order is None or not order.force or holdings.may_come(version)
 
 
-def _released_for_newer(holdings: Holdings, version: VersionId) -> frozenset[ReplicaId]:
+def _released_for_newer(
+    holdings: Holdings, held: tuple[ReplicaId, ...], version: VersionId
+) -> frozenset[ReplicaId]:
     """The holders of an old version that must give up its slot for the new one, never all of them."""
     newer = holdings.adapters[holdings.active[holdings.adapters[version].name]]
     if newer.version_id == version:
         return frozenset()
-    held = holdings.holders(version)
     full = [
         replica
         for replica in held

@@ -26,6 +26,12 @@ def check_cluster(state: ClusterState) -> None:
                 f"{version} is above the max rank of {record.replica_id}",
             )
     _check_table(state)
+    holders = {version: found for version in state.adapters if (found := state.holders(version))}
+    gathered = state.holdings.all_holders()
+    _require(
+        holders == {version: gathered[version] for version in gathered if version in state.adapters},
+        "the holders gathered at once are not those asked for one by one",
+    )
     for name, version in state.active.items():
         _require(state.adapters[version].name == name, f"{version} is active under {name}")
     registered = set(state.active.values()).union(*state.superseded.values())

@@ -33,8 +33,8 @@ class HoldersFullError(RoutingError):
     """Every holder that is left has its waiting queue full."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaLoad:
+# Made for every report, in the simulator for every other request: a named tuple, as `RouteRequest` is.
+class ReplicaLoad(NamedTuple):
     """A replica's own report, `age_s` seconds old.
 
     `own_requests` is how many of its requests were the choosing router's when the report came, so

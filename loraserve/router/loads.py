@@ -1,7 +1,7 @@
 """The replicas' latest load reports, and when they are too old to believe."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loraserve.clock import Clock
 from loraserve.rpc.table_codec import LoadReport
@@ -113,4 +113,4 @@ class LoadBook:
 
     def _fresh(self, entry: _Entry, now_s: float) -> ReplicaLoad | None:
         age_s = now_s - entry.received_s
-        return replace(entry.load, age_s=age_s) if age_s <= self._stale_after_s else None
+        return entry.load._replace(age_s=age_s) if age_s <= self._stale_after_s else None

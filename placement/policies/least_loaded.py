@@ -4,11 +4,14 @@ The baseline that needs no forecast. Where memory runs short every adapter gets 
 ones with the fewest possible homes before the others, and then further copies by demand.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from placement.policies.base import Room, equal_shares
-from placement.types import AdapterVersion, Placement, ReplicaId, Snapshot
+from placement.policies.base import equal_shares
+from placement.policies.roomiest import Admission, Roomiest
+from placement.types import AdapterVersion, Placement, ReplicaId, Snapshot, VersionId
+
+_Present = Mapping[VersionId, Collection[ReplicaId]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,66 +22,36 @@ class LeastLoaded:
 
     def plan(self, snapshot: Snapshot) -> Placement:
         """One copy of each adapter where it fits, then copies for as long as there is room."""
-        rooms = self._first_copies(snapshot)
+        here = {spec.replica_id for spec in snapshot.replicas}
+        present: _Present = {
+            adapter.version_id: snapshot.current.replicas_of(adapter.version_id) & here
+            for adapter in snapshot.adapters
+        }
+        copies = self._first_copies(snapshot, present)
         demand = snapshot.demand_tokens_per_s
-        by_demand = sorted(
+        growing = sorted(
             snapshot.adapters, key=lambda adapter: (-demand.get(adapter.version_id, 0.0), adapter.version_id)
         )
-        grew = True
-        while grew:
-            grew = False
-            for adapter in by_demand:
-                room = self._roomiest(adapter, rooms, snapshot)
-                if room is not None:
-                    room.put(adapter)
-                    grew = True
-        return equal_shares(rooms.values(), snapshot.adapters)
+        while growing:
+            # Rooms only fill: what finds none now finds none later.
+            growing = [adapter for adapter in growing if copies.put(adapter, present[adapter.version_id])]
+        return equal_shares(copies.rooms.values(), snapshot.adapters)
 
-    def _first_copies(self, snapshot: Snapshot) -> dict[ReplicaId, Room]:
+    def _first_copies(self, snapshot: Snapshot, present: _Present) -> Roomiest:
         """One copy of each: those that are placed keep their room, unless more fit when all are packed
         anew, the hardest to place first."""
+        admission = Admission(snapshot.replicas)
         by_need = sorted(
             snapshot.adapters,
-            key=lambda adapter: (
-                sum(spec.admits(adapter) for spec in snapshot.replicas),
-                -adapter.size_bytes,
-                adapter.version_id,
-            ),
+            key=lambda adapter: (admission.count(adapter), -adapter.size_bytes, adapter.version_id),
         )
-        here = {spec.replica_id for spec in snapshot.replicas}
-        placed_first = sorted(
-            by_need, key=lambda adapter: here.isdisjoint(snapshot.current.replicas_of(adapter.version_id))
-        )
-        kept, packed = (self._place(order, snapshot) for order in (placed_first, by_need))
-        return packed if _num_held(packed) > _num_held(kept) else kept
-
-    def _place(self, order: Iterable[AdapterVersion], snapshot: Snapshot) -> dict[ReplicaId, Room]:
-        rooms = Room.of(snapshot.replicas)
-        for adapter in order:
-            room = self._roomiest(adapter, rooms, snapshot)
-            if room is not None:
-                room.put(adapter)
-        return rooms
+        placed_first = sorted(by_need, key=lambda adapter: not present[adapter.version_id])
+        kept, packed = (self._place(order, snapshot, present) for order in (placed_first, by_need))
+        return packed if packed.num_held > kept.num_held else kept
 
     @staticmethod
-    def _roomiest(
-        adapter: AdapterVersion, rooms: Mapping[ReplicaId, Room], snapshot: Snapshot
-    ) -> Room | None:
-        """The replica to put the next copy on: a present holder, else the one with room for most."""
-        present = snapshot.current.replicas_of(adapter.version_id)
-        fitting = [room for room in rooms.values() if room.fits(adapter)]
-        if not fitting:
-            return None
-        return min(
-            fitting,
-            key=lambda room: (
-                room.spec.replica_id not in present,
-                -room.free_adapters,
-                -room.free_bytes,
-                room.spec.replica_id,
-            ),
-        )
-
-
-def _num_held(rooms: Mapping[ReplicaId, Room]) -> int:
-    return sum(len(room.held) for room in rooms.values())
+    def _place(order: Iterable[AdapterVersion], snapshot: Snapshot, present: _Present) -> Roomiest:
+        copies = Roomiest(snapshot.replicas)
+        for adapter in order:
+            copies.put(adapter, present[adapter.version_id])
+        return copies
