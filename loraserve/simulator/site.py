@@ -178,15 +178,7 @@ class Site:
         while tick_ps <= until_ps:
             model.advance(tick_ps)
             self._reached_ps = tick_ps
-            self._reports.append(
-                (
-                    tick_ps + self._report_ps,
-                    model.running,
-                    model.waiting,
-                    model.outstanding_tokens,
-                    model.kv_usage,
-                )
-            )
+            self._reports.append((tick_ps + self._report_ps, *model.load()))
             tick_ps += interval_ps
         self._tick_ps = tick_ps
 

@@ -54,7 +54,8 @@ class AdapterGate:
         self.evicted: list[VersionId] = []
 
     def __len__(self) -> int:
-        return len(self._outside) + sum(map(len, self._missing.values()))
+        missing = self._missing
+        return len(self._outside) + (sum(map(len, missing.values())) if missing else 0)
 
     @property
     def held(self) -> frozenset[VersionId]:

@@ -72,14 +72,12 @@ class ReplicaModel:
     @property
     def outstanding_tokens(self) -> int:
         """Tokens that the sequences in the batch or its queue will still draw."""
-        return self.batch.outstanding_tokens - self._steps_done() * self.batch.num_decoding
+        return self.load()[2]
 
     @property
     def kv_usage(self) -> float:
         """Share of the KV blocks in use, 0 to 1."""
-        batch = self.batch
-        blocks = batch.used_blocks + batch.blocks_to_come(batch.num_steps, self._steps_done())
-        return blocks / self.limits.kv_blocks
+        return self.load()[3]
 
     @property
     def wanted(self) -> list[VersionId]:
@@ -90,6 +88,17 @@ class ReplicaModel:
     def evicted(self) -> list[VersionId]:
         """The versions that have made room for others; whoever reads the list clears it."""
         return self.gate.evicted
+
+    def load(self) -> tuple[int, int, int, float]:
+        """`running`, `waiting`, `outstanding_tokens` and `kv_usage` in one, as reports want them."""
+        batch = self.batch
+        done = self._steps_done()
+        blocks, tokens = batch.used_blocks, batch.outstanding_tokens
+        if done:
+            blocks += batch.blocks_to_come(batch.num_steps, done)
+            tokens -= done * batch.num_decoding
+        waiting = len(batch.waiting) + len(self.gate)
+        return len(batch.running), waiting, tokens, blocks / self.limits.kv_blocks
 
     def drawn(self, sequence: Sequence) -> int:
         """The tokens that the sequence has drawn so far."""
