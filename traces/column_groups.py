@@ -65,6 +65,10 @@ def adapter_groups(
     adapter: NDArray[np.int32], adapters: Sequence[TraceAdapter], counted: NDArray[np.bool_], runs: StepRuns
 ) -> dict[str, RequestGroup]:
     """The counted requests of each adapter that has any, most requests first, ties by name."""
-    groups = groups_by(np.where(counted, adapter, -1).astype(np.int64), len(adapters), runs)
-    named = {one.name: group for one, group in zip(adapters, groups, strict=True) if len(group.requests)}
+    # A workload may name an adapter twice, with two ranks.
+    names = list(dict.fromkeys(one.name for one in adapters))
+    place = {name: number for number, name in enumerate(names)}
+    of_adapter = np.asarray([*(place[one.name] for one in adapters), -1], dtype=np.int64)
+    groups = groups_by(np.where(counted, of_adapter[adapter], -1), len(names), runs)
+    named = {name: group for name, group in zip(names, groups, strict=True) if len(group.requests)}
     return dict(sorted(named.items(), key=lambda item: (-len(item[1].requests), item[0])))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from traces.step_runs import Gaps, Whole, spread_rows
 
@@ -91,7 +90,7 @@ class WeighedGaps:
             found |= dict(zip(here, inner, strict=True))
         return found
 
-    def curve(self) -> tuple[NDArray[np.float64], Whole]:
+    def curve(self) -> tuple[Whole, Whole]:
         """`(gap_ps, count)`: how many gaps are at most that long, at the end of each bucket that has some."""
         used = np.flatnonzero(self._totals)
         edges = np.asarray(

@@ -85,8 +85,11 @@ def _session() -> Session:
     )
 
 
-def find_address(address: str) -> str:
-    """HOST:PORT of a Ray cluster: as given, or for `auto` from RAY_ADDRESS or the last one started here."""
+def find_address(address: str, option: str = "cluster.ray_address") -> str:
+    """HOST:PORT of a Ray cluster: as given, or for `auto` from RAY_ADDRESS or the last one started here.
+
+    `option` is what the user gave it by.
+    """
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "auto")
     if address == "auto":
@@ -95,13 +98,12 @@ def find_address(address: str) -> str:
         address = read_ray_address() or ""
         if not address:
             raise BadInputError(
-                "cluster.ray_address: auto: no Ray cluster was started on this machine; start one with"
+                f"{option}: auto: no Ray cluster was started on this machine; start one with"
                 " `ray start --head`, or give its HOST:PORT"
             )
     if split_address(address) is None:
         raise BadInputError(
-            f"cluster.ray_address: {address} is neither auto nor HOST:PORT of a Ray cluster, such as"
-            " 127.0.0.1:6379"
+            f"{option}: {address} is neither auto nor HOST:PORT of a Ray cluster, such as 127.0.0.1:6379"
         )
     return address
 
