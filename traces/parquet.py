@@ -17,7 +17,7 @@ from traces.adapter_table import AdapterTable
 from traces.columns import BASE, DEFAULT_BLOCK_TOKENS, TraceColumns
 from traces.formats.base import shown
 from traces.parquet_rows import batch_block, batch_rows, text_chunks
-from traces.reading import MAX_HASH_IDS, MAX_REQUESTS
+from traces.reading import MAX_HASH_IDS
 from traces.types import TraceError
 
 if TYPE_CHECKING:
@@ -115,8 +115,11 @@ def _check_size(file: "pq.ParquetFile", path: Path, wanted: "Wanted") -> None:
     if about.num_columns > _MAX_COLUMNS or len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
         what = f"{about.num_columns:,} columns; a trace has at most {_MAX_COLUMNS:,}, each of another name"
         raise TraceError(what, source=source)
-    if about.num_rows > MAX_REQUESTS and wanted.limit is None and wanted.duration_s is None:
-        raise TraceError(f"{about.num_rows:,} rows; give a limit above {MAX_REQUESTS:,}", source=source)
+    if about.num_rows > wanted.max_requests and wanted.limit is None and wanted.duration_s is None:
+        what = (
+            f"more than {wanted.max_requests:,} requests: {about.num_rows:,} rows; give a limit or a duration"
+        )
+        raise TraceError(what, source=source)
     size_bytes = path.stat().st_size
     unpacked_bytes = num_values = 0
     for group in range(about.num_row_groups):

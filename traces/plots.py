@@ -141,7 +141,7 @@ def new_figure(height_in: float = _HEIGHT_IN) -> Any:
     return Figure(figsize=(_WIDTH_IN, height_in), dpi=_DOTS_PER_IN, layout="constrained")
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
     buffer = io.BytesIO()
     # Without the version of matplotlib in it, the same run gives the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -188,7 +188,7 @@ def _cdf(
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel(label)
         axes.set_title(f"Share of {of} within", loc="left", fontsize=9.5, color=theme.muted)
-        return _png(figure)
+        return png_of(figure)
 
 
 def _log_axis_with_target(axes: Any, target_ms: float, end_ms: float, theme: Theme) -> None:
@@ -249,7 +249,7 @@ def _attainment(shares: Mapping[str, float], theme: Theme) -> bytes:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.tick_params(axis="y", labelcolor=theme.text)
         axes.set_title("Share of requests inside every target", loc="left", fontsize=9.5, color=theme.muted)
-        return _png(figure)
+        return png_of(figure)
 
 
 def _over_time(records: Sequence[RequestRecord], theme: Theme) -> bytes:
@@ -278,7 +278,7 @@ def _over_time(records: Sequence[RequestRecord], theme: Theme) -> bytes:
             axes.grid(visible=False, axis="x")
             axes.set_xlim(0, edges_s[-1])
         lower.set_xlabel("seconds since the start")
-        return _png(figure)
+        return png_of(figure)
 
 
 def _bin(time_s: float, width_s: float, bins: int) -> int:

@@ -16,10 +16,10 @@ from traces.fill import Fill
 from traces.formats import FORMATS
 from traces.formats.base import Parser, Row, RowError, Setting, TraceFormat, shown
 from traces.lines import MAX_LINE_BYTES, PARQUET_MAGIC, Chunk, magic_of, read_chunks
-from traces.reading import MAX_DURATION_S, MAX_REQUESTS, OnBadRow, Reading
+from traces.reading import MAX_REQUESTS, MAX_ROWS, OnBadRow, Reading
 from traces.types import Trace, TraceError, check_cut
 
-__all__ = ["MAX_DURATION_S", "MAX_REQUESTS", "OnBadRow", "bundled_trace", "read_columns", "read_trace"]
+__all__ = ["OnBadRow", "bundled_trace", "read_columns", "read_trace"]
 
 PARQUET = "parquet"
 
@@ -33,12 +33,8 @@ def read_trace(
     duration_s: float | None = None,
     fill: Fill | None = None,
 ) -> Trace:
-    """`read_columns`, row by row."""
-    return trace_of(
-        read_columns(
-            path, format=format, on_bad_row=on_bad_row, limit=limit, duration_s=duration_s, fill=fill
-        )
-    )
+    """`read_columns`, row by row, and of at most `MAX_ROWS` requests."""
+    return trace_of(_read(path, format, on_bad_row, limit, duration_s, fill, MAX_ROWS))
 
 
 def read_columns(
@@ -58,6 +54,18 @@ def read_columns(
     bad row (`refuse`), and on a format without lengths where `fill` has none; `skip` counts bad rows
     instead and keeps their line numbers.
     """
+    return _read(path, format, on_bad_row, limit, duration_s, fill, MAX_REQUESTS)
+
+
+def _read(
+    path: str | Path,
+    format: str | None,
+    on_bad_row: OnBadRow,
+    limit: int | None,
+    duration_s: float | None,
+    fill: Fill | None,
+    max_requests: int,
+) -> TraceColumns:
     if on_bad_row not in ("refuse", "skip"):
         raise TraceError(f"on_bad_row is {on_bad_row!r}; expected 'refuse' or 'skip'")
     check_cut(limit, duration_s)
@@ -65,7 +73,7 @@ def read_columns(
         raise TraceError(
             f"no trace format is called {shown(format)}; there are: {', '.join((*FORMATS, PARQUET))}"
         )
-    wanted = Wanted(format, on_bad_row == "refuse", limit, duration_s, fill or Fill())
+    wanted = Wanted(format, on_bad_row == "refuse", limit, duration_s, fill or Fill(), max_requests)
     if magic_of(Path(path)) == PARQUET_MAGIC and format in (None, PARQUET):
         from traces.parquet import read_parquet
 
@@ -83,6 +91,7 @@ class Wanted(NamedTuple):
     limit: int | None
     duration_s: float | None
     fill: Fill
+    max_requests: int
 
     def reading(self, source: str, *, ordered: bool, has_lengths: bool, adapters: AdapterTable) -> Reading:
         if not has_lengths:
@@ -95,6 +104,7 @@ class Wanted(NamedTuple):
             adapters=adapters,
             limit=self.limit,
             duration_s=self.duration_s,
+            max_requests=self.max_requests,
         )
 
 
@@ -123,7 +133,12 @@ def read_text(chunks: Iterator[Chunk], path: Path, wanted: Wanted) -> TraceColum
         _take(reading, parser, chunk)
         last = chunk.line
     _finish(reading, parser, last)
-    return reading.columns(format=chosen.name, block_tokens=parser.block_tokens, fill=wanted.fill)
+    return reading.columns(
+        format=chosen.name,
+        block_tokens=parser.block_tokens,
+        fill=wanted.fill,
+        keep_adapters=parser.keeps_unused,
+    )
 
 
 def bundled_trace(name: str = "demo") -> Trace:

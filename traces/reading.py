@@ -19,8 +19,10 @@ from traces.fill import Fill
 from traces.formats.base import Block, Row, RowError
 from traces.types import MAX_BAD_ROWS_KEPT, BadRow, TraceError
 
-MAX_REQUESTS = 10_000_000
-"""About 200 MB of columns; beyond it a limit must be given."""
+MAX_REQUESTS = 50_000_000
+"""About 1.2 GB of columns; beyond it a limit must be given."""
+MAX_ROWS = 10_000_000
+"""The same of a trace that is wanted row by row: about 2 GB."""
 MAX_HASH_IDS = 200_000_000
 MAX_DURATION_S = 10 * 366 * 86_400.0
 
@@ -44,6 +46,7 @@ class Reading:
     adapters: AdapterTable
     limit: int | None
     duration_s: float | None
+    max_requests: int = MAX_REQUESTS
     done: bool = False
     origin_s: float | None = None
     latest_s: float = -math.inf
@@ -78,7 +81,7 @@ class Reading:
         if count == 0 or self.done:
             return True
         num_hash_ids = 0 if block.hash_ids is None else len(block.hash_ids)
-        if len(self) + count > MAX_REQUESTS or len(self._hash_ids) + num_hash_ids > MAX_HASH_IDS:
+        if len(self) + count > self.max_requests or len(self._hash_ids) + num_hash_ids > MAX_HASH_IDS:
             return False
         if not self._is_good(block):
             return False
@@ -103,7 +106,7 @@ class Reading:
 
     def expanded(self, block: Block, line: int) -> None:
         """Take the requests that one line stands for."""
-        if len(self) + len(block) > MAX_REQUESTS:
+        if len(self) + len(block) > self.max_requests:
             raise self._too_many(line)
         if not self.block(block):
             self._count_bad(line, "its requests have times or lengths that are not possible")
@@ -242,7 +245,7 @@ class Reading:
             if self.duration_s is not None and row.time_s - self.origin_s >= self.duration_s:
                 self.done = True
                 return
-        if len(self) >= MAX_REQUESTS or len(self._hash_ids) + len(row.hash_ids) > MAX_HASH_IDS:
+        if len(self) >= self.max_requests or len(self._hash_ids) + len(row.hash_ids) > MAX_HASH_IDS:
             raise self._too_many(line)
         place = BASE if row.adapter is None else self.adapters.place(row.adapter, row.rank)
         self._time_s.append(row.time_s)
@@ -266,7 +269,9 @@ class Reading:
         self.latest_s = time_s
 
     def _too_many(self, line: int) -> TraceError:
-        what = f"more than {MAX_REQUESTS:,} requests or {MAX_HASH_IDS:,} blocks; give a limit or a duration"
+        what = (
+            f"more than {self.max_requests:,} requests or {MAX_HASH_IDS:,} blocks; give a limit or a duration"
+        )
         return TraceError(what, source=self.source, line=line)
 
     def _count_bad(self, line: int, reason: str) -> None:

@@ -87,6 +87,8 @@ class Parser:
 
     expands = False
     has_lengths = True
+    keeps_unused = False
+    """Whether the adapters of the table stay that no request has."""
     block_tokens = 512
 
     def row(self, text: str) -> Row | None:

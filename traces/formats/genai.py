@@ -2,7 +2,8 @@
 begins `arrival_s,adapter_id`; what follows is not used.
 
 An empty `adapter_id` is the base model. Where several adapters are named with `|` between them, the
-first is taken: a request here has one. There are no numbers of tokens.
+first is taken: a request here has one; the others count as adapters of the trace. There are no numbers
+of tokens.
 """
 
 from traces.formats.base import (
@@ -22,15 +23,21 @@ _REQUIRED = ("arrival_s", "adapter_id")
 
 class _Parser(Parser):
     has_lengths = False
+    keeps_unused = True
 
     def __init__(self, header: str, setting: Setting) -> None:
         self._columns = header_of(header)
+        self._table = setting.adapters
 
     def row(self, text: str) -> Row:
         fields = fields_of(text)
         expect_fields(fields, self._columns)
-        name = checked_name(fields[1].partition("|")[0].strip())
-        return Row(time_s=seconds(fields[0], "arrival_s"), adapter=name or None)
+        time_s = seconds(fields[0], "arrival_s")
+        names = [checked_name(name.strip()) for name in fields[1].split("|")]
+        for name in names:
+            if name:
+                self._table.place(name, None)
+        return Row(time_s=time_s, adapter=names[0] or None)
 
 
 GENAI = TraceFormat(
