@@ -110,13 +110,15 @@ class LoadProbe:
 class KernelFit:
     """How well the latency model with this kernel fits the `steps` timed steps.
 
-    The relative errors are |model − measured| / measured, per batch that was timed.
+    The relative errors are |model − measured| / measured, one per step timed; their mean counts each as at
+    most 25 %, as single steps may have been slowed down by something else.
     """
 
     kernel: RankKernel
     steps: int
     median_error_ms: float
     median_relative_error: float
+    mean_relative_error: float
     p95_relative_error: float
 
 

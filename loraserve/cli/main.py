@@ -26,9 +26,10 @@ def make_app() -> typer.Typer:
     )
     from loraserve.cli.doctor import doctor
     from loraserve.cli.generate import generate
+    from loraserve.cli.profile import profile
     from loraserve.cli.replay import replay
 
-    for command in (up, down, status, drain, undrain, generate, replay, doctor):
+    for command in (up, down, status, drain, undrain, generate, replay, profile, doctor):
         app.command()(command)
     # What follows `up` or `replay` is theirs.
     app.command(context_settings={"allow_interspersed_args": False})(submit)
