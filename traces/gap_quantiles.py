@@ -93,10 +93,8 @@ class WeighedGaps:
     def curve(self) -> tuple[Whole, Whole]:
         """`(gap_ps, count)`: how many gaps are at most that long, at the end of each bucket that has some."""
         used = np.flatnonzero(self._totals)
-        edges = np.asarray(
-            [_bounds(int(bucket) + self._first, self._shift)[1] for bucket in used], dtype=np.float64
-        )
-        return edges, self._sums[used]
+        ends_ps = [_bounds(int(bucket) + self._first, self._shift)[1] for bucket in used]
+        return np.asarray(ends_ps, dtype=np.int64), self._sums[used]
 
     def _rows(self, bucket: int) -> tuple[Whole, Whole, Whole, Whole]:
         """Start, growth, count and weight of what lies in a bucket."""

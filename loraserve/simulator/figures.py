@@ -1,5 +1,6 @@
 """From a simulation's columns to its figures, and to the little that its pictures are drawn from."""
 
+import itertools
 import time
 from array import array
 from collections.abc import Mapping
@@ -159,7 +160,10 @@ def column(values: "array[int]") -> NDArray[np.int64]:
 
 
 def records_of(result: SimulationResult, *, warmup_s: float = 0.0) -> tuple[RequestRecord, ...]:
-    """The simulation as a client would have recorded it, one message per token; for small runs."""
+    """The simulation as a client would have recorded it, one message per token; for small runs.
+
+    A message comes as long after its step as the request's first one did.
+    """
     times_s = _token_times_s(result)
     outcomes = tuple(Outcome)
     adapters = (*((one.name, one.rank) for one in result.adapters), (None, None))
@@ -204,9 +208,13 @@ def _token_times_s(result: SimulationResult) -> list[tuple[float, ...]]:
         return [()] * len(result)
     request, time_ps = np.concatenate(requests), np.concatenate(times_ps)
     order = np.lexsort((time_ps, request))
-    bounds = np.searchsorted(request[order], np.arange(len(result) + 1)).tolist()
-    ordered_s = (time_ps[order] / PS_PER_S).tolist()
-    return [tuple(ordered_s[bounds[index] : bounds[index + 1]]) for index in range(len(result))]
+    request, time_ps = request[order], time_ps[order]
+    bounds = np.searchsorted(request, np.arange(len(result) + 1))
+    drew = np.flatnonzero(np.diff(bounds))
+    delay_ps = np.zeros(len(result), dtype=np.int64)
+    delay_ps[drew] = result.first_ps[drew] - time_ps[bounds[drew]]
+    times_s = ((time_ps + delay_ps[request]) / PS_PER_S).tolist()
+    return [tuple(times_s[first:last]) for first, last in itertools.pairwise(bounds.tolist())]
 
 
 def _utilisation(result: SimulationResult, warmup_s: float) -> float:
