@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from loraserve.cli.common import command, echo_json
+from loraserve.cli.trace_synth import synth
 from loraserve.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -163,3 +164,6 @@ def _draw(columns: "TraceColumns", out: Path) -> None:
         out.write_bytes(stats_png(columns))
     except OSError as error:
         raise BadInputError(f"--out: {out}: cannot be written: {error.strerror}") from error
+
+
+trace_app.command("synth")(synth)
