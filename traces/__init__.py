@@ -1,6 +1,7 @@
 """Workloads of LoRAServe: trace formats, adapter and rank assignment, pacing, metrics, reports.
 
-`traces.synth` (synthesis) and `traces.report` (HTML and plots) are imported by their own names.
+`traces.synthesis` (workloads by law or preset) and `traces.report` (HTML and plots) are imported by
+their own names.
 """
 
 from traces.assign import AdapterRef, assign_adapters, map_adapters, unknown_adapters

@@ -1,7 +1,7 @@
-"""Small seeded workloads: arrivals, adapter popularity and lengths from textbook distributions.
+"""The small seeded workloads that ship; `traces.synthesis` makes those to evaluate with.
 
 `python -m traces.synth --help` writes one to a file; the bundled traces are made so. The same spec
-gives the same trace on every machine.
+gives the same trace on every machine, so nothing here may change.
 """
 
 import argparse

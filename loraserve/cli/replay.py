@@ -19,7 +19,7 @@ Whole = int | None
 
 @command
 def replay(
-    trace: Annotated[str, typer.Argument(help="A trace file, or 'demo' for the bundled one.")],
+    trace: Annotated[str, typer.Argument(help="A trace file, 'demo' or 'preset:NAME'.")],
     speedup: Annotated[float, typer.Option(help="Send the arrivals so many times faster.")] = 1.0,
     limit: Annotated[Whole, typer.Option(min=1, help="Send only the first so many requests.")] = None,
     duration: Annotated[Number, typer.Option(help="Send only so many seconds of the trace.")] = None,

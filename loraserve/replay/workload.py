@@ -6,7 +6,9 @@ from typing import Literal
 
 from loraserve.errors import BadInputError
 from traces.assign import METHODS, AdapterRef, assign_adapters, map_adapters, unknown_adapters
+from traces.columns import trace_of
 from traces.read import bundled_trace, read_trace
+from traces.synthesis import is_preset, workload
 from traces.types import Trace, TraceError
 
 DEMO = "demo"
@@ -15,7 +17,8 @@ ASSIGN_METHODS = ("auto", "from-trace", "map", *METHODS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadOptions:
-    """`source` is a file or 'demo'; `duration_s` is on the trace's own clock, before any speedup.
+    """`source` is a file, 'demo' or 'preset:NAME'; `duration_s` is on the trace's own
+    clock, before any speedup.
 
     `assign`: `from-trace` takes the trace's adapters, which must all be registered; `map` gives its k-th
     most popular name the k-th adapter; the others draw one per request; `auto` is `map` for a trace with
@@ -44,6 +47,9 @@ def read_workload(options: WorkloadOptions) -> Trace:
     try:
         if options.source == DEMO:
             return bundled_trace().cut(limit=options.limit, duration_s=options.duration_s)
+        if is_preset(options.source):
+            made = trace_of(workload(options.source))
+            return made.cut(limit=options.limit, duration_s=options.duration_s)
         return read_trace(
             options.source,
             format=options.format,

@@ -33,6 +33,15 @@ def test_the_bundled_trace_is_cut_by_number_and_by_time() -> None:
     assert read_workload(options(duration_s=5.0)).duration_s < 5.0
 
 
+def test_a_preset_is_a_workload_like_any_other() -> None:
+    trace = read_workload(options("preset:loraserve-skew,adapters=10,requests=90,seed=4", limit=50))
+    assert len(trace) == 50
+    assert {request.rank for request in trace.requests} <= {8, 16, 32, 64, 128}
+    assert set(names(give_adapters(trace, options(), REGISTERED))) == {"big", "small"}
+    with pytest.raises(BadInputError, match="no preset is called 'none'"):
+        read_workload(options("preset:none"))
+
+
 def test_a_bad_row_is_refused_with_its_line_or_skipped_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,4,5\nx,y,z\n")
