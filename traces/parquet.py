@@ -16,6 +16,7 @@ import numpy as np
 from traces.adapter_table import AdapterTable
 from traces.columns import BASE, DEFAULT_BLOCK_TOKENS, TraceColumns
 from traces.formats.base import shown
+from traces.parquet_footer import file_size
 from traces.parquet_rows import batch_block, batch_rows, text_chunks
 from traces.reading import MAX_HASH_IDS
 from traces.types import TraceError
@@ -73,6 +74,7 @@ def read_parquet(path: Path, wanted: "Wanted") -> TraceColumns:
 
     source = str(path)
     with _damage(source):
+        _check_size(path, wanted)
         # A buffer makes it read page by page; a schema of its own must not choose Python types.
         file = pq.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False)
         with file:
@@ -82,8 +84,9 @@ def read_parquet(path: Path, wanted: "Wanted") -> TraceColumns:
         _damage(source),
         pq.ParquetFile(path, buffer_size=1 << 16, pre_buffer=False, read_dictionary=texts) as file,
     ):
-        _check_size(file, path, wanted)
         names = tuple(name.strip().lower() for name in file.schema_arrow.names)
+        if len(set(names)) < len(names):
+            raise TraceError("two columns have the same name", source=source)
         if set(names) >= set(OUR_COLUMNS):
             return _read_ours(file, source, wanted)
         return _read_foreign(file, path, wanted)
@@ -97,7 +100,7 @@ def _damage(source: str) -> Iterator[None]:
         yield
     except TraceError:
         raise
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, LookupError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         what = f"this is a Parquet file that cannot be read ({reason}); fetch or write it again"
         raise TraceError(what, source=source) from error
@@ -109,11 +112,11 @@ def _is_text(kind: "pa.DataType") -> bool:
     return bool(kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_binary(kind))
 
 
-def _check_size(file: "pq.ParquetFile", path: Path, wanted: "Wanted") -> None:
+def _check_size(path: Path, wanted: "Wanted") -> None:
     """Refuse, by what the file says of itself, one that would fill the memory."""
-    about, source = file.metadata, str(path)
-    if about.num_columns > _MAX_COLUMNS or len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
-        what = f"{about.num_columns:,} columns; a trace has at most {_MAX_COLUMNS:,}, each of another name"
+    about, source = file_size(path), str(path)
+    if about.num_columns > _MAX_COLUMNS:
+        what = f"{about.num_columns:,} columns; a trace has at most {_MAX_COLUMNS:,}"
         raise TraceError(what, source=source)
     if about.num_rows > wanted.max_requests and wanted.limit is None and wanted.duration_s is None:
         what = (
@@ -121,15 +124,8 @@ def _check_size(file: "pq.ParquetFile", path: Path, wanted: "Wanted") -> None:
         )
         raise TraceError(what, source=source)
     size_bytes = path.stat().st_size
-    unpacked_bytes = num_values = 0
-    for group in range(about.num_row_groups):
-        for column in range(about.num_columns):
-            chunk = about.row_group(group).column(column)
-            unpacked_bytes += chunk.total_uncompressed_size
-            if chunk.num_values > about.row_group(group).num_rows:
-                num_values += chunk.num_values
-    unpacked_bytes = max(unpacked_bytes, num_values * 8)
-    if num_values > MAX_HASH_IDS or unpacked_bytes > max(GROWTH_FROM_BYTES, MAX_GROWTH * size_bytes):
+    unpacked_bytes = max(about.unpacked_bytes, about.num_values * 8)
+    if about.num_values > MAX_HASH_IDS or unpacked_bytes > max(GROWTH_FROM_BYTES, MAX_GROWTH * size_bytes):
         what = f"{size_bytes:,} bytes that unpack to {unpacked_bytes:,}, which no trace does"
         raise TraceError(what, source=source)
 
@@ -145,6 +141,8 @@ def _read_ours(file: "pq.ParquetFile", source: str, wanted: "Wanted") -> TraceCo
     for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=chosen):
         if reading.done:
             break
+        # What is read from a damaged page may point outside its own dictionary.
+        batch.validate(full=True)
         fields = {name.strip().lower(): batch.column(place) for place, name in enumerate(batch.schema.names)}
         block = batch_block(fields, table)
         if block is None or not reading.block(block):

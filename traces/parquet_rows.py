@@ -81,6 +81,7 @@ def text_chunks(file: "pq.ParquetFile", batch_size: int) -> Iterator[Chunk]:
         yield Chunk(0, _csv_lines([names]))
     first = 1
     for batch in file.iter_batches(batch_size=batch_size):
+        batch.validate(full=True)
         columns = [_texts(column, as_json=as_json) for column in batch.columns]
         rows = zip(*columns, strict=True)
         if as_json:
