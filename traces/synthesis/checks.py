@@ -19,14 +19,23 @@ MAX_CELLS = 20_000_000
 def check_number(what: str, value: float, low: float, high: float) -> None:
     """Refuse a number outside [low, high], or NaN."""
     if not low <= value <= high:
-        raise TraceError(f"{what} is {value:g}; it must be from {low:g} to {high:g}")
+        raise TraceError(f"{what} is {_shown(value)}; it must be from {_shown(low)} to {_shown(high)}")
 
 
 def check_above_zero(what: str, value: float, high: float = math.inf) -> None:
     """Refuse a number that is not above 0, or is above `high`, infinite or NaN."""
     if not 0 < value <= high or value == math.inf:
         right = "above 0" if high == math.inf else f"above 0 and at most {high:g}"
-        raise TraceError(f"{what} is {value:g}; it must be {right}")
+        raise TraceError(f"{what} is {_shown(value)}; it must be {right}")
+
+
+def _shown(value: float) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if abs(value) < 10**18:
+        return f"{value:,}"
+    # Neither a float nor, beyond some thousand digits, a text can be made of it.
+    return f"a number of {value.bit_length()} bits"
 
 
 def check_segments(what: str, duration_s: float, step_s: float, width: int = 1) -> int:

@@ -75,7 +75,7 @@ class Rotate:
     every_s: float = 60.0
 
     def __post_init__(self) -> None:
-        check_above_zero("every_s of rotate drift", self.every_s, 1e9)
+        check_number("every_s of rotate drift", self.every_s, 1e-6, 1e9)
 
     def choose(self, run: Run, rng: np.random.Generator) -> Places:
         """An adapter's place for every request."""

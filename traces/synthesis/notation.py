@@ -17,6 +17,7 @@ from traces.types import TraceError
 T = TypeVar("T")
 
 MAX_TEXT = 100_000
+MAX_DIGITS = 18
 
 
 def read_law(text: str, laws: Mapping[str, type[T]], what: str) -> T:
@@ -108,6 +109,8 @@ def _value(text: str, kind: object) -> object:
     if kind is float:
         return float(text)
     if kind is int:
+        if len(text) > MAX_DIGITS:
+            raise ValueError("too many digits")
         return int(text)
     if kind is str:
         if not text:

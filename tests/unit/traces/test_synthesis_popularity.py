@@ -265,7 +265,7 @@ def test_rank_goes_with_popularity_as_asked() -> None:
         (lambda: RankPower(inside=ByRank()), "inside a rank popularity cannot go by rank"),
         (lambda: RankShares(shares_of=((8, 1.0),)).weights((8, 16)), "no share is given for rank 16"),
         (lambda: ByRank(weights_of=((8, 0.0),)).weights((8, 8)), "every rank of the workload weighs 0"),
-        (lambda: Rotate(every_s=0.0), "every_s of rotate drift is 0; it must be above 0"),
+        (lambda: Rotate(every_s=0.0), "every_s of rotate drift is 0; it must be from 1e-06"),
         (lambda: Shuffle(share=1.5), "share of shuffle drift is 1.5"),
         (
             lambda: drifted(Shuffle(every_s=1e-6), np.ones(9) / 9, (8,) * 9),

@@ -264,7 +264,10 @@ def test_no_field_of_a_law_is_called_like_a_setting() -> None:
         (lambda: workload("slora", Overrides(adapters=0)), "0 adapters are not possible"),
         (lambda: workload("slora", Overrides(rate=0.0)), "the rate is 0; it must be above 0"),
         (lambda: workload("slora", Overrides(rate=1.0, duration=1.0, requests=1)), "give two at most"),
-        (lambda: workload("slora", Overrides(requests=10**9)), "it must be from 1 to 5e"),
+        (
+            lambda: workload("slora", Overrides(requests=10**9)),
+            "is 1,000,000,000; it must be from 1 to 50,000,000",
+        ),
         (
             lambda: workload("slora", Overrides(arrivals="gama")),
             "arrivals: 'gama' is unknown; there are: even,",
@@ -275,6 +278,11 @@ def test_no_field_of_a_law_is_called_like_a_setting() -> None:
         (
             lambda: workload("slora", Overrides(arrivals="gamma:cv=99")),
             "arrivals: cv of gamma arrivals is 99",
+        ),
+        (lambda: workload("slora", Overrides(lengths="fixed:" + "9" * 400)), "is no prompt_tokens"),
+        (
+            lambda: Fixed(prompt_tokens=10**9_999),
+            "is a number of 33216 bits; it must be from 1 to 10,000,000",
         ),
         (lambda: workload("slora", Overrides(arrivals="trace")), "trace needs path; write trace:path=..."),
         (lambda: workload("slora", Overrides(arrivals="trace:")), "trace needs path"),
