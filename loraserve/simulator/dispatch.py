@@ -37,6 +37,7 @@ class Dispatch:
         agenda: Agenda,
     ) -> None:
         self.cold_misses = 0
+        self._has_missed = bytearray(len(ledger))
         self.on_sent: Sent | None = None
         self._table = RoutingTable()
         self._gone: frozenset[ReplicaId] = frozenset()
@@ -79,8 +80,8 @@ class Dispatch:
         try:
             decision = router.chooser.choose(request, self._table, router.view_at(now_ps))
             site = self._sites[decision.replica_id]
-            if site.dropping:
-                site = self._accepting(request, decision, router, site, row)
+            if decision.version_id is not None and not site.accepts(decision.version_id):
+                site = self._accepting(request, decision, router, row)
         except HoldersFullError as error:
             self._refuse(row, now_ps, str(error))
         except RoutingError as error:
@@ -88,16 +89,16 @@ class Dispatch:
         else:
             self._send(row, site, now_ps)
 
-    def _accepting(
-        self, request: RouteRequest, decision: Decision, router: Router, site: Site, row: int
-    ) -> Site:
-        """The first replica chosen that does not refuse the version because it is dropping it."""
-        while decision.version_id in site.dropping:
+    def _accepting(self, request: RouteRequest, decision: Decision, router: Router, row: int) -> Site:
+        """The first replica chosen that does not refuse the version. One that does no longer holds it and
+        the table that says so is on its way."""
+        while True:
             self._ledger.attempts[row] += 1
             request = request._replace(exclude=request.exclude | {decision.replica_id})
             decision = router.chooser.choose(request, self._table, router.view)
             site = self._sites[decision.replica_id]
-        return site
+            if decision.version_id is None or site.accepts(decision.version_id):
+                return site
 
     def _send(self, row: int, site: Site, now_ps: int) -> None:
         ledger, router = self._ledger, row % self._num_routers
@@ -117,7 +118,8 @@ class Dispatch:
         ledger.replica[row] = site.index
         ledger.attempts[row] += 1
         if self.on_sent is not None and version is not None:
-            self.cold_misses += version not in site.held
+            if version not in site.held:
+                self._note_miss(row)
             self.on_sent(site, version, now_ps + self._network_ps)
 
     def _hashes(self, row: int) -> tuple[int, ...]:
@@ -132,10 +134,14 @@ class Dispatch:
 
     def _wait(self, row: int, now_ps: int, until_ps: int, why: str) -> None:
         if until_ps < 0:
-            self.cold_misses += 1
+            self._note_miss(row)
             until_ps = now_ps + self._holder_wait_ps
             self._agenda.put(until_ps, partial(self._give_up, row, why))
         self._waiting[row] = until_ps
+
+    def _note_miss(self, row: int) -> None:
+        self.cold_misses += not self._has_missed[row]
+        self._has_missed[row] = 1
 
     def _give_up(self, row: int, why: str, now_ps: int) -> None:
         # It may have been sent since, and wait again for a later moment.

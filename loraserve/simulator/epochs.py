@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraserve.simulator.agenda import Agenda
 from loraserve.simulator.dispatch import Dispatch
 from loraserve.simulator.ledger import Ledger
 from loraserve.simulator.result import EpochRecord
@@ -18,7 +17,7 @@ from traces.columns import BASE
 
 
 class Epochs:
-    """Lets an epoch elapse every so often, for as long as requests come or are under way."""
+    """What elapses every `period_ps`; `records` has one for each epoch."""
 
     def __init__(
         self, scenario: Scenario, shell: Shell, dispatch: Dispatch, sites: Sequence[Site], ledger: Ledger
@@ -29,17 +28,13 @@ class Epochs:
         self._dispatch = dispatch
         self._sites = sites
         self._ledger = ledger
-        self._epoch_ps = round(scenario.epoch_s * PS_PER_S)
+        self.period_ps = round(scenario.epoch_s * PS_PER_S)
         self._totals = (0, 0, 0)
 
-    def begin(self, agenda: Agenda) -> None:
-        """Let the first epoch elapse in its time."""
-        agenda.put(self._epoch_ps, lambda now_ps: self._elapse(agenda, now_ps))
-
-    def _elapse(self, agenda: Agenda, now_ps: int) -> None:
+    def elapse(self, now_ps: int) -> None:
+        """One epoch is over: the controller plans the next."""
         self._record(now_ps)
         self._shell.dispatch(EpochElapsed(self.demand(now_ps)), now_ps)
-        agenda.put(now_ps + self._epoch_ps, lambda at_ps: self._elapse(agenda, at_ps))
 
     def demand(self, now_ps: int) -> dict[VersionId, float]:
         """Tokens per second, prompt and output, of the requests of the last window, by version."""

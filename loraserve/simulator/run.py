@@ -16,7 +16,7 @@ from loraserve.simulator.dispatch import Dispatch
 from loraserve.simulator.epochs import Epochs
 from loraserve.simulator.ledger import Ledger
 from loraserve.simulator.result import SimulationResult
-from loraserve.simulator.scenario import Scenario
+from loraserve.simulator.scenario import Failure, Scenario
 from loraserve.simulator.shell import Shell
 from loraserve.simulator.site import Site, Timing
 from placement.latency import PS_PER_S
@@ -50,19 +50,19 @@ class Simulation:
         if scenario.on_demand:
             self.dispatch.on_sent = self.shell.sent
         self.epochs = Epochs(scenario, self.shell, self.dispatch, self.sites, self.ledger)
-        self._look_ps = 0
 
     def run(self, on_progress: Progress | None = None) -> SimulationResult:
         """The whole run."""
         begun_s = time.perf_counter()
         self.shell.begin()
-        self.epochs.begin(self.agenda)
+        self.agenda.put(self.epochs.period_ps, self._elapse)
         for failure in self.scenario.failures:
-            self.agenda.put(round(failure.at_s * PS_PER_S), partial(self.shell.fail, failure))
+            self.agenda.put(round(failure.at_s * PS_PER_S), partial(self._fail, failure))
         self._arrive(on_progress)
-        self._drain()
-        end_ps = max(self.ledger.end_ps)
-        self.epochs.close(end_ps)
+        self.agenda.run_until(FAR_PS - 1)
+        for site in self.sites:
+            site.finish()
+        self.epochs.close(max(self.ledger.end_ps))
         self._check()
         result = self._result(time.perf_counter() - begun_s)
         check_result(result)
@@ -79,22 +79,26 @@ class Simulation:
             if on_progress is not None:
                 on_progress(first + len(chunk), num)
 
-    def _drain(self) -> None:
-        """After the last arrival: what is still to happen, until every request has ended."""
-        agenda, ledger = self.agenda, self.ledger
-        while agenda.due_ps < FAR_PS and not self._is_over(agenda.due_ps):
-            agenda.run_until(agenda.due_ps)
-        if ledger.num_ended < len(ledger):
-            for site in self.sites:
-                site.finish()
+    def _elapse(self, now_ps: int) -> None:
+        if not self._is_over(now_ps):
+            self.epochs.elapse(now_ps)
+            self.agenda.put(now_ps + self.epochs.period_ps, self._elapse)
+
+    def _fail(self, failure: Failure, now_ps: int) -> None:
+        if not self._is_over(now_ps):
+            self.shell.fail(failure, now_ps)
 
     def _is_over(self, now_ps: int) -> bool:
-        # Once a second will do: to look at every replica before every act would take long.
-        if now_ps >= self._look_ps:
-            self._look_ps = now_ps + PS_PER_S
-            for site in self.sites:
-                site.look(now_ps)
-        return self.ledger.num_ended == len(self.ledger)
+        """Whether every request has ended, so that nothing that happens from now on is of interest."""
+        if now_ps <= self.ledger.arrival_ps[-1]:
+            return False
+        for site in self.sites:
+            site.look(now_ps)
+        if self.ledger.num_ended == len(self.ledger):
+            return True
+        # Else a request that nothing moves any more would let epochs elapse for ever.
+        models = [site.model for site in self.sites if site.model is not None]
+        return self.agenda.due_ps == FAR_PS and all(model.next_ps() is None for model in models)
 
     def _check(self) -> None:
         """AssertionError unless everything is at rest and accounted for."""
@@ -145,6 +149,7 @@ def _sites(scenario: Scenario, ledger: Ledger) -> list[Site]:
         report_delay_ps=round(scenario.report_delay_s * PS_PER_S),
         network_delay_ps=round(scenario.network_delay_s * PS_PER_S),
         num_routers=scenario.num_routers,
+        on_demand=scenario.on_demand,
     )
     phases = Random(scenario.seed)
     return [

@@ -39,8 +39,9 @@ class Shell:
         self.transfers = Transfers(
             origin=scenario.origin, peer=scenario.peer, agenda=agenda, arrived=self._arrived
         )
-        plan = self._first_plan() if scenario.warm else None
-        self._warm = plan.holders if plan is not None else {}
+        # What is fetched on demand need not be loaded to be in the table.
+        plan = self._first_plan() if scenario.warm or scenario.on_demand else None
+        self._planned = plan.holders if plan is not None else {}
         self.state = ClusterState(
             replica_ids=self._specs,
             policy=policy(scenario.policy),
@@ -61,14 +62,14 @@ class Shell:
         )
 
     def begin(self) -> None:
-        """Bring every replica up, with its part of the first plan if the start is warm."""
+        """Bring every replica up, with its part of the first plan if there is one."""
         resident: dict[ReplicaId, list[VersionId]] = {replica: [] for replica in self._sites}
-        for version, holders in self._warm.items():
+        for version, holders in self._planned.items():
             for holder in holders:
                 resident[holder.replica_id].append(version)
         for replica, site in self._sites.items():
             model = site.start(0)
-            for version in sorted(resident[replica]):
+            for version in sorted(resident[replica]) if self._scenario.warm else ():
                 adapter = self._adapters[version]
                 model.hold(version, adapter.rank, adapter.size_bytes, 0)
                 site.held.add(version)
@@ -178,6 +179,7 @@ class Shell:
         """Refuse the version from now on; what is on its way already is still served."""
         if site.model is not None and version not in site.dropping:
             site.dropping.add(version)
+            site.held.discard(version)
             first = partial(self._try_unload, site, version, FIRST_POLL_PS)
             self._agenda.put(now_ps + self._network_ps + 1, self._if_alive(site, first))
 
@@ -188,7 +190,6 @@ class Shell:
         assert model is not None
         if version not in site.fetching and model.release(version, now_ps):
             site.dropping.discard(version)
-            site.held.discard(version)
             self.dispatch(messages.AdapterUnloaded(site.replica_id, version), now_ps)
             return
         again = partial(self._try_unload, site, version, min(2 * pause_ps, LAST_POLL_PS))

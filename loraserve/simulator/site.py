@@ -20,19 +20,21 @@ from placement.types import ReplicaId, VersionId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """What every replica's reports and messages take, in picoseconds; a report no less than a message."""
+    """What every replica's reports and messages take, in picoseconds, a report no less than a message; how
+    many routers it hears, and whether it fetches adapters on demand."""
 
     report_interval_ps: int
     report_delay_ps: int
     network_delay_ps: int
     num_routers: int
+    on_demand: bool
 
 
 class Site:
     """A replica in all its lives. `own[r]` is what router r has in flight here, `loads[r]` the last report
     that it has seen; both hold for `looked_ps`. `model` is None while the replica is down.
 
-    `held` are the versions in its pool, `fetching` those on their way, `dropping` those that it refuses.
+    `held` are the versions in its pool but for those that it is `dropping`, `fetching` those on their way.
     """
 
     __slots__ = (
@@ -40,6 +42,7 @@ class Site:
         "_ledger",
         "_network_ps",
         "_num_routers",
+        "_on_demand",
         "_phase_ps",
         "_reached_ps",
         "_report_ps",
@@ -76,6 +79,7 @@ class Site:
         self._report_ps = timing.report_delay_ps
         self._network_ps = timing.network_delay_ps
         self._num_routers = timing.num_routers
+        self._on_demand = timing.on_demand
         self._phase_ps = phase_ps
         self._tick_ps = phase_ps
         self._reached_ps = -1
@@ -128,6 +132,12 @@ class Site:
             self._hear(self.model, FAR_PS)
 
     # -- what routers do -----------------------------------------------------------------------
+
+    def accepts(self, version: VersionId) -> bool:
+        """Whether it takes requests for the version, which it may have to fetch if it does that on demand."""
+        if self._on_demand:
+            return version not in self.dropping
+        return version in self.held
 
     def send(self, sequence: Sequence, router: int, at_ps: int) -> None:
         """A router sends a request; it arrives after the network's delay."""
