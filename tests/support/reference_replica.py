@@ -3,11 +3,19 @@
 A second implementation to compare with; it shares no code with the model but its values.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from loraserve.engines.replica_model.sequence import ReplicaLimits
 from placement.latency import RankKernel, StepCost, StepCounts
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """The blocks of one name, and how many requests use them."""
+
+    name: object
+    blocks: list[int]
+    users: int = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -23,27 +31,35 @@ class Request:
     names: tuple[int, ...] = ()
     token_ps: list[int] = field(default_factory=list)
     computed: int = 0
-    private_blocks: int = 0
-    shared: list[int] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    tail: list[int] = field(default_factory=list)
     decoding: bool = False
 
     @property
     def known(self) -> int:
         return self.prompt_tokens + len(self.token_ps)
 
+    def name_at(self, place: int, size: int) -> object:
+        """What the trace calls a block, and for what it does not know a name that nobody else has."""
+        if place < len(self.names) and (place + 1) * size <= self.prompt_tokens:
+            return self.names[place]
+        return f"{self.number}/{place}"
 
-@dataclass(slots=True)
+
 class Reference:
     """Runs requests to their end; every adapter is always active."""
 
-    limits: ReplicaLimits
-    cost: StepCost
-    waiting: list[Request] = field(default_factory=list)
-    running: list[Request] = field(default_factory=list)
-    users: dict[int, int] = field(default_factory=dict)
-    unused: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    steps: list[tuple[int, int]] = field(default_factory=list)
-    preemptions: int = 0
+    def __init__(self, limits: ReplicaLimits, cost: StepCost) -> None:
+        self.limits = limits
+        self.cost = cost
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.free = list(range(limits.kv_blocks))
+        self.by_name: dict[object, list[Group]] = {}
+        self.group_of: dict[int, Group] = {}
+        self.has_names = False
+        self.steps: list[tuple[int, int]] = []
+        self.preemptions = 0
 
     def run(self, requests: list[Request]) -> None:
         coming = sorted(requests, key=lambda one: one.at_ps)
@@ -52,23 +68,19 @@ class Reference:
             if not self.waiting and not self.running:
                 now_ps = max(now_ps, coming[0].at_ps)
             while coming and coming[0].at_ps <= now_ps:
+                self.has_names |= bool(coming[0].names)
                 self.waiting.append(coming.pop(0))
             chunks = self.schedule()
             begun_ps, now_ps = now_ps, now_ps + self.step_ps(chunks)
             self.steps.append((begun_ps, now_ps))
             self.finish(chunks, now_ps)
 
-    def free(self) -> int:
-        per_name = self.limits.hash_block_tokens // self.limits.block_tokens
-        used = sum(one.private_blocks for one in self.running) + per_name * len(self.users)
-        return self.limits.kv_blocks - used
-
     def blocks(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_tokens)
 
     def lacks(self, one: Request, tokens: int) -> int:
-        per_name = self.limits.hash_block_tokens // self.limits.block_tokens
-        return self.blocks(one.computed + tokens) - one.private_blocks - per_name * len(one.shared)
+        held = len(one.tail) + sum(len(group.blocks) for group in one.groups)
+        return self.blocks(one.computed + tokens) - held
 
     def schedule(self) -> list[tuple[Request, int]]:
         chunks: list[tuple[Request, int]] = []
@@ -78,7 +90,7 @@ class Reference:
         while place < len(self.running) and budget > 0:
             one = self.running[place]
             tokens = min(one.known - one.computed, budget)
-            while self.lacks(one, tokens) > self.free():
+            while self.lacks(one, tokens) > len(self.free):
                 preempted = True
                 self.preempt(self.running[-1])
                 if one not in self.running:
@@ -98,18 +110,20 @@ class Reference:
     def admit(self, chunks: list[tuple[Request, int]], budget: int) -> bool:
         one = self.waiting[0]
         size = self.limits.hash_block_tokens
-        hits: list[int] = []
-        for name in one.names[: min(one.prompt_tokens, one.known - 1) // size]:
-            if name not in self.users and name not in self.unused:
+        hits: list[Group] = []
+        for place in range((one.known - 1) // size):
+            found = self.by_name.get(one.name_at(place, size))
+            if not found:
                 break
-            hits.append(name)
-        in_use = sum(name in self.users for name in hits) * size // self.limits.block_tokens
-        if self.blocks(one.known) - in_use > self.free():
+            hits.append(found[0])
+        in_use = sum(len(group.blocks) for group in hits if group.users)
+        if self.blocks(one.known) - in_use > len(self.free):
             return False
-        for name in hits:
-            self.unused.pop(name, None)
-            self.users[name] = self.users.get(name, 0) + 1
-        one.shared, one.computed = hits, len(hits) * size
+        for group in hits:
+            if not group.users:
+                self.free = [block for block in self.free if block not in group.blocks]
+            group.users += 1
+        one.groups, one.computed = hits, len(hits) * size
         self.waiting.pop(0)
         self.running.append(one)
         tokens = min(one.known - one.computed, budget)
@@ -118,9 +132,26 @@ class Reference:
         return True
 
     def take(self, one: Request, tokens: int) -> None:
-        one.private_blocks += self.lacks(one, tokens)
-        while len(self.unused) * (self.limits.hash_block_tokens // self.limits.block_tokens) > self.free():
-            self.unused.popitem(last=False)
+        for _ in range(self.lacks(one, tokens)):
+            block = self.free.pop(0)
+            group = self.group_of.get(block)
+            if group is not None:
+                self.by_name[group.name].remove(group)
+                for other in group.blocks:
+                    del self.group_of[other]
+            one.tail.append(block)
+        if not one.decoding:
+            self.give_names(one, one.computed + tokens)
+
+    def give_names(self, one: Request, tokens: int) -> None:
+        size = self.limits.hash_block_tokens
+        for place in range(len(one.groups), tokens // size if self.has_names else 0):
+            count = size // self.limits.block_tokens
+            group = Group(one.name_at(place, size), one.tail[:count])
+            one.tail = one.tail[count:]
+            one.groups.append(group)
+            self.by_name.setdefault(group.name, []).append(group)
+            self.group_of |= dict.fromkeys(group.blocks, group)
 
     def preempt(self, one: Request) -> None:
         self.preemptions += 1
@@ -129,12 +160,13 @@ class Reference:
 
     def leave(self, one: Request) -> None:
         self.running.remove(one)
-        for name in reversed(one.shared):
-            self.users[name] -= 1
-            if not self.users[name]:
-                del self.users[name]
-                self.unused[name] = None
-        one.private_blocks, one.computed, one.shared, one.decoding = 0, 0, [], False
+        self.give_names(one, one.computed)
+        self.free = one.tail + self.free
+        for group in reversed(one.groups):
+            group.users -= 1
+            if not group.users:
+                self.free += group.blocks
+        one.tail, one.groups, one.computed, one.decoding = [], [], 0, False
 
     def step_ps(self, chunks: list[tuple[Request, int]]) -> int:
         decode = [one for one, _ in chunks if one.decoding]
@@ -163,23 +195,12 @@ class Reference:
         )
 
     def finish(self, chunks: list[tuple[Request, int]], now_ps: int) -> None:
-        size = self.limits.hash_block_tokens
         decode = [one for one, _ in chunks if one.decoding]
         for one, tokens in chunks:
             one.computed += tokens
             if one.computed == one.known:
                 one.token_ps.append(now_ps)
-        for one in decode:
-            if len(one.token_ps) == one.output_tokens:
-                self.leave(one)
-        for one in [one for one, _ in chunks if one not in decode]:
-            for name in one.names[len(one.shared) : min(one.computed, one.prompt_tokens) // size]:
-                if name in self.users or name in self.unused:
-                    break
-                self.users[name] = 1
-                one.shared.append(name)
-                one.private_blocks -= size // self.limits.block_tokens
-            # A token that was drawn just now is known and not computed.
-            one.decoding = bool(one.token_ps) and one.token_ps[-1] == now_ps
+                one.decoding = True
+        for one in [*decode, *(one for one, _ in chunks if one not in decode)]:
             if len(one.token_ps) == one.output_tokens:
                 self.leave(one)

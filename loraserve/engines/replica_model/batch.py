@@ -24,7 +24,7 @@ class Run:
     """Steps to come in which nobody joins or leaves: the first takes `step_ps`, each further one
     `growth_ps` more than the one before. `chunks` are (sequence, prompt tokens), in a run of one step."""
 
-    __slots__ = ("chunks", "growth_ps", "max_rank", "prefill_tokens", "step_ps", "steps")
+    __slots__ = ("chunks", "growth_ps", "max_rank", "prefill_tokens", "step_ps", "steps", "taken")
 
     def __init__(self) -> None:
         self.steps = 0
@@ -32,6 +32,8 @@ class Run:
         self.growth_ps = 0
         self.max_rank = 0
         self.prefill_tokens = 0
+        # Blocks of the prefix cache's queue that decoding rows have taken already.
+        self.taken = 0
         self.chunks: list[tuple[Sequence, int]] = []
 
 
@@ -70,7 +72,7 @@ class Batch:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         if sequence.hash_ids and self._prefix is None:
-            self._prefix = PrefixCache(self._limits)
+            self._prefix = PrefixCache(self._limits, self._limits.kv_blocks - self.used_blocks)
         self.outstanding_tokens += sequence.output_tokens - sequence.drawn
         self.waiting.append(sequence)
 
@@ -80,10 +82,11 @@ class Batch:
         The tokens of that step count for nothing, its duration stays.
         """
         if sequence in self.running:
+            planned = 0
             if run is not None:
-                self.used_blocks -= self._planned_blocks(sequence, run)
+                planned = self._planned_blocks(sequence, run)
                 run.chunks = [chunk for chunk in run.chunks if chunk[0] is not sequence]
-            self._leave(sequence)
+            self._leave(sequence, planned)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         else:
@@ -91,6 +94,10 @@ class Batch:
         self.outstanding_tokens -= sequence.output_tokens - sequence.drawn
         sequence.phase = Phase.ENDED
         return True
+
+    def close(self) -> None:
+        """Nothing is left in it, and nothing will come: what is in the cache is gone too."""
+        self._prefix = None
 
     def drawn(self, sequence: Sequence) -> int:
         """The tokens that the sequence has drawn by the last commit."""
@@ -106,10 +113,15 @@ class Batch:
         need = self._block_phases[self.num_steps % self._block_tokens]
         budget = self._limits.max_num_batched_tokens - self.num_decoding
         gave_way = False
+        run.taken = 0
         if self._partial is None and need <= self._limits.kv_blocks - self.used_blocks:
+            if self._prefix is not None:
+                # Before anybody is admitted, who then cannot share what they take.
+                self._prefix.allocate(need)
+                run.taken = need
             if self.waiting:
                 self._admit(chunks, budget, need)
-        elif not self._continue(chunks, need):
+        elif not self._continue(run, chunks, need):
             gave_way = True
         elif self.waiting:
             self._admit(chunks, budget - sum(tokens for _, tokens in chunks), need)
@@ -133,13 +145,15 @@ class Batch:
         """Account the first so many steps of the run as done; who has drawn everything is in `ended`."""
         rows, first_step = self.num_decoding, self.num_steps
         self.num_steps = first_step + steps
+        blocks = 0
         if rows:
             self._context_tokens += rows * steps
-            self.used_blocks += self.blocks_to_come(first_step, steps)
+            blocks = self.blocks_to_come(first_step, steps)
+            self.used_blocks += blocks
             self.outstanding_tokens -= rows * steps
         if self._prefix is not None:
-            # Before anybody gives blocks back: this is the most that the run had in use.
-            self._prefix.evict(self._limits.kv_blocks - self.used_blocks)
+            self._prefix.allocate(blocks - run.taken)
+            run.taken = 0
         log = self._log
         log.run_step.append(first_step)
         log.run_ps.append(begun_ps)
@@ -159,8 +173,6 @@ class Batch:
             self._partial = None
             for sequence, tokens in run.chunks:
                 sequence.computed += tokens
-                if self._prefix is not None:
-                    self._prefix.register(sequence)
                 if sequence.computed == sequence.known:
                     self._first_token(sequence, ended_ps)
                 else:
@@ -193,7 +205,9 @@ class Batch:
         assert private + shared == self.used_blocks, "KV blocks are not conserved"
         assert 0 <= self.used_blocks <= self._limits.kv_blocks, "the KV cache is overfull"
         if self._prefix is not None:
-            assert self.used_blocks + self._prefix.unused_blocks <= self._limits.kv_blocks, "too much cached"
+            taken = 0 if run is None else run.taken
+            free = self._prefix.free_blocks + taken
+            assert free + self.used_blocks == self._limits.kv_blocks, "free KV blocks are not conserved"
         assert sum(self._block_phases) == self.num_decoding, "a block phase is lost"
         members = [*self.running, *self.waiting]
         assert self.outstanding_tokens == sum(one.output_tokens - self.drawn(one) for one in members)
@@ -224,14 +238,11 @@ class Batch:
         waiting, running, size = self.waiting, self.running, self._block_tokens
         most = self._limits.max_num_seqs
         free = self._limits.kv_blocks - self.used_blocks - need
-        if self._prefix is not None:
-            # What running sequences take in this step is gone before anybody can share it.
-            self._prefix.evict(free)
         while waiting and budget > 0 and len(running) < most:
             sequence = waiting[0]
             known = sequence.known
-            if self._prefix is not None and sequence.hash_ids:
-                free = self._take_prefix(sequence, free)
+            if self._prefix is not None:
+                free = self._take_prefix(self._prefix, sequence, free)
                 if not sequence.computed and not self._fits(sequence, free):
                     return
             elif -(-known // size) > free:
@@ -241,7 +252,8 @@ class Batch:
             free -= blocks
             self.used_blocks += blocks
             if self._prefix is not None:
-                self._prefix.evict(free)
+                self._prefix.allocate(blocks)
+                self._prefix.register(sequence, sequence.computed + tokens)
             waiting.popleft()
             running[sequence] = None
             sequence.phase = Phase.PREFILL
@@ -251,37 +263,37 @@ class Batch:
     def _fits(self, sequence: Sequence, free: int) -> bool:
         return -(-sequence.known // self._block_tokens) <= free
 
-    def _take_prefix(self, sequence: Sequence, free: int) -> int:
+    def _take_prefix(self, prefix: PrefixCache, sequence: Sequence, free: int) -> int:
         """Begin the sequence with what the cache has of it, if all of it fits; the blocks free then."""
-        assert self._prefix is not None
-        matched, in_use = self._prefix.match(sequence)
+        matched, in_use = prefix.match(sequence)
         if matched and -(-sequence.known // self._block_tokens) - in_use <= free:
-            sequence.computed, fresh = self._prefix.take(sequence, matched)
+            sequence.computed, fresh = prefix.take(sequence, matched)
             self.used_blocks += fresh
             return free - fresh
         return free
 
-    def _continue(self, chunks: list[tuple[Sequence, int]], need: int) -> bool:
+    def _continue(self, run: Run, chunks: list[tuple[Sequence, int]], need: int) -> bool:
         """Plan the running sequences where one has a prompt to go on with or blocks are short; False if
         somebody had to give way, after whom nobody is admitted in the same step."""
         partial = self._partial
-        free = self._limits.kv_blocks - self.used_blocks
-        if partial is not None:
-            tokens, blocks = self._next_chunk(partial)
-            if need + blocks <= free:
-                self._take(partial, tokens, blocks, chunks)
-                return True
-        self._make_room()
+        fits = partial is not None and need + self._next_chunk(partial)[1] <= (
+            self._limits.kv_blocks - self.used_blocks
+        )
+        if not fits:
+            self._make_room()
+            need = self._block_phases[self.num_steps % self._block_tokens]
+        if self._prefix is not None:
+            self._prefix.allocate(need)
+            run.taken = need
         partial = self._partial
         if partial is not None:
-            self._take(partial, *self._next_chunk(partial), chunks)
-        return False
-
-    def _take(self, partial: Sequence, tokens: int, blocks: int, chunks: list[tuple[Sequence, int]]) -> None:
-        self.used_blocks += blocks
-        if self._prefix is not None:
-            self._prefix.evict(self._limits.kv_blocks - self.used_blocks)
-        chunks.append((partial, tokens))
+            tokens, blocks = self._next_chunk(partial)
+            self.used_blocks += blocks
+            if self._prefix is not None:
+                self._prefix.allocate(blocks)
+                self._prefix.register(partial, partial.computed + tokens)
+            chunks.append((partial, tokens))
+        return fits
 
     def _next_chunk(self, partial: Sequence) -> tuple[int, int]:
         """The tokens of its prompt that it computes next, and the blocks they take."""
@@ -343,12 +355,15 @@ class Batch:
         sequence.phase = Phase.ENDED
         self.ended.append(sequence)
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Out of the batch: give back the blocks, note the stretch of output."""
+    def _leave(self, sequence: Sequence, planned_blocks: int = 0) -> None:
+        """Out of the batch: give back the blocks, those planned included, and note the stretch of output."""
         del self.running[sequence]
         if sequence is self._partial:
             self._partial = None
-        private = self._private_blocks(sequence)
+        if self._prefix is not None:
+            # What it drew has names too: one that gives way may find its own blocks again.
+            self._prefix.register(sequence, self._tokens_held(sequence))
+        private = self._private_blocks(sequence) + planned_blocks
         if sequence.phase is Phase.DECODE:
             first, last = sequence.first_step, self.num_steps - 1
             self.num_decoding -= 1
@@ -361,10 +376,8 @@ class Batch:
             log.stretch_first.append(first)
             log.stretch_last.append(last)
         self.used_blocks -= private
-        if sequence.cached:
-            assert self._prefix is not None
-            _, idle = self._prefix.release(sequence)
-            self.used_blocks -= idle
+        if self._prefix is not None:
+            self.used_blocks -= self._prefix.release(sequence, private)
         sequence.computed = 0
 
     def _planned_blocks(self, sequence: Sequence, run: Run) -> int:
@@ -375,9 +388,11 @@ class Batch:
         )
 
     def _private_blocks(self, sequence: Sequence) -> int:
-        """The blocks that the sequence holds alone, without those of a chunk that is not committed."""
-        tokens = sequence.computed
+        """The blocks that only the sequence knows, without those of a chunk that is not committed."""
+        blocks = -(-self._tokens_held(sequence) // self._block_tokens)
+        return blocks - len(sequence.cached) * (self._limits.hash_block_tokens // self._block_tokens)
+
+    def _tokens_held(self, sequence: Sequence) -> int:
         if sequence.phase is Phase.DECODE:
-            tokens = sequence.known + self.num_steps - 1 - sequence.first_step
-        shared = len(sequence.cached) * (self._limits.hash_block_tokens // self._block_tokens)
-        return -(-tokens // self._block_tokens) - shared
+            return sequence.known + self.num_steps - 1 - sequence.first_step
+        return sequence.computed

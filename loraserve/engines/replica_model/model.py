@@ -202,6 +202,7 @@ class ReplicaModel:
             batch.remove(sequence, None)
         for sequence in lost:
             sequence.phase = Phase.ENDED
+        batch.close()
         self._inbox.clear()
         self.gate = AdapterGate(self.limits)
         self._is_busy = False

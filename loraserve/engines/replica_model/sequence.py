@@ -3,8 +3,12 @@
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from placement.types import VersionId
+
+if TYPE_CHECKING:
+    from loraserve.engines.replica_model.prefix import Block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +117,8 @@ class Sequence:
         # The tokens to compute before the next one is drawn, and how many of them are in the KV cache.
         self.known = prompt_tokens + drawn
         self.computed = 0
-        # Of its blocks, those that are shared through the prefix cache: so many of its hash_ids' first ones.
-        self.cached: list[int] = []
+        # Its first blocks, as far as they have a name in the prefix cache.
+        self.cached: list[Block] = []
         # While decoding: the steps that drew the first token of this stretch and will draw the last one.
         self.first_step = -1
         self.finish_step = -1
