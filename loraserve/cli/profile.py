@@ -189,12 +189,14 @@ async def _run(config: "Config", subject: "Subject", options: "ProfileOptions") 
     import asyncio
     import signal
 
+    from loraserve.bench.idle import Bystanders
     from loraserve.cli.profile_output import show_progress
     from loraserve.profiling.run import Progress, run_profile
 
     loop = asyncio.get_running_loop()
     progress = Progress()
-    task: asyncio.Task[Any] = asyncio.create_task(run_profile(config, subject, options, progress))
+    work = run_profile(config, subject, options, progress, watch=lambda pids: Bystanders(pids).share)
+    task: asyncio.Task[Any] = asyncio.create_task(work)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
     try:

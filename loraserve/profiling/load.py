@@ -90,11 +90,13 @@ class LoadDriver:
         """Send requests at this rate to the versions in turn, and see how they fare.
 
         It ends early once more of them than the percentile allows have missed the first token's target.
+        What comes first warms up, and counts for nothing.
         """
         drawn = Random(self._seed)
         count = self._shape.count(requests_per_s)
         look = max(1, count // _LOOKS)
-        allowed = int((1 - PERCENTILE) * count)
+        warm_up = int(_WARM_UP_SHARE * count)
+        allowed = int((1 - PERCENTILE) * (count - warm_up))
         began_s = self._clock.now_s()
         sent: list[_Sent] = []
         tasks: list[asyncio.Task[None]] = []
@@ -110,7 +112,7 @@ class LoadDriver:
                 tasks.append(asyncio.create_task(self._follow(one, request)))
                 if number == count // 2:
                     backlog_half = _waiting(sent)
-                if number % look == look - 1 and self._late(sent) > allowed:
+                if number % look == look - 1 and self._late(sent[warm_up:]) > allowed:
                     lost = True
                     break
             backlog = _waiting(sent)
@@ -175,10 +177,15 @@ class LoadDriver:
             tokens += sum(1 for at_s in one.token_s if began_s <= at_s < ended_s)
             tokens += one.prompt_tokens if one.token_s and began_s <= one.token_s[0] < ended_s else 0
         ttft_ms, tbt_ms = percentile(firsts_ms), percentile(gaps_ms)
+        span_s = ended_s - began_s
+        if len(sent) <= _LEAST_REQUESTS:
+            # Too few for a window: all their tokens over the time that so many take to come.
+            tokens = sum(one.prompt_tokens * bool(one.token_s) + len(one.token_s) for one in sent)
+            span_s = len(sent) / requests_per_s
         return LoadProbe(
             rank=rank,
             requests_per_s=requests_per_s,
-            tokens_per_s=tokens / (ended_s - began_s) if ended_s > began_s else 0.0,
+            tokens_per_s=tokens / span_s if span_s > 0 else 0.0,
             ttft_p95_ms=ttft_ms,
             tbt_p95_ms=tbt_ms,
             inside=steady and ttft_ms <= self._slo.ttft_ms and tbt_ms <= self._slo.tbt_ms,

@@ -21,6 +21,10 @@ from placement.latency import LatencyModel
 from placement.profile import LoadProbe, LoadSpeeds, Slo
 from placement.types import VersionId
 
+Watch = Callable[[tuple[int, ...]], Callable[[], float | None]]
+"""Given the engine's processes, a function that tells the share of the processors' time since then that
+went to neither them nor us."""
+
 _WARM_UP_STEPS = 4
 _START_SHARE = 0.8
 _HIGHEST_PER_S = 1e5
@@ -35,7 +39,8 @@ _EXPECTED_SHARE = 0.7
 class Effort:
     """Every batch is timed `repetitions` times, as long as all have not taken `batches_s`, over
     `decode_steps` decode steps each; batches with adapters and more prompt tokens than one that took
-    `step_limit_s` are left out. A probe of load lasts `probe_s`, at most `limit_s`."""
+    `step_limit_s` are left out. A probe of load lasts `probe_s`, at most `limit_s`; in real time one that
+    fails is tried `tries` times in all, as another process may be to blame."""
 
     repetitions: int = 8
     batches_s: float = 90.0
@@ -45,6 +50,7 @@ class Effort:
     limit_s: float = 60.0
     tolerance: float = 0.05
     max_probes: int = 14
+    tries: int = 2
 
 
 QUICK = Effort(
@@ -80,7 +86,8 @@ class ProfileOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """All that was measured; `highest` has the probe with the highest rate inside the SLO per rank (None:
-    all ranks in turn), or None where no rate was."""
+    all ranks in turn), or None where no rate was; `others_cpu` is the share of the processors' time that
+    went to other work, None where it is not known."""
 
     info: EngineInfo
     steps: tuple[TimedStep, ...]
@@ -91,6 +98,7 @@ class Measured:
     predicted_tokens_per_s: tuple[tuple[int, float], ...]
     speeds: LoadSpeeds
     took_s: float
+    others_cpu: float | None = None
 
 
 @dataclass(slots=True)
@@ -110,9 +118,14 @@ class Progress:
 
 
 async def run_profile(
-    config: Config, subject: Subject, options: ProfileOptions, progress: Progress
+    config: Config,
+    subject: Subject,
+    options: ProfileOptions,
+    progress: Progress,
+    *,
+    watch: Watch = lambda _pids: lambda: None,
 ) -> Measured:
-    """Start the engine, measure, and end it whatever happens.
+    """Start the engine, measure, and end it whatever happens; `watch` tells of other work meanwhile.
 
     The emulated engine runs in virtual time: what it takes is computed, not waited for.
     """
@@ -122,10 +135,12 @@ async def run_profile(
     try:
         info = await stage.engine.start()
         work = _Run(stage, info, config, subject, options, progress).measure()
+        others_cpu = watch(info.pids)
         measured = await (work if stage.virtual is None else stage.virtual.run(work))
+        share = others_cpu()
     finally:
         await stage.engine.close()
-    return dataclasses.replace(measured, took_s=time.perf_counter() - began_s)
+    return dataclasses.replace(measured, took_s=time.perf_counter() - began_s, others_cpu=share)
 
 
 class _Run:
@@ -253,7 +268,10 @@ class _Run:
             share = self._batches_share + self._search_share * (number + min(0.9, len(probes) / 8))
             what = "all ranks" if rank is None else f"rank {rank}"
             self._progress.tell(f"load of {what}: {rate:.3g} requests/s", share)
-            probes.append(await self._probe(driver, rate, of_rank, rank))
+            for _ in range(1 if self._stage.virtual else effort.tries):
+                probes.append(await self._probe(driver, rate, of_rank, rank))
+                if probes[-1].inside:
+                    break
             search.tell(held=probes[-1].inside)
         return probes
 
