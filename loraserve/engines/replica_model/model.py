@@ -46,6 +46,8 @@ class ReplicaModel:
         """When the run under way began; between runs, when the last one ended."""
         self._end_ps = 0
         self._until_ps = 0
+        self._quiet_ps = 0
+        """Before that nothing happens by itself."""
 
     # -- what others ask -----------------------------------------------------------------------
 
@@ -133,9 +135,15 @@ class ReplicaModel:
         if at_ps < self._until_ps or (self._inbox and at_ps < self._inbox[-1][0]):
             raise ValueError(f"request {sequence.request}: comes at {at_ps} ps, which is past")
         self._inbox.append((at_ps, sequence))
+        if at_ps < self._quiet_ps:
+            self._quiet_ps = at_ps
 
     def advance(self, until_ps: int) -> None:
         """Let time pass: every step that ends by `until_ps` is done, and who has ended is in `finished`."""
+        if until_ps < self._quiet_ps:
+            if until_ps > self._until_ps:
+                self._until_ps = until_ps
+            return
         run = self._run
         while True:
             if self._is_busy:
@@ -157,6 +165,11 @@ class ReplicaModel:
                 self._begun_ps = join_ps
         if until_ps > self._until_ps:
             self._until_ps = until_ps
+        join_ps = self._next_join_ps()
+        mine_ps = self._end_ps if self._is_busy else self._begun_ps
+        if not self._is_busy and not (self.batch.running or self.batch.waiting):
+            mine_ps = ENDLESS
+        self._quiet_ps = mine_ps if mine_ps < join_ps else join_ps
 
     def cancel(self, sequence: Sequence, at_ps: int) -> bool:
         """A request's client has gone: it is out at once, and the step under way goes on without it; False
@@ -262,6 +275,7 @@ class ReplicaModel:
 
     def _split(self, at_ps: int) -> None:
         """Make the step under way a run of its own, which may lose rows."""
+        self._quiet_ps = 0
         if not self._is_busy or self._run.steps == 1:
             return
         run = self._run
@@ -322,6 +336,7 @@ class ReplicaModel:
 
     def _wake(self, at_ps: int) -> None:
         """Somebody may have become ready by what was done to the pool at `at_ps`."""
+        self._quiet_ps = 0
         is_blocked = bool(self.batch.waiting)
         self._enter()
         if self._is_busy:
