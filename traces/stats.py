@@ -110,7 +110,7 @@ def trace_stats(columns: TraceColumns, *, window_s: float | None = None) -> Trac
         prompt_tokens=_lengths(columns.prompt_tokens) if known else None,
         output_tokens=_lengths(columns.output_tokens) if known else None,
         adapters=_adapters(columns) if columns.adapters else None,
-        drift=_drift(columns, window_s or _window(duration_s)) if columns.adapters else None,
+        drift=_drift(columns, window_s) if columns.adapters else None,
         blocks=blocks,
         block_tokens=columns.hash_block_tokens if blocks else None,
         repeated_block_share=None if ids is None or not blocks else 1 - len(np.unique(ids)) / blocks,
@@ -175,7 +175,9 @@ def _window(duration_s: float) -> float:
     return duration_s / 10 or 1.0
 
 
-def _drift(columns: TraceColumns, window_s: float) -> DriftStats:
+def _drift(columns: TraceColumns, window_s: float | None) -> DriftStats:
+    if window_s is None:
+        window_s = _window(columns.duration_s)
     if not 0 < window_s < math.inf or columns.duration_s / window_s >= MAX_WINDOWS:
         right = f"above 0, and so long that there are at most {MAX_WINDOWS:,}"
         raise TraceError(f"a window of {window_s:g} s is not possible; it must be {right}")

@@ -66,7 +66,7 @@ class NameMemo:
         rows = list(zip(*fields, strict=True))
         known = self._known
         try:
-            for row in set(rows):
+            for row in dict.fromkeys(rows):  # in order, so that numbers do not depend on hashes
                 if row not in known:
                     known[row] = self._place(row)
         except (RowError, OverflowError):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from traces.formats.base import (
     MAX_TOKENS,
+    NUMBER,
     Block,
     Parser,
     RowError,
@@ -131,8 +132,8 @@ class _Parser(Parser):
 
     def _window(self, fields: list[str]) -> tuple[float, float, str, float]:
         expect_fields(fields, _COLUMNS)
-        start_s, rate = seconds(fields[0], "start"), seconds(fields[1], "rate")
-        name, shape = fields[3], seconds(fields[4], "shape")
+        start_s, rate = seconds(fields[0], "start"), _number(fields[1], "rate")
+        name, shape = fields[3], _number(fields[4], "shape")
         if name not in _DISTRIBUTIONS:
             raise RowError(f"distribution is {shown(name)}; expected Gamma, Weibull or nothing")
         if name and not MIN_SHAPE <= shape <= MAX_SHAPE:
@@ -185,13 +186,20 @@ class _Parser(Parser):
         return joined[joined < self._window_s]
 
 
+def _number(text: str, column: str) -> float:
+    value = float(text) if NUMBER.fullmatch(text) else math.nan
+    if not 0 <= value < math.inf:
+        raise RowError(f"{column} is {shown(text)}; expected a number from 0")
+    return value
+
+
 def _matches(line: str) -> bool:
     try:
         fields = fields_of(line)
         if len(fields) != len(_COLUMNS) or fields[3] not in _DISTRIBUTIONS:
             return False
         for place in (0, 1, 2, 4, 5):
-            seconds(fields[place], "")
+            _number(fields[place], "")
     except RowError:
         return False
     return True
