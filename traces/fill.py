@@ -1,6 +1,6 @@
 """What to put where a trace format says nothing: lengths, and the things that a seed decides."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -67,5 +67,5 @@ class Fill:
         )
 
 
-UNKNOWN = replace(Fill(), unknown=True)
+UNKNOWN = Fill(unknown=True)
 """Lengths may be missing: for looking at a trace, not for serving it."""

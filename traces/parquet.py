@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -45,27 +45,47 @@ def write_parquet(columns: TraceColumns, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = pa.array([one.name for one in columns.adapters], type=pa.string())
-    ranks = pa.array([one.rank for one in columns.adapters], type=pa.int32())
-    is_base = columns.adapter == BASE
-    places = pa.array(np.where(is_base, 0, columns.adapter), type=pa.int32(), mask=is_base)
-    arrays: dict[str, Any] = {
-        "arrival_s": pa.array(columns.arrival_s, type=pa.float64()),
-        "prompt_tokens": pa.array(columns.prompt_tokens, type=pa.int32()),
-        "output_tokens": pa.array(columns.output_tokens, type=pa.int32()),
-        "adapter": names.take(places),
-        "rank": ranks.take(places),
-    }
-    if columns.hash_offsets is not None and columns.hash_ids is not None:
-        offsets = pa.array(columns.hash_offsets, type=pa.int64())
-        arrays["hash_ids"] = pa.LargeListArray.from_arrays(offsets, pa.array(columns.hash_ids))
     about = {
         "version": 1,
         "hash_block_tokens": columns.hash_block_tokens,
         "adapters": [[one.name, one.rank] for one in columns.adapters],
     }
-    table = pa.table(arrays).replace_schema_metadata({_METADATA_KEY: json.dumps(about).encode()})
-    pq.write_table(table, path, compression="zstd", row_group_size=_ROWS_PER_GROUP)
+    fields = [
+        ("arrival_s", pa.float64()),
+        ("prompt_tokens", pa.int32()),
+        ("output_tokens", pa.int32()),
+        ("adapter", pa.string()),
+        ("rank", pa.int32()),
+    ]
+    if columns.hash_ids is not None:
+        fields.append(("hash_ids", pa.large_list(pa.int64())))
+    schema = pa.schema(fields, metadata={_METADATA_KEY: json.dumps(about).encode()})
+    names = pa.array([one.name for one in columns.adapters], type=pa.string())
+    ranks = pa.array([one.rank for one in columns.adapters], type=pa.int32())
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for begin in range(0, len(columns), _ROWS_PER_GROUP):
+            part = slice(begin, min(begin + _ROWS_PER_GROUP, len(columns)))
+            writer.write_table(pa.table(_arrays(columns, part, names, ranks), schema=schema))
+
+
+def _arrays(columns: TraceColumns, part: slice, names: "pa.Array", ranks: "pa.Array") -> "list[pa.Array]":
+    import pyarrow as pa
+
+    adapter = columns.adapter[part]
+    is_base = adapter == BASE
+    places = pa.array(np.where(is_base, 0, adapter), type=pa.int32(), mask=is_base)
+    arrays = [
+        pa.array(columns.arrival_s[part]),
+        pa.array(columns.prompt_tokens[part]),
+        pa.array(columns.output_tokens[part]),
+        names.take(places),
+        ranks.take(places),
+    ]
+    if columns.hash_offsets is not None and columns.hash_ids is not None:
+        offsets = columns.hash_offsets[part.start : part.stop + 1]
+        ids = pa.array(columns.hash_ids[offsets[0] : offsets[-1]])
+        arrays.append(pa.LargeListArray.from_arrays(pa.array(offsets - offsets[0]), ids))
+    return arrays
 
 
 def read_parquet(path: Path, wanted: "Wanted") -> TraceColumns:

@@ -44,9 +44,12 @@ class _Exact(float):
         return self
 
 
+_DECODER = json.JSONDecoder(parse_float=_Exact)
+
+
 def _object(text: str) -> dict[str, Any]:
     try:
-        tree = json.loads(text, parse_float=_Exact)
+        tree = _DECODER.decode(text)
     except RecursionError as error:
         raise RowError("broken JSON: nested too deeply") from error
     except ValueError as error:
