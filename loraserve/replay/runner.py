@@ -24,7 +24,8 @@ LEAD_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayOptions:
-    """What to send, when, and what it is judged by; `timeout_s` is each request's deadline."""
+    """What to send, when, and what it is judged by; `timeout_s` is each request's deadline, `look_aside` as
+    `loraserve.client.Client` has it."""
 
     workload: WorkloadOptions
     speedup: float = 1.0
@@ -35,6 +36,7 @@ class ReplayOptions:
     vocab_size: int = SAFE_VOCAB_SIZE
     ready_timeout_s: float = 30.0
     slo: Slo = field(default_factory=Slo)
+    look_aside: bool | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -75,7 +77,7 @@ async def run_replay(
     BadInputError for a workload that cannot be sent, UnavailableError if no router is ready.
     """
     trace = await asyncio.to_thread(read_workload, options.workload)
-    async with Client(addresses, timeout_s=options.timeout_s) as client:
+    async with Client(addresses, look_aside=options.look_aside, timeout_s=options.timeout_s) as client:
         await client.wait_ready(options.ready_timeout_s)
         registered = [AdapterRef(name=one.name, rank=one.rank) for one in await client.list_adapters()]
         trace, shortened = shorten(give_adapters(trace, options.workload, registered), options.workload)

@@ -1,0 +1,1 @@
+"""How well the simulator predicts the live cluster: fitted on one load, scored on others."""

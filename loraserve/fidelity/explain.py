@@ -1,0 +1,71 @@
+"""Why a load was predicted badly: what the processors did, and what fitting that load itself would change."""
+
+from collections.abc import Sequence
+
+from loraserve.fidelity.figures import LABELS, Compared
+from loraserve.fidelity.fit import Fit
+from loraserve.fidelity.processors import OTHERS, ProcessorUse
+
+BUSY = 0.85
+NOTABLE_OTHERS = 0.1
+NOTABLE_FACTOR = 0.02
+NOTABLE_DELAY_S = 0.002
+NOTABLE_ROUTING = 0.7
+
+
+def explain(
+    missed: Sequence[Compared],
+    use: ProcessorUse,
+    fitted: Fit,
+    refit: Fit | None,
+    refit_missed: Sequence[Compared],
+    same_replica: float,
+) -> tuple[str, ...]:
+    """Lines for what was missed; none if nothing was."""
+    if not missed:
+        return ()
+    lines = [f"processors: {processors_line(use)}"]
+    others = use.busy.get(OTHERS, 0.0) / use.processors
+    if others >= NOTABLE_OTHERS:
+        lines.append(
+            f"{others:.0%} of the machine went to programs outside the cluster: repeat it on an idle one"
+        )
+    if use.total >= BUSY:
+        lines.append(
+            f"the machine was {use.total:.0%} busy: router, replicas and client wait for a processor, which "
+            "no delay that is the same at every load stands for"
+        )
+    if refit is not None:
+        lines.append(_refit_line(fitted, refit, missed, refit_missed))
+    if same_replica < NOTABLE_ROUTING:
+        lines.append(
+            f"{same_replica:.0%} of the requests went to the same replica in both runs: request by request, "
+            "the queues were other ones"
+        )
+    return tuple(lines)
+
+
+def processors_line(use: ProcessorUse) -> str:
+    """Who had how much of the machine."""
+    shares = ", ".join(
+        f"{name} {share / use.processors:.0%}" for name, share in sorted(use.busy.items()) if share > 0.005
+    )
+    return f"{use.total:.0%} of {use.processors} busy ({shares})"
+
+
+def _refit_line(fitted: Fit, refit: Fit, missed: Sequence[Compared], left: Sequence[Compared]) -> str:
+    then, now = fitted.overheads, refit.overheads
+    factor, delay_ms = (
+        now.step_factor / then.step_factor - 1,
+        (now.message_delay_s - then.message_delay_s) * 1e3,
+    )
+    gone = sorted({one.name for one in missed} - {one.name for one in left})
+    what = (
+        f"of the figures missed, {', '.join(LABELS[name] for name in gone)} would then be met"
+        if gone
+        else "none of the figures missed would then be met, so the cause is no constant overhead"
+    )
+    return (
+        f"fitted to this load alone, steps would take {factor:+.1%} and a message {delay_ms:+.1f} ms more "
+        f"than at the load fitted; {what}"
+    )

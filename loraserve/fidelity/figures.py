@@ -1,0 +1,119 @@
+"""The figures that live and simulated runs are compared by, from records of either."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from loraserve.fidelity.options import Targets
+from traces.metrics import summarise
+from traces.records import RequestRecord
+
+Kind = Literal["throughput", "p50", "p95"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFigures:
+    """What a run is judged by, as `traces.metrics` defines it; NaN where there is nothing to measure.
+
+    `arriving_tokens_per_s` counts the output tokens that came while requests came: above saturation the
+    window of the other rates goes on until the last request has ended, which takes about as long in any
+    model, and this one does not.
+    """
+
+    requests_per_s: float
+    tokens_per_s: float
+    arriving_tokens_per_s: float
+    ttft_p50_ms: float
+    ttft_p95_ms: float
+    tbt_p50_ms: float
+    tbt_p95_ms: float
+
+
+KINDS: dict[str, Kind] = {
+    "requests_per_s": "throughput",
+    "tokens_per_s": "throughput",
+    "arriving_tokens_per_s": "throughput",
+    "ttft_p50_ms": "p50",
+    "ttft_p95_ms": "p95",
+    "tbt_p50_ms": "p50",
+    "tbt_p95_ms": "p95",
+}
+LABELS = {
+    "requests_per_s": "requests/s",
+    "tokens_per_s": "tokens/s",
+    "arriving_tokens_per_s": "tokens/s while requests come",
+    "ttft_p50_ms": "TTFT p50, ms",
+    "ttft_p95_ms": "TTFT p95, ms",
+    "tbt_p50_ms": "TBT p50, ms",
+    "tbt_p95_ms": "TBT p95, ms",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One figure of one load; `error` is simulated / live - 1, `met` None where there is no target."""
+
+    name: str
+    live: float
+    simulated: float
+    error: float
+    target: float | None
+    met: bool | None
+
+
+def figures_of(records: Sequence[RequestRecord]) -> RunFigures:
+    """The figures of one run."""
+    overall = summarise(records, live=False).overall
+    return RunFigures(
+        requests_per_s=overall.request_throughput,
+        tokens_per_s=overall.output_throughput,
+        arriving_tokens_per_s=arriving_tokens_per_s(records),
+        ttft_p50_ms=_number(overall.ttft_ms.median),
+        ttft_p95_ms=_number(overall.ttft_ms.p95),
+        tbt_p50_ms=_number(overall.itl_ms.median),
+        tbt_p95_ms=_number(overall.itl_ms.p95),
+    )
+
+
+def arriving_tokens_per_s(records: Sequence[RequestRecord], *, from_s: float = 0.0) -> float:
+    """Output tokens per second from `from_s` to the last scheduled arrival; NaN for an empty window."""
+    if not records:
+        return math.nan
+    until_s = max(record.scheduled_s for record in records)
+    if until_s <= from_s:
+        return math.nan
+    tokens = sum(
+        count
+        for record in records
+        for at_s, count in zip(record.message_times_s, record.message_tokens, strict=True)
+        if from_s <= at_s < until_s
+    )
+    return tokens / (until_s - from_s)
+
+
+def compare(live: RunFigures, simulated: RunFigures, targets: Targets) -> tuple[Compared, ...]:
+    """Every figure of the two runs beside each other."""
+    return tuple(
+        _compared(name, getattr(live, name), getattr(simulated, name), getattr(targets, KINDS[name]))
+        for name in (field.name for field in fields(RunFigures))
+    )
+
+
+def relative_error(live: float, simulated: float) -> float:
+    """simulated / live - 1; 0 if both are the same, also if both are infinite or absent."""
+    if live == simulated or (math.isnan(live) and math.isnan(simulated)):
+        return 0.0
+    if not (math.isfinite(live) and math.isfinite(simulated)) or live == 0:
+        return math.inf
+    return simulated / live - 1
+
+
+def _compared(name: str, live: float, simulated: float, target: float | None) -> Compared:
+    error = relative_error(live, simulated)
+    met = None if target is None else abs(error) <= target
+    return Compared(name=name, live=live, simulated=simulated, error=error, target=target, met=met)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,86 @@
+"""Fits what the cluster adds to its engines, from one live run and the simulator.
+
+Two numbers: a factor on all step times, from the quantiles of the gaps between tokens, and the delay of a
+message, from the first tokens of the same requests in both runs. Medians and trimmed means throughout, so
+that a stall of the machine counts for little.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraserve.fidelity.simulated import Overheads
+from traces.metrics import itl_ms, ttft_ms
+from traces.records import RequestRecord
+
+ROUNDS = 8
+CLOSE, CLOSE_S = 0.0005, 5e-5
+MAX_DELAY_S = 0.25
+"""A longer message delay than this is no network's: the fit then leaves the rest unexplained."""
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+Predict = Callable[[Overheads], Sequence[RequestRecord]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """The overheads, and what is left: the ratio of gaps (1: none) and the median difference of TTFTs."""
+
+    overheads: Overheads
+    rounds: int
+    gap_ratio: float
+    ttft_left_ms: float
+
+
+def fit_overheads(live: Sequence[RequestRecord], predict: Predict, *, start: Overheads | None = None) -> Fit:
+    """The overheads under which the prediction of this run comes closest; ValueError for a run in which
+    nothing can be compared."""
+    now, rounds = start or Overheads(), 0
+    while True:
+        rounds += 1
+        simulated = predict(now)
+        ratio, left_ms = gap_ratio(live, simulated), first_token_left_ms(live, simulated)
+        after = Overheads(
+            step_factor=now.step_factor * ratio,
+            # There and back again: half of it in each direction.
+            message_delay_s=min(max(now.message_delay_s + left_ms / 2e3, 0.0), MAX_DELAY_S),
+        )
+        moved_s = abs(after.message_delay_s - now.message_delay_s)
+        if rounds == ROUNDS or (abs(ratio - 1) < CLOSE and moved_s < CLOSE_S):
+            break
+        now = after
+    return Fit(overheads=now, rounds=rounds, gap_ratio=ratio, ttft_left_ms=left_ms)
+
+
+def gap_ratio(live: Sequence[RequestRecord], simulated: Sequence[RequestRecord]) -> float:
+    """How many times longer the live gaps are: the geometric mean of the ratios of their deciles."""
+    ours, theirs = _gaps(live), _gaps(simulated)
+    if not len(ours) or not len(theirs):
+        raise ValueError("no gap between two tokens to compare; requests need outputs of at least 2 tokens")
+    deciles = [np.quantile(values, LEVELS) for values in (ours, theirs)]
+    if min(deciles[0].min(), deciles[1].min()) <= 0:
+        # Messages that came together: only the middle says something then.
+        middle = [float(np.median(values)) for values in (ours, theirs)]
+        return middle[0] / middle[1] if min(middle) > 0 else 1.0
+    return float(np.exp(np.mean(np.log(deciles[0] / deciles[1]))))
+
+
+def first_token_left_ms(live: Sequence[RequestRecord], simulated: Sequence[RequestRecord]) -> float:
+    """The median over all requests of how much later the first token came in the live run."""
+    predicted = {record.index: ttft_ms(record) for record in simulated}
+    left = [
+        ttft_ms(record) - predicted[record.index]
+        for record in live
+        if math.isfinite(ttft_ms(record)) and math.isfinite(predicted.get(record.index, math.inf))
+    ]
+    if not left:
+        raise ValueError("no request was answered in both runs")
+    return float(np.median(left))
+
+
+def _gaps(records: Sequence[RequestRecord]) -> NDArray[np.float64]:
+    return np.array([gap for record in records for gap in itl_ms(record) if math.isfinite(gap)])

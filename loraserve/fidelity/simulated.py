@@ -1,0 +1,86 @@
+"""The simulator's side of a comparison: a live cluster as a scenario, and what the shell around it adds."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from loraserve.engines.replica_model.sequence import ReplicaLimits
+from loraserve.simulator.figures import records_of
+from loraserve.simulator.result import SimulationResult
+from loraserve.simulator.run import simulate
+from loraserve.simulator.scenario import ReplicaSetup, Scenario
+from placement.latency import LatencyModel, StepCost
+from placement.types import AdapterVersion, ReplicaSpec
+from traces.columns import TraceColumns
+from traces.records import Outcome, RequestRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overheads:
+    """What the cluster around the engines adds: every step takes `step_factor` times what the latency
+    model says, every message between a router and a replica `message_delay_s`, in either direction."""
+
+    step_factor: float = 1.0
+    message_delay_s: float = 0.0005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A live cluster as the simulator needs it: what is registered, its replicas, their engine's limits and
+    latency model, and how its routers and controller are configured."""
+
+    adapters: tuple[AdapterVersion, ...]
+    replicas: tuple[ReplicaSpec, ...]
+    limits: ReplicaLimits
+    latency: LatencyModel
+    policy: str
+    routing: str
+    routers: int
+    max_waiting: int
+    report_interval_s: float
+    epoch_s: float
+    seed: int
+
+    def scenario(
+        self, trace: TraceColumns, overheads: Overheads, *, endless_queues: bool = False
+    ) -> Scenario:
+        """This workload on this cluster; with `endless_queues` no replica is ever full."""
+        by_name = {str(version.name): version for version in self.adapters}
+        cost = StepCost.of(self.latency, 1.0 / overheads.step_factor)
+        return Scenario(
+            trace=trace,
+            adapters=tuple(by_name[adapter.name] for adapter in trace.adapters),
+            replicas=tuple(ReplicaSetup(spec=spec, limits=self.limits, cost=cost) for spec in self.replicas),
+            policy=self.policy,
+            routing=self.routing,
+            num_routers=self.routers,
+            network_delay_s=overheads.message_delay_s,
+            report_interval_s=self.report_interval_s,
+            report_delay_s=overheads.message_delay_s,
+            table_delay_s=overheads.message_delay_s,
+            max_waiting=None if endless_queues else self.max_waiting,
+            epoch_s=self.epoch_s,
+            window_s=self.epoch_s,
+            seed=self.seed,
+        )
+
+    def with_latency(self, latency: LatencyModel) -> "Subject":
+        """The same cluster with another latency model."""
+        return dataclasses.replace(self, latency=latency)
+
+
+def simulated_records(
+    subject: Subject, trace: TraceColumns, overheads: Overheads
+) -> tuple[RequestRecord, ...]:
+    """The workload's records as the simulator predicts them."""
+    return records_of(simulate(subject.scenario(trace, overheads)))
+
+
+def saturated_requests_per_s(subject: Subject, trace: TraceColumns, overheads: Overheads) -> float:
+    """The rate at which requests end while all that came at once are being served: from when a tenth of
+    them has ended until seven tenths have, so that every batch is full."""
+    result: SimulationResult = simulate(subject.scenario(trace, overheads, endless_queues=True))
+    assert len(result) >= 10, "too few requests to saturate a cluster"
+    ok = tuple(Outcome).index(Outcome.OK)
+    ends_s: list[float] = sorted((result.end_ps[result.outcome == ok] / 1e12).tolist())
+    first, last = len(ends_s) // 10, len(ends_s) * 7 // 10
+    return (last - first) / (ends_s[last] - ends_s[first])

@@ -1,0 +1,171 @@
+"""A comparison from beginning to end where the live side is a simulation too."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from loraserve.errors import BadInputError, WorkFailedError
+from loraserve.fidelity.explain import explain
+from loraserve.fidelity.figures import KINDS, compare, figures_of
+from loraserve.fidelity.fit import first_token_left_ms, fit_overheads, gap_ratio
+from loraserve.fidelity.options import FidelityOptions, Lengths, as_engine
+from loraserve.fidelity.processors import ProcessorMeter, ProcessorUse
+from loraserve.fidelity.run import run_fidelity
+from loraserve.fidelity.setup import EMULATED, cluster_config, emulated_model
+from loraserve.fidelity.simulated import Overheads, saturated_requests_per_s, simulated_records
+from loraserve.fidelity.workload import flood, workload_at
+from loraserve.samples import SampleSet
+from placement.latency import RankKernel
+from tests.support.fidelity_kit import SHORT, SimulatedLive, subject_for
+
+HIDDEN = Overheads(step_factor=1.12, message_delay_s=0.004)
+
+
+async def test_a_simulation_is_predicted_without_error() -> None:
+    subject = subject_for(SHORT)
+    told: list[str] = []
+    report = await run_fidelity(
+        SimulatedLive(subject, Overheads()), subject, SHORT, "the test's", told.append
+    )
+    assert report.saturation.live_ratio == pytest.approx(1.0)
+    assert report.fit.overheads.step_factor == pytest.approx(1.0, abs=1e-6)
+    assert [load.load for load in report.scored] == [0.5, 0.9, 1.1]
+    for load in (report.fitted, *report.scored):
+        assert load.same_replica == 1.0
+        assert [one.error for one in load.compared] == pytest.approx([0.0] * len(KINDS), abs=1e-6)
+        assert not load.explanations
+    assert report.met
+    assert max(report.worst().values()) < 1e-6
+    assert any("saturates" in line for line in told)
+
+
+async def test_hidden_overheads_are_found_on_one_load_and_hold_on_the_others() -> None:
+    subject = subject_for(SHORT)
+    report = await run_fidelity(SimulatedLive(subject, HIDDEN), subject, SHORT, "the test's", print)
+    assert report.saturation.live_ratio == pytest.approx(1 / HIDDEN.step_factor, rel=0.03)
+    assert report.fit.overheads.step_factor == pytest.approx(HIDDEN.step_factor, rel=0.01)
+    assert report.fit.overheads.message_delay_s == pytest.approx(HIDDEN.message_delay_s, abs=0.002)
+    assert report.met, [load.compared for load in report.scored]
+
+
+async def test_what_the_overheads_cannot_stand_for_is_missed_and_explained() -> None:
+    """A cluster whose batches hold half as many: no factor on the steps explains its queues."""
+    subject = subject_for(SHORT)
+    limits = subject_for(SHORT).limits
+    small = subject_for(SHORT, limits=type(limits)(kv_blocks=1000, max_num_seqs=2))
+    use = ProcessorUse(processors=2, wall_s=1.0, busy={"router": 1.5, "others": 0.4})
+    live = SimulatedLive(small, Overheads(), use=use)
+    report = await run_fidelity(live, subject, SHORT, "the test's", print)
+    assert report.saturation.live_ratio < 0.8
+    assert not report.met
+    missed = next(load for load in report.scored if load.missed)
+    said = "\n".join(missed.explanations)
+    assert "router 75%" in said
+    assert "20% of the machine went to programs outside" in said
+    assert "fitted to this load alone" in said
+    assert max(report.worst().values()) > 0.05
+
+
+async def test_a_cluster_without_a_token_cannot_be_compared() -> None:
+    subject = subject_for(SHORT)
+    none = subject_for(SHORT, max_waiting=1, limits=type(subject.limits)(kv_blocks=1, max_num_seqs=1))
+    with pytest.raises(WorkFailedError, match="no token came"):
+        await run_fidelity(SimulatedLive(none, Overheads()), subject, SHORT, "the test's", print)
+
+
+def test_overheads_are_fitted_from_records_alone() -> None:
+    subject = subject_for(SHORT)
+    trace = workload_at(SHORT, 10.0, 10.0, part=1)
+    live = simulated_records(subject, trace, HIDDEN)
+    predict = partial(simulated_records, subject, trace)
+    plain = predict(Overheads())
+    assert gap_ratio(live, plain) == pytest.approx(1.12, rel=0.02)
+    assert first_token_left_ms(live, plain) > 5
+    assert gap_ratio(live, live) == 1.0
+    assert first_token_left_ms(live, live) == 0.0
+    fit = fit_overheads(live, predict)
+    after = compare(figures_of(live), figures_of(predict(fit.overheads)), SHORT.targets)
+    assert all(one.met for one in after)
+    with pytest.raises(ValueError, match="no gap"):
+        gap_ratio((), plain)
+    with pytest.raises(ValueError, match="no request"):
+        first_token_left_ms((), plain)
+
+
+def test_saturation_is_what_full_batches_do() -> None:
+    subject = subject_for(SHORT)
+    rate = saturated_requests_per_s(subject, flood(SHORT), Overheads())
+    twice = saturated_requests_per_s(subject, flood(SHORT), Overheads(step_factor=2.0))
+    assert twice == pytest.approx(rate / 2, rel=0.01)
+    lengths = SHORT.lengths
+    rows = subject.limits.max_num_seqs
+    # Every step of a full batch draws a token per row; prompts only add to it.
+    most = 2 * rows / (20 + 0.5 * rows) * 1e3 / (sum(lengths.output) / 2)
+    assert 0.5 * most < rate < most
+
+
+def test_workloads_have_their_rate_and_every_rank() -> None:
+    options = FidelityOptions(ranks=(8, 32, 128), seed=3)
+    trace = workload_at(options, 20.0, 50.0, part=1)
+    assert len(trace) == 1000
+    assert 40 < trace.duration_s <= 50
+    assert {adapter.rank for adapter in trace.adapters} == {8, 32, 128}
+    assert np.bincount(trace.adapter, minlength=6).min() > 100
+    assert trace.prompt_tokens.max() + trace.output_tokens.max() <= options.lengths.longest
+    other = workload_at(options, 20.0, 50.0, part=2)
+    assert not np.array_equal(trace.arrival_s, other.arrival_s)
+    assert {one.name for one in other.adapters} == {one.name for one in flood(options).adapters}
+
+
+def test_the_emulated_engine_is_simulated_as_it_is_configured(samples: SampleSet) -> None:
+    options = FidelityOptions(ranks=(8, 100))
+    config = cluster_config(options, samples.model, "fidelity-1", samples.model.parent / "clusters")
+    latency, limits = emulated_model(config)
+    assert latency.base_ms == EMULATED["emulated.base_step_ms"]
+    assert latency.kernel is RankKernel.PADDED_BATCH
+    assert config.engine.max_lora_rank == 128
+    assert limits.adapter_slots == config.engine.adapter_slots == 4
+    with pytest.raises(BadInputError, match="max_model_len_tokens"):
+        cluster_config(
+            FidelityOptions(lengths=Lengths(prompt=(1, 1000))), samples.model, "a", samples.model.parent
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"replicas": 0}, "--replicas 0"),
+        ({"ranks": ()}, "--ranks"),
+        ({"ranks": (8, 8)}, "--ranks 8,8"),
+        ({"loads": (0.5, 9.0)}, "--loads 0.5,9"),
+        ({"fit_load": 1.0}, "--fit-load 1"),
+        ({"duration_s": 0.5}, "--duration 0.5"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_name(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(BadInputError, match=said):
+        FidelityOptions(**changes)  # type: ignore[arg-type]
+    with pytest.raises(BadInputError, match="--engine warp"):
+        as_engine("warp")
+
+
+def test_nothing_is_explained_where_nothing_was_missed() -> None:
+    subject = subject_for(SHORT)
+    trace = workload_at(SHORT, 5.0, 5.0, part=1)
+    records = simulated_records(subject, trace, Overheads())
+    fit = fit_overheads(records, partial(simulated_records, subject, trace))
+    use = ProcessorUse(processors=2, wall_s=1.0, busy={})
+    assert explain((), use, fit, None, (), 1.0) == ()
+
+
+def test_processor_time_is_counted_per_part() -> None:
+    meter = ProcessorMeter(lambda: {"router": ()})
+    total = 0
+    for number in range(2_000_000):
+        total += number
+    use = meter.use()
+    assert total > 0
+    assert use.busy["router"] == 0.0
+    assert 0.0 < use.busy["client"] <= use.processors + 0.1
+    assert use.busy["others"] >= 0.0
