@@ -74,19 +74,39 @@ def assign_adapters(
     What the trace said before is replaced; arrivals and lengths stay. The first adapters are the
     popular ones under `zipf` and, with a parameter below 1, under `power`.
     """
+    places = assigned_places(
+        len(trace), len(adapters), method=method, seed=seed, parameter=parameter, base_share=base_share
+    )
+    known = (*adapters, None)
+    return replace(
+        trace,
+        requests=tuple(
+            _with_adapter(request, known[place])
+            for request, place in zip(trace.requests, places, strict=True)
+        ),
+    )
+
+
+def assigned_places(
+    num_requests: int,
+    num_adapters: int,
+    *,
+    method: str = "round-robin",
+    seed: int = 0,
+    parameter: float | None = None,
+    base_share: float = 0.0,
+) -> Iterator[int]:
+    """The places of the adapters that `assign_adapters` gives to so many requests, -1 for the base model."""
     draw = _drawer(method, parameter)
     if not 0 <= base_share <= 1:
         raise TraceError(f"a base share of {base_share} is not possible; it must be from 0 to 1")
-    if not adapters and base_share < 1:
+    if not num_adapters and base_share < 1:
         raise TraceError("no adapters to assign; name at least one, or set the base share to 1")
     rng = random.Random(seed)
-    indices = draw(len(adapters), parameter, rng)
-    requests = []
-    for request in trace.requests:
-        # Nothing is drawn for a base share of 0, so that adding the option changed no seed's result.
-        is_base = base_share > 0 and rng.random() < base_share
-        requests.append(_with_adapter(request, None if is_base else adapters[next(indices)]))
-    return replace(trace, requests=tuple(requests))
+    places = draw(num_adapters, parameter, rng)
+    if base_share == 0:
+        return itertools.islice(places, num_requests)
+    return (-1 if rng.random() < base_share else next(places) for _ in range(num_requests))
 
 
 def map_adapters(trace: Trace, adapters: Sequence[AdapterRef], *, keep_known: bool = True) -> Trace:

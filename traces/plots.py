@@ -18,6 +18,8 @@ MAX_CURVE_POINTS = 2000
 """More points per curve than pixels across say nothing more."""
 
 MAX_TIME_BINS = 60
+_SHORT_LABEL = 14
+_GROUPS = {BASE_MODEL: "base model", UNKNOWN_RANK: "rank unknown"}
 _WIDTH_IN, _HEIGHT_IN, _DOTS_PER_IN = 5.8, 3.3, 180
 
 
@@ -98,8 +100,10 @@ def plots_of(records: Sequence[RequestRecord], slo: Slo) -> tuple[Plot, ...]:
 
 
 def rank_label(name: str) -> str:
-    """A rank group as a person reads it."""
-    return {BASE_MODEL: "base model", UNKNOWN_RANK: "rank unknown"}.get(name, f"rank {name}")
+    """A rank group as a person reads it; any other name as it is."""
+    if name in _GROUPS:
+        return _GROUPS[name]
+    return f"rank {name}" if name.isdigit() else name
 
 
 def styled(theme: Theme) -> AbstractContextManager[Any]:
@@ -142,13 +146,14 @@ def new_figure(height_in: float = _HEIGHT_IN) -> Any:
 
 
 def png_of(figure: Any) -> bytes:
+    """The figure as PNG."""
     buffer = io.BytesIO()
     # Without the version of matplotlib in it, the same run gives the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _colours(names: Sequence[str], theme: Theme) -> dict[str, Any]:
+def rank_colours(names: Sequence[str], theme: Theme) -> dict[str, Any]:
     """Ranks are ordered, so they share one ramp; what has no rank is grey."""
     from matplotlib import colormaps
 
@@ -162,15 +167,31 @@ def _colours(names: Sequence[str], theme: Theme) -> dict[str, Any]:
 def _cdf(
     samples: Mapping[str, Sequence[float]], target_ms: float, label: str, of: str, theme: Theme
 ) -> bytes:
+    names = list(samples)
+    curves = {name: _curve(sample) for name, sample in samples.items()}
+    return curves_png(curves, rank_colours(names, theme), target_ms, label, of, theme)
+
+
+def curves_png(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    colours: Mapping[str, Any],
+    target_ms: float,
+    label: str,
+    of: str,
+    theme: Theme,
+) -> bytes:
+    """Cumulative shares, `(ascending values above 0, shares)` by name, on a log axis with the target.
+
+    A name is a rank group's or the label itself; `label` is the axis, `of` what is shared out.
+    """
     from matplotlib.ticker import PercentFormatter
 
-    curves = {name: curve for name, sample in samples.items() if (curve := _curve(sample))[0]}
+    shown = {name: curve for name, curve in curves.items() if len(curve[0])}
     with styled(theme):
         figure = new_figure()
         axes = figure.subplots()
-        colours = _colours(list(samples), theme)
-        end_ms = 1.1 * max([target_ms, *(values[-1] for values, _ in curves.values())])
-        for name, (values, shares) in curves.items():
+        end_ms = 1.1 * max([target_ms, *(values[-1] for values, _ in shown.values())])
+        for name, (values, shares) in shown.items():
             axes.step(
                 [values[0], *values, end_ms],
                 [0.0, *shares, shares[-1]],
@@ -179,16 +200,24 @@ def _cdf(
                 label=rank_label(name),
                 linestyle="--" if name in (BASE_MODEL, UNKNOWN_RANK) else "-",
             )
-        if curves:
+        if shown:
             _log_axis_with_target(axes, target_ms, end_ms, theme)
-            figure.legend(loc="outside right center", handlelength=1.4)
+            legend_of(figure, list(shown))
         else:
-            _nothing(axes, theme)
+            nothing_to_show(axes, theme)
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel(label)
         axes.set_title(f"Share of {of} within", loc="left", fontsize=9.5, color=theme.muted)
         return png_of(figure)
+
+
+def legend_of(figure: Any, labels: Sequence[str]) -> None:
+    """The legend beside the axes, or below them where labels are long."""
+    if max(map(len, labels), default=0) <= _SHORT_LABEL:
+        figure.legend(loc="outside right center", handlelength=1.4)
+    else:
+        figure.legend(loc="outside lower center", handlelength=1.4, ncols=2, fontsize=8.5)
 
 
 def _log_axis_with_target(axes: Any, target_ms: float, end_ms: float, theme: Theme) -> None:
@@ -230,7 +259,7 @@ def _attainment(shares: Mapping[str, float], theme: Theme) -> bytes:
         figure = new_figure(height_in=max(_HEIGHT_IN, 0.6 + 0.3 * len(shares)))
         axes = figure.subplots()
         names = list(shares)
-        colours = _colours(names, theme)
+        colours = rank_colours(names, theme)
         axes.barh([rank_label(name) for name in names], [1.0] * len(names), color=theme.line, height=0.56)
         axes.barh(
             [rank_label(name) for name in names],
@@ -242,7 +271,7 @@ def _attainment(shares: Mapping[str, float], theme: Theme) -> bytes:
             axes.annotate(f"{share:.1%}", (1.02, place), va="center", annotation_clip=False)
         if not names:
             axes.set_yticks([])
-            _nothing(axes, theme)
+            nothing_to_show(axes, theme)
         axes.grid(visible=False)
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
@@ -285,5 +314,6 @@ def _bin(time_s: float, width_s: float, bins: int) -> int:
     return min(max(int(time_s / width_s), 0), bins - 1)
 
 
-def _nothing(axes: Any, theme: Theme) -> None:
+def nothing_to_show(axes: Any, theme: Theme) -> None:
+    """Say so on empty axes."""
     axes.annotate("nothing to show", (0.5, 0.5), xycoords="axes fraction", color=theme.muted, ha="center")

@@ -39,8 +39,6 @@ def page(
     environment: Mapping[str, str],
 ) -> str:
     """The whole page."""
-    style = (resources.files("traces") / "report.css").read_text(encoding="utf-8")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     body = "\n".join(
         (
             f"<h1>{escape(title)}</h1>",
@@ -50,16 +48,23 @@ def page(
             "<h2>By rank</h2>",
             _table("Rank", {"All": summary.overall} | _labelled(summary.per_rank)),
             "<h2>Latency and load</h2>",
-            f'<div class="plots">{"".join(_figure(image) for image in images)}</div>',
+            f'<div class="plots">{"".join(figure(image) for image in images)}</div>',
             _adapters(summary),
             _failures(records),
             "<h2>How this was run</h2>",
             f"<pre>{escape(command)}</pre>",
-            _list({**environment, **_conditions(summary)}),
+            definitions({**environment, **_conditions(summary)}),
             "<h2>What the figures mean</h2>",
-            _list(formulas()),
+            definitions(formulas()),
         )
     )
+    return document(title, body)
+
+
+def document(title: str, body: str) -> str:
+    """A page with this body, which is HTML, in the style of reports."""
+    style = (resources.files("traces") / "report.css").read_text(encoding="utf-8")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -159,7 +164,9 @@ def _row(name: str, group: GroupSummary) -> str:
     return f'<tr{kind}><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'
 
 
-def _figure(image: PlotImages) -> str:
+def figure(image: PlotImages) -> str:
+    """A plot with its caption, the one for dark pages on those."""
+
     def data(png: bytes) -> str:
         return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
@@ -218,6 +225,7 @@ def _conditions(summary: Summary) -> dict[str, str]:
     return conditions
 
 
-def _list(entries: Mapping[str, str]) -> str:
+def definitions(entries: Mapping[str, str]) -> str:
+    """Names and what is said of them."""
     items = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in entries.items())
     return f'<dl class="list">\n{items}\n</dl>'

@@ -18,6 +18,9 @@ from traces.quantiles import Distribution
 from traces.records import Outcome
 from traces.step_runs import ReplicaSteps, StepRuns, Whole
 
+ALL = "all"
+"""The name of all requests among the ranks."""
+
 PS_PER_MS = 1e9
 PS_PER_S = 1e12
 PERCENTS = (50, 95, 99)
@@ -52,7 +55,8 @@ class RequestColumns:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunMetrics:
-    """A summary, and what its pictures are drawn from: the gaps and the TTFTs of every rank's requests."""
+    """A summary, and what its pictures are drawn from: the gaps and the TTFTs of each rank's requests, and
+    of all under the name ALL."""
 
     summary: Summary
     gaps: Mapping[str, WeighedGaps]
@@ -92,10 +96,11 @@ def summarise_runs(
     measured = _measure(requests, runs, slo, counted)
     whole = everything(counted, runs)
     ranks = rank_groups(requests.adapter, requests.adapters, counted, runs)
-    gaps = {name: _gaps(measured, group) for name, group in ranks.items()}
+    shown = {ALL: whole, **ranks}
+    gaps = {name: _gaps(measured, group) for name, group in shown.items()}
     adapters = adapter_groups(requests.adapter, requests.adapters, counted, runs) if per_adapter else {}
     summary = Summary(
-        overall=_group(measured, whole, _gaps(measured, whole), slo),
+        overall=_group(measured, whole, gaps[ALL], slo),
         per_rank={name: _group(measured, group, gaps[name], slo) for name, group in ranks.items()},
         per_adapter={
             name: _group(measured, group, _gaps(measured, group), slo) for name, group in adapters.items()
@@ -106,7 +111,7 @@ def summarise_runs(
         pacing=None,
         void_reason="",
     )
-    ttft_ms = {name: measured.ttft_ms[group.requests] for name, group in ranks.items()}
+    ttft_ms = {name: measured.ttft_ms[group.requests] for name, group in shown.items()}
     return RunMetrics(summary=summary, gaps=gaps, ttft_ms=ttft_ms)
 
 

@@ -14,7 +14,7 @@ from loraserve.simulator.result import SimulationResult
 from traces.gap_quantiles import WeighedGaps
 from traces.metrics import Slo, Summary
 from traces.records import Outcome, RequestRecord
-from traces.run_metrics import RequestColumns, RunMetrics, summarise_runs
+from traces.run_metrics import ALL, RequestColumns, RunMetrics, summarise_runs
 from traces.step_runs import ReplicaSteps, spread_rows
 from traces.step_time import busy_time
 
@@ -52,7 +52,7 @@ class RunPictures:
 
     The bins end at `edges_s[1:]`. `busy` is the share of each bin that a replica computed in, `rank` the
     largest rank in a step, meant over that time and NaN without any: rows are replicas. `due` and
-    `completed` are requests per second. The curves are per rank.
+    `completed` are requests per second. The curves are per rank, and of all requests under ALL.
     """
 
     edges_s: Floats
@@ -243,6 +243,7 @@ def _pictures(result: SimulationResult, metrics: RunMetrics) -> RunPictures:
     edges_s = edges_ps / PS_PER_S
     width_s = np.diff(edges_s)
     completed_ps = result.end_ps[result.outcome == _OK]
+    groups = {ALL: metrics.summary.overall, **metrics.summary.per_rank}
     return RunPictures(
         edges_s=edges_s,
         busy=busy_s / width_s,
@@ -250,10 +251,7 @@ def _pictures(result: SimulationResult, metrics: RunMetrics) -> RunPictures:
         due=np.histogram(result.arrival_ps, edges_ps)[0] / width_s,
         completed=np.histogram(completed_ps, edges_ps)[0] / width_s,
         ttft={name: _ttft_curve(values) for name, values in metrics.ttft_ms.items()},
-        tbt={
-            name: _gap_curve(gaps, metrics.summary.per_rank[name].itl_ms.count)
-            for name, gaps in metrics.gaps.items()
-        },
+        tbt={name: _gap_curve(gaps, groups[name].itl_ms.count) for name, gaps in metrics.gaps.items()},
     )
 
 

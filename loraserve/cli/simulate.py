@@ -1,0 +1,203 @@
+"""`loraserve simulate`: what policies would do on a trace, in virtual time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from loraserve.cli.common import command
+from loraserve.errors import BadInputError, WorkFailedError
+
+if TYPE_CHECKING:
+    from loraserve.cli.simulate_runs import SimulateOptions
+    from loraserve.simulator.figures import Judging
+
+Text = str | None
+Number = float | None
+Whole = int | None
+DEFAULT_PROFILE = "a100-llama2-7b-bgmv"
+
+
+@command
+def simulate(
+    trace: Annotated[str, typer.Argument(help="A trace file, 'demo' for the bundled one, or preset:NAME.")],
+    policy: Annotated[str, typer.Option(help="Placement policies, a,b,...")] = "least-loaded",
+    routing: Annotated[str, typer.Option(help="Routing policies, a,b,...")] = "least-outstanding",
+    replicas: Annotated[int, typer.Option(help="How many replicas.")] = 4,
+    profile: Annotated[
+        str, typer.Option(help="What a replica can do: a shipped profile, or a file of loraserve profile.")
+    ] = DEFAULT_PROFILE,
+    kernel: Annotated[
+        Text,
+        typer.Option(help="Charge ranks as padded_config, padded_batch or sum. [default: the profile's]"),
+    ] = None,
+    rate: Annotated[Number, typer.Option(help="Mean requests per second, instead of the trace's.")] = None,
+    speedup: Annotated[Number, typer.Option(help="Or: send the arrivals so many times faster.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, 0,1,...; each draws anew what is drawn.")] = "0",
+    adapters: Annotated[Whole, typer.Option(help="Give requests so many adapters.")] = None,
+    ranks: Annotated[Text, typer.Option(help="The adapters' ranks: 8,16,32 or a law of trace synth.")] = None,
+    assign: Annotated[
+        str, typer.Option(help="How requests get those adapters: round-robin, uniform, zipf, power.")
+    ] = "auto",
+    parameter: Annotated[Number, typer.Option(help="The exponent of zipf or power.")] = None,
+    base_share: Annotated[float, typer.Option(help="Share of those requests for the base model.")] = 0.0,
+    limit: Annotated[Whole, typer.Option(min=1, help="Take only the first so many requests.")] = None,
+    duration: Annotated[Number, typer.Option(help="Take only so many seconds of the trace.")] = None,
+    requests: Annotated[Whole, typer.Option(help="Repeat the trace until it has so many.")] = None,
+    warmup: Annotated[float, typer.Option(help="Leave requests of the first seconds out of figures.")] = 0.0,
+    format: Annotated[Text, typer.Option(help="The trace's format; found by content without it.")] = None,
+    on_bad_row: Annotated[
+        Literal["refuse", "skip"], typer.Option(help="What a row that is no request does.")
+    ] = "refuse",
+    routers: Annotated[int, typer.Option(help="How many routers share the requests.")] = 1,
+    epoch: Annotated[float, typer.Option(help="Seconds from one plan to the next.")] = 60.0,
+    report_interval: Annotated[float, typer.Option(help="Seconds between a replica's reports.")] = 0.1,
+    network_delay: Annotated[float, typer.Option(help="Seconds from router to replica.")] = 0.0005,
+    max_waiting: Annotated[int, typer.Option(help="A replica with so many waiting is full.")] = 256,
+    pool_adapters: Annotated[
+        Whole, typer.Option(min=1, help="Adapters that a replica's host pool holds. [default: all]")
+    ] = None,
+    on_demand: Annotated[
+        bool, typer.Option("--on-demand", help="Fetch copies when a request needs them, not as planned.")
+    ] = False,
+    failure: Annotated[
+        list[str] | None, typer.Option("--fail", help="'replica-1@100s for 30s'; may be repeated.")
+    ] = None,
+    slo_ttft_ms: Annotated[float, typer.Option(help="The target for the time to the first token.")] = 2000.0,
+    slo_tbt_ms: Annotated[float, typer.Option(help="The target for the time between tokens.")] = 150.0,
+    per_rank: Annotated[bool, typer.Option("--per-rank", help="Show the figures of each rank.")] = False,
+    per_adapter: Annotated[
+        bool,
+        typer.Option("--per-adapter", help="Put those of each adapter into JSON and files; takes longer."),
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write records, plots and a page that compares into this folder.")
+    ] = None,
+    jobs: Annotated[
+        Whole, typer.Option(min=1, help="Simulate so many at a time. [default: one per core]")
+    ] = None,
+    ray: Annotated[
+        Text, typer.Option(help="Simulate as tasks of the Ray cluster at HOST:PORT, or auto.")
+    ] = None,
+) -> None:
+    """Simulate policies on a trace: every policy with every routing and seed is one run.
+
+    The simulator runs the live cluster's own decisions around a model of its replicas.
+    """
+    from loraserve.cli.simulate_runs import SimulateOptions
+    from loraserve.simulator.from_profile import ClusterOptions, parse_failures
+    from loraserve.simulator.workload import SimulatedWorkload
+
+    options = SimulateOptions(
+        workload=SimulatedWorkload(
+            source=trace,
+            format=format,
+            on_bad_row=on_bad_row,
+            limit=limit,
+            duration_s=duration,
+            requests=requests,
+            rate_per_s=rate,
+            speedup=speedup,
+            adapters=adapters,
+            ranks=ranks,
+            assign=assign,
+            parameter=parameter,
+            base_share=base_share,
+        ),
+        cluster=ClusterOptions(
+            num_replicas=replicas,
+            kernel=kernel,
+            num_routers=routers,
+            epoch_s=epoch,
+            report_interval_s=report_interval,
+            network_delay_s=network_delay,
+            max_waiting=max_waiting,
+            pool_adapters=pool_adapters,
+            on_demand=on_demand,
+            failures=parse_failures(failure or ()),
+        ),
+        judging=_judging(slo_ttft_ms, slo_tbt_ms, warmup, per_adapter=per_adapter),
+        profile=profile,
+        policies=_names(policy, "--policy"),
+        routings=_names(routing, "--routing"),
+        seeds=_seeds(seeds),
+        jobs=jobs,
+        ray_address=ray,
+    )
+    _run(options, out, per_rank=per_rank, json_output=json_output)
+
+
+def _run(options: "SimulateOptions", out: Path | None, *, per_rank: bool, json_output: bool) -> None:
+    from loraserve.cli import simulate_output
+    from loraserve.cli.simulate_runs import prepare, simulate_all
+
+    plan = prepare(options)
+    page = None
+    with _stage(out) as stage:
+        with simulate_output.SweepProgress(plan.num_requests) as progress:
+            runs = simulate_all(plan, options, stage, progress)
+        if stage is not None and out is not None:
+            simulate_output.write_files(plan, runs, stage)
+            page = out / simulate_output.PAGE
+    if json_output:
+        simulate_output.print_json(plan, options, runs, page)
+    else:
+        simulate_output.print_tables(plan, runs, page, per_rank=per_rank)
+
+
+@contextmanager
+def _stage(out: Path | None) -> Iterator[Path | None]:
+    """A folder to write into that becomes `out` only if all went well, also when a signal ends us."""
+    import signal
+
+    from loraserve.simulator.report import staged
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        if out is None:
+            yield None
+            return
+        try:
+            with staged(out) as stage:
+                yield stage
+        except OSError as error:
+            raise WorkFailedError(f"--out: {out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _judging(ttft_ms: float, tbt_ms: float, warmup_s: float, *, per_adapter: bool) -> "Judging":
+    from loraserve.simulator.figures import Judging
+    from traces.metrics import Slo
+    from traces.types import TraceError
+
+    if not 0 <= warmup_s < 1e7:
+        raise BadInputError(f"--warmup: {warmup_s}; expected seconds from 0 to 1e7")
+    try:
+        slo = Slo(ttft_ms=ttft_ms, tbt_ms=tbt_ms)
+    except TraceError as error:
+        raise BadInputError(f"--slo-ttft-ms, --slo-tbt-ms: {error}") from error
+    return Judging(slo=slo, warmup_s=warmup_s, per_adapter=per_adapter)
+
+
+def _names(text: str, option: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise BadInputError(f"{option}: {text!r}; expected one or more names with commas between")
+    return names
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        seeds = (-1,)
+    if min(seeds) < 0 or max(seeds) >= 2**63:
+        raise BadInputError(f"--seeds: {text!r}; expected whole numbers from 0, with commas between")
+    return seeds

@@ -1,0 +1,148 @@
+"""A scenario from a profile: replicas that are all of the kind that was measured."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from loraserve.engines.replica_model.sequence import ReplicaLimits
+from loraserve.errors import BadInputError
+from loraserve.simulator.links import LinkSpeed
+from loraserve.simulator.scenario import Failure, ReplicaSetup, Scenario, versions_of
+from placement.latency import RankKernel, StepCost
+from placement.profile import Profile
+from placement.types import ReplicaId, ReplicaSpec
+from traces.columns import TraceColumns
+
+MAX_REPLICAS = 100_000
+_ENDLESS = 2**62
+_FAILURE = re.compile(
+    r"(?P<replica>\S+)@(?P<at>[0-9.]+)s?\s+for\s+(?P<down>[0-9.]+)s?", re.ASCII | re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOptions:
+    """The cluster around the profile's replicas, see `Scenario`.
+
+    A replica's host pool holds at most `pool_adapters` and `pool_bytes`, None: no limit. `kernel` charges
+    ranks otherwise than the profile's; `speed` 2 halves every step. Peers copy from each other at the
+    profile's speed unless `from_origin_only`.
+    """
+
+    num_replicas: int = 4
+    policy: str = "least-loaded"
+    routing: str = "least-outstanding"
+    kernel: str | None = None
+    speed: float = 1.0
+    num_routers: int = 1
+    epoch_s: float = 60.0
+    report_interval_s: float = 0.1
+    network_delay_s: float = 0.0005
+    max_waiting: int = 256
+    pool_adapters: int | None = None
+    pool_bytes: int | None = None
+    on_demand: bool = False
+    from_origin_only: bool = False
+    failures: tuple[Failure, ...] = ()
+
+
+def scenario_of(
+    profile: Profile, trace: TraceColumns, options: ClusterOptions | None = None, *, seed: int = 0
+) -> Scenario:
+    """The profile's replicas under this workload; BadInputError says what does not fit together."""
+    options = options or ClusterOptions()
+    if not 1 <= options.num_replicas <= MAX_REPLICAS:
+        raise BadInputError(f"--replicas: {options.num_replicas}; expected from 1 to {MAX_REPLICAS}")
+    _check_ranks(profile, trace)
+    try:
+        cost = _cost(profile, options)
+        limits = _limits(profile, trace, options)
+        origin = LinkSpeed(bytes_per_s=profile.speeds.origin_bytes_per_s, latency_s=0.01)
+        peer = LinkSpeed(bytes_per_s=profile.speeds.peer_bytes_per_s)
+    except ValueError as error:
+        raise BadInputError(f"profile {profile.name}: {error}") from error
+    replicas = tuple(
+        ReplicaSetup(spec=_spec(ReplicaId(f"replica-{place}"), profile, options), limits=limits, cost=cost)
+        for place in range(options.num_replicas)
+    )
+    return Scenario(
+        trace=trace,
+        adapters=versions_of(trace, bytes_per_rank=profile.adapter_bytes_per_rank),
+        replicas=replicas,
+        policy=options.policy,
+        routing=options.routing,
+        num_routers=options.num_routers,
+        network_delay_s=options.network_delay_s,
+        report_interval_s=options.report_interval_s,
+        report_delay_s=max(0.001, 2 * options.network_delay_s),
+        max_waiting=options.max_waiting,
+        epoch_s=options.epoch_s,
+        window_s=options.epoch_s,
+        origin=origin,
+        peer=None if options.from_origin_only else peer,
+        on_demand=options.on_demand,
+        failures=options.failures,
+        seed=seed,
+    )
+
+
+def parse_failures(texts: Sequence[str]) -> tuple[Failure, ...]:
+    """Failures from texts such as `replica-1@100s for 30s`; BadInputError shows the form."""
+    failures = []
+    for text in texts:
+        match = _FAILURE.fullmatch(text.strip())
+        try:
+            if match is None:
+                raise ValueError
+            at_s, down_s = float(match["at"]), float(match["down"])
+        except ValueError:
+            raise BadInputError(f"--fail: {text!r}; expected such as 'replica-1@100s for 30s'") from None
+        failures.append(Failure(replica_id=ReplicaId(match["replica"]), at_s=at_s, down_s=down_s))
+    return tuple(sorted(failures, key=lambda failure: failure.at_s))
+
+
+def _check_ranks(profile: Profile, trace: TraceColumns) -> None:
+    most = profile.engine.max_lora_rank
+    for adapter in trace.adapters:
+        if adapter.rank is not None and adapter.rank > most:
+            raise BadInputError(
+                f"adapter {adapter.name} has rank {adapter.rank}, the engine of profile {profile.name} takes"
+                f" {most} at most; give other ranks with --ranks, or another profile"
+            )
+
+
+def _cost(profile: Profile, options: ClusterOptions) -> StepCost:
+    if profile.latency is None:
+        raise ValueError("it has no latency model, so it cannot be simulated")
+    if not 1e-6 <= options.speed <= 1e6:
+        raise ValueError(f"speed: {options.speed}; expected from 1e-6 to 1e6")
+    kernel = profile.latency.kernel
+    if options.kernel is not None:
+        if options.kernel not in set(RankKernel):
+            raise BadInputError(f"--kernel: {options.kernel}; expected one of {', '.join(RankKernel)}")
+        kernel = RankKernel(options.kernel)
+    return StepCost.of(replace(profile.latency, kernel=kernel), options.speed)
+
+
+def _limits(profile: Profile, trace: TraceColumns, options: ClusterOptions) -> ReplicaLimits:
+    engine = profile.engine
+    return ReplicaLimits(
+        kv_blocks=engine.kv_blocks,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        block_tokens=engine.block_tokens,
+        hash_block_tokens=trace.hash_block_tokens,
+        adapter_slots=engine.adapter_slots,
+        pool_adapters=options.pool_adapters or 0,
+        pool_bytes=options.pool_bytes or 0,
+        load_bytes_per_s=profile.speeds.host_to_gpu_bytes_per_s,
+    )
+
+
+def _spec(replica_id: ReplicaId, profile: Profile, options: ClusterOptions) -> ReplicaSpec:
+    return ReplicaSpec(
+        replica_id=replica_id,
+        max_lora_rank=profile.engine.max_lora_rank,
+        pool_adapters=options.pool_adapters or _ENDLESS,
+        pool_bytes=options.pool_bytes or _ENDLESS,
+    )

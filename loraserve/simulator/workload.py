@@ -1,0 +1,179 @@
+"""The workload of a simulation: a trace file, the bundled one or a preset, cut, tiled, sped up, and with
+adapters and ranks for those that have none."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from loraserve.errors import BadInputError
+from traces.assign import assigned_places
+from traces.columns import TraceAdapter, TraceColumns, columns_of
+from traces.read import bundled_trace, read_columns
+from traces.synthesis import Overrides, is_preset, tile, workload
+from traces.synthesis.notation import read_law
+from traces.synthesis.portable import stream
+from traces.synthesis.ranks import RANKS, EqualRanks, Ranks, lay_out
+from traces.synthesis.tiling import at_rate, scale_rate
+from traces.types import TraceError, check_cut
+
+DEMO = "demo"
+AUTO = "auto"
+_RANKS, _ORDER = 100, 101
+"""Streams of random numbers that no aspect of synthesis uses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedWorkload:
+    """`source` is a file, `demo` or `preset:NAME`. `limit` and `duration_s` cut it, `requests` then repeats
+    it until it has so many; `rate_per_s` sets its mean rate, or `speedup` multiplies it.
+
+    `adapters` gives the requests so many adapters, drawn by `assign` (a method of `traces.assign`, `auto`
+    is round-robin) with its `parameter`, the base model with `base_share`; `ranks` are those of the
+    adapters: numbers with commas between, or a law of `traces.synthesis.ranks`. A preset takes these
+    as its own. Without `adapters` a trace keeps its own, with `ranks` for them if given.
+    """
+
+    source: str
+    format: str | None = None
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    limit: int | None = None
+    duration_s: float | None = None
+    requests: int | None = None
+    rate_per_s: float | None = None
+    speedup: float | None = None
+    adapters: int | None = None
+    ranks: str | None = None
+    assign: str = AUTO
+    parameter: float | None = None
+    base_share: float = 0.0
+
+    def draw(self, seed: int) -> TraceColumns:
+        """The workload; what is drawn in it is drawn by the seed. BadInputError says what is wrong."""
+        with _refusing(self.source):
+            if self.rate_per_s is not None and self.speedup is not None:
+                raise BadInputError("--rate and --speedup both say how fast; give one of them")
+            if is_preset(self.source):
+                return self._of_preset(seed)
+            return self._with_adapters(self._paced(self._read()), seed)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it depends on the seed."""
+        return is_preset(self.source) or self.adapters is not None or self.ranks is not None
+
+    def _of_preset(self, seed: int) -> TraceColumns:
+        if self.assign != AUTO or self.parameter is not None:
+            raise BadInputError(
+                f"--assign: {self.source} draws its adapters by itself; put its law into its name, such as"
+                " preset:loraserve-uniform,popularity=zipf:1.2"
+            )
+        asked = Overrides(
+            rate=self.rate_per_s,
+            duration=self.duration_s,
+            requests=self.requests,
+            adapters=self.adapters,
+            ranks=self.ranks,
+            base_share=self.base_share or None,
+            seed=seed,
+        )
+        columns = _cut(workload(self.source, asked), self.limit, None)
+        return columns if self.speedup is None else scale_rate(columns, self.speedup)
+
+    def _read(self) -> TraceColumns:
+        if self.source == DEMO:
+            return _cut(columns_of(bundled_trace()), self.limit, self.duration_s)
+        return read_columns(
+            self.source,
+            format=self.format,
+            on_bad_row=self.on_bad_row,
+            limit=self.limit,
+            duration_s=self.duration_s,
+        )
+
+    def _paced(self, columns: TraceColumns) -> TraceColumns:
+        if self.requests is not None:
+            columns = tile(columns, self.requests)
+        if self.rate_per_s is not None:
+            columns = at_rate(columns, self.rate_per_s)
+        return columns if self.speedup is None else scale_rate(columns, self.speedup)
+
+    def _with_adapters(self, columns: TraceColumns, seed: int) -> TraceColumns:
+        if self.adapters is None:
+            if self.assign != AUTO or self.parameter is not None or self.base_share:
+                raise BadInputError(
+                    "--assign, --parameter and --base-share want --adapters, how many there are"
+                )
+            return columns if self.ranks is None else _with_ranks(columns, _ranks(self.ranks), seed)
+        law = EqualRanks() if self.ranks is None else _ranks(self.ranks)
+        adapters = _made(law, self.adapters, seed)
+        places = assigned_places(
+            len(columns),
+            len(adapters),
+            method="round-robin" if self.assign == AUTO else self.assign,
+            seed=seed,
+            parameter=self.parameter,
+            base_share=self.base_share,
+        )
+        column = np.fromiter(places, dtype=np.int32, count=len(columns))
+        return replace(columns, adapter=column, adapters=adapters)
+
+
+def _ranks(text: str) -> Ranks:
+    plain = text.replace(",", "/")
+    is_plain = all(part.strip().isdigit() for part in plain.split("/"))
+    return read_law(f"equal:{plain}" if is_plain else text, RANKS, "ranks")
+
+
+def _made(law: Ranks, number: int, seed: int) -> tuple[TraceAdapter, ...]:
+    """So many adapters, in an order in which rank and place have nothing to do with each other."""
+    if number < 1:
+        raise BadInputError(f"--adapters: {number}; expected at least 1")
+    adapters = law.adapters(number, stream(seed, _RANKS))
+    falling = -np.arange(len(adapters), dtype=np.float64)
+    return adapters if law.in_order else lay_out(adapters, falling, 0.0, stream(seed, _ORDER))
+
+
+def _with_ranks(columns: TraceColumns, law: Ranks, seed: int) -> TraceColumns:
+    """The trace's own adapters with ranks of this law."""
+    if not columns.adapters:
+        raise BadInputError("--ranks: the trace names no adapters; give it some with --adapters")
+    made = _made(law, len(columns.adapters), seed)
+    if len(made) != len(columns.adapters):
+        raise BadInputError(
+            f"--ranks: names {len(made)} adapters, the trace has {len(columns.adapters)}; expected as many"
+        )
+    adapters = tuple(
+        TraceAdapter(name=one.name, rank=other.rank)
+        for one, other in zip(columns.adapters, made, strict=True)
+    )
+    return replace(columns, adapters=adapters)
+
+
+def _cut(columns: TraceColumns, limit: int | None, duration_s: float | None) -> TraceColumns:
+    check_cut(limit, duration_s)
+    size = len(columns) if limit is None else min(limit, len(columns))
+    if duration_s is not None:
+        size = min(size, int(np.searchsorted(columns.arrival_s, duration_s)))
+    offsets = columns.hash_offsets
+    return replace(
+        columns,
+        arrival_s=columns.arrival_s[:size],
+        prompt_tokens=columns.prompt_tokens[:size],
+        output_tokens=columns.output_tokens[:size],
+        adapter=columns.adapter[:size],
+        hash_offsets=None if offsets is None else offsets[: size + 1],
+    )
+
+
+@contextmanager
+def _refusing(source: str) -> Iterator[None]:
+    """A trace's errors as bad input."""
+    try:
+        yield
+    except TraceError as error:
+        raise BadInputError(str(error)) from error
+    except OSError as error:
+        raise BadInputError(f"{source}: cannot be read: {error.strerror or error}") from error
