@@ -43,7 +43,9 @@ def fidelity(
     ] = 1,
     look_aside: Annotated[
         bool,
-        typer.Option("--look-aside", help="Clients send to replicas directly, which the simulator does not model."),
+        typer.Option(
+            "--look-aside", help="Clients send to replicas directly, which the simulator does not model."
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, workloads and placement.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Short loads, whose figures scatter.")] = False,

@@ -25,12 +25,13 @@ def make_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     from loraserve.cli.doctor import doctor
+    from loraserve.cli.fidelity import fidelity
     from loraserve.cli.generate import generate
     from loraserve.cli.profile import profile
     from loraserve.cli.replay import replay
     from loraserve.cli.simulate import simulate
 
-    for command in (up, down, status, drain, undrain, generate, replay, simulate, profile, doctor):
+    for command in (up, down, status, drain, undrain, generate, replay, simulate, profile, fidelity, doctor):
         app.command()(command)
     # What follows `up` or `replay` is theirs.
     app.command(context_settings={"allow_interspersed_args": False})(submit)
