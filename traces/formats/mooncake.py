@@ -8,11 +8,19 @@ by which it is told apart. Ours may add to Mooncake's keys `adapter`, `rank` and
 
 import json
 import math
+from collections.abc import Sequence
 from decimal import Decimal
+from itertools import chain
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from traces.columns import BASE
 from traces.formats.base import (
     MAX_RANK,
+    MAX_TOKENS,
+    Block,
     Parser,
     Row,
     RowError,
@@ -30,6 +38,7 @@ QWEN_BLOCK_TOKENS = 16
 _KEYS = ("timestamp", "input_length", "output_length")
 _MAX_BLOCK_TOKENS = 1 << 20
 _HASH_BITS = 63
+_END, _COMMA = "}\n{", "},{"
 
 
 class _Exact(float):
@@ -44,6 +53,7 @@ class _Exact(float):
         return self
 
 
+_NUMBERS = {int, _Exact}
 _DECODER = json.JSONDecoder(parse_float=_Exact)
 
 
@@ -102,10 +112,39 @@ def _milliseconds(value: float | int) -> float:
     return float(Decimal(value.text).scaleb(-3)) if isinstance(value, _Exact) else value / 1000
 
 
+def _objects(text: str) -> list[dict[str, Any]] | None:
+    """The objects of many lines, each with one on it and no other inside."""
+    count = text.count("\n") + 1
+    # With one pair of braces on each line, at its ends, as many objects as lines are one per line.
+    if not (text.startswith("{") and text.endswith("}") and text.count("}\n{") == count - 1):
+        return None
+    if not text.count("{") == text.count("}") == count:
+        return None
+    try:
+        trees = _DECODER.decode(f"[{text.replace(_END, _COMMA)}]")
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(trees, list) and len(trees) == count and all(type(tree) is dict for tree in trees)
+    return trees if whole else None
+
+
+def _hash_columns(trees: Sequence[dict[str, Any]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """How many blocks each has, and all of them; TypeError or OverflowError for what are none."""
+    lists = [tree.get("hash_ids") or [] for tree in trees]
+    if not set(map(type, lists)) <= {list} or not set(map(type, chain.from_iterable(lists))) <= {int}:
+        raise TypeError("no lists of whole numbers")
+    counts = np.array(list(map(len, lists)), dtype=np.int32)
+    ids = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=int(counts.sum()))
+    if len(ids) and int(ids.min()) == -(1 << _HASH_BITS):
+        raise OverflowError("more than 63 bits and a sign")
+    return counts, ids
+
+
 class _Parser(Parser):
     block_tokens = MOONCAKE_BLOCK_TOKENS
 
     def __init__(self, first: str, setting: Setting) -> None:
+        self._table = setting.adapters
         block_size = _object(first).get("block_size", self.block_tokens)
         if type(block_size) is int and 0 < block_size <= _MAX_BLOCK_TOKENS:
             self.block_tokens = block_size
@@ -126,6 +165,36 @@ class _Parser(Parser):
             rank=rank,
             hash_ids=_hash_ids(tree),
         )
+
+    def block(self, text: str) -> Block | None:
+        trees = _objects(text)
+        try:
+            if trees is None or any(
+                tree.get("block_size", self.block_tokens) != self.block_tokens for tree in trees
+            ):
+                return None
+            times = [tree["timestamp"] for tree in trees]
+            prompts = [tree["input_length"] for tree in trees]
+            outputs = [tree["output_length"] for tree in trees]
+            if not (set(map(type, times)) <= _NUMBERS and set(map(type, prompts + outputs)) <= {int}):
+                return None
+            if not 0 <= min(prompts + outputs) <= max(prompts + outputs) <= MAX_TOKENS:
+                return None
+            counts, ids = _hash_columns(trees)
+            return Block(
+                time_s=np.array([self._time_s(time) for time in times]),
+                prompt_tokens=np.array(prompts, dtype=np.int32),
+                output_tokens=np.array(outputs, dtype=np.int32),
+                adapter=np.array([self._place(tree) for tree in trees], dtype=np.int32),
+                hash_counts=counts,
+                hash_ids=ids,
+            )
+        except (KeyError, TypeError, RowError, OverflowError):
+            return None
+
+    def _place(self, tree: dict[str, Any]) -> int:
+        name, rank = _adapter(tree)
+        return BASE if name is None else self._table.place(name, rank)
 
     def _time_s(self, value: float | int) -> float:
         return checked_seconds(_milliseconds(value), "timestamp")
