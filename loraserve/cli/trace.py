@@ -1,5 +1,7 @@
 """`loraserve trace`: look at traces, convert and synthesise them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -126,13 +128,9 @@ def convert(
     from loraserve.cli import trace_output
     from traces.fill import Fill
     from traces.read import read_columns
-    from traces.synthesis import at_rate, scale_rate
-    from traces.types import TraceError
     from traces.write import format_of, write_columns
 
-    if speedup is not None and rate is not None:
-        raise BadInputError("--speedup and --rate both say how fast; give one of them")
-    try:
+    with _bad_input(out):
         chosen = format_of(out)
         fill = Fill(
             prompt_tokens=prompt_tokens,
@@ -145,16 +143,32 @@ def convert(
         columns = read_columns(
             trace, format=format, on_bad_row=on_bad_row, limit=limit, duration_s=duration, fill=fill
         )
-        if speedup is not None:
-            columns = scale_rate(columns, speedup)
-        if rate is not None:
-            columns = at_rate(columns, rate)
+        columns = _at_speed(columns, speedup, rate)
         write_columns(columns, out)
+    trace_output.print_converted(columns, out, chosen, json_output=json_output)
+
+
+@contextmanager
+def _bad_input(out: Path) -> Iterator[None]:
+    """What is wrong with a trace, or with writing it, as an error of the caller's input."""
+    from traces.types import TraceError
+
+    try:
+        yield
     except TraceError as error:
         raise BadInputError(str(error)) from error
     except OSError as error:
         raise BadInputError(f"{out}: cannot be written: {error.strerror or error}") from error
-    trace_output.print_converted(columns, out, chosen, json_output=json_output)
+
+
+def _at_speed(columns: "TraceColumns", speedup: float | None, rate: float | None) -> "TraceColumns":
+    from traces.synthesis import at_rate, scale_rate
+
+    if speedup is not None and rate is not None:
+        raise BadInputError("--speedup and --rate both say how fast; give one of them")
+    if speedup is not None:
+        return scale_rate(columns, speedup)
+    return columns if rate is None else at_rate(columns, rate)
 
 
 def _draw(columns: "TraceColumns", out: Path) -> None:
