@@ -118,7 +118,7 @@ class LoadDriver:
             backlog = _waiting(sent)
             ended_s = self._clock.now_s()
             if not lost:
-                await self._await_tokens(sent, began_s, ended_s)
+                await self._await_tokens(sent, tasks, began_s, ended_s)
         finally:
             await _end(tasks)
         growth = backlog - backlog_half - _GROWTH_REQUESTS
@@ -136,14 +136,20 @@ class LoadDriver:
         # Late, a turn of the loop is still due, or the engine's tokens are never read.
         await self._sleep(max(0.0, wait_s))
 
-    async def _await_tokens(self, sent: Sequence[_Sent], began_s: float, ended_s: float) -> None:
-        """Until every request has a first token or has missed its target, and there are gaps to judge by."""
+    async def _await_tokens(
+        self, sent: Sequence[_Sent], tasks: Sequence["asyncio.Task[None]"], began_s: float, ended_s: float
+    ) -> None:
+        """Until every request has a first token or has missed its target, and there are gaps to judge by, or
+        all have ended."""
         first_s = ended_s + self._slo.ttft_ms / 1e3
         gaps_s = first_s + 2 * self._shape.output_tokens * self._slo.tbt_ms / 1e3
-        while _waiting(sent) and self._clock.now_s() < first_s:
-            await self._sleep(_LOOK_S)
         few = len(_gaps_ms(sent, began_s, ended_s)) < _LEAST_GAPS
-        while few and self._clock.now_s() < gaps_s and len(_gaps_ms(sent)) < _LEAST_GAPS:
+        while not all(task.done() for task in tasks):
+            now_s = self._clock.now_s()
+            for_first = _waiting(sent) > 0 and now_s < first_s
+            for_gaps = few and now_s < gaps_s and len(_gaps_ms(sent)) < _LEAST_GAPS
+            if not (for_first or for_gaps):
+                return
             await self._sleep(_LOOK_S)
 
     async def _follow(self, one: _Sent, request: GenerationRequest) -> None:
