@@ -129,7 +129,7 @@ def _measure(
     import tempfile
 
     from loraserve.fidelity import setup
-    from loraserve.fidelity.profiled import model_from_profile
+    from loraserve.fidelity.profiled import model_from_profile, timed_model, vllm_limits
 
     if model is not None and not model.is_dir():
         raise BadInputError(f"--model {model}: no such folder")
@@ -145,9 +145,10 @@ def _measure(
             latency, limits = setup.emulated_model(config)
             source = "the emulated engine's configuration"
         elif profile is not None:
-            latency, limits, source = model_from_profile(profile, config)
+            (latency, source), limits = model_from_profile(profile, config), vllm_limits(config)
         else:
-            latency, limits, source = _timed(config, options, folder)
+            _say("the steps of one replica are timed, about a minute")
+            (latency, source), limits = timed_model(config, options, folder / "profile"), vllm_limits(config)
         return _with_cluster(options, config, folder, _Engine(latency, limits, source))
 
 
@@ -172,21 +173,6 @@ class _Engine:
     latency: "LatencyModel"
     limits: "ReplicaLimits"
     source: str
-
-
-def _timed(
-    config: "Config", options: "FidelityOptions", folder: Path
-) -> "tuple[LatencyModel, ReplicaLimits, str]":
-    import logging
-
-    from loraserve.cli.common import run_async
-    from loraserve.fidelity.profiled import measured_model
-
-    logging.disable(logging.WARNING)
-    try:
-        return run_async(lambda: measured_model(config, options, folder / "profile", _say))
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _with_cluster(

@@ -96,7 +96,6 @@ def _load_json(load: "LoadResult") -> dict[str, Any]:
         "pacing": plain(load.pacing),
         "void_reason": load.void_reason,
         "attempts": load.attempts,
-        "same_replica": load.same_replica,
         "processors": plain(load.processors),
         "refit": plain(load.refit),
         "explanations": list(load.explanations),
@@ -134,13 +133,14 @@ def _table(load: "LoadResult", title: str) -> "Table":
         title_justify="left",
     )
     table.add_column("figure")
-    for name in ("live", "simulated", "error", "target", ""):
+    for name in ("live", "simulated", "range", "error", "target", ""):
         table.add_column(name, justify="right")
     for one in load.compared:
         table.add_row(
             LABELS[one.name],
             _number(one.live),
             _number(one.simulated),
+            f"{_number(one.lowest)} to {_number(one.highest)}",
             f"{one.error:+.1%}" if math.isfinite(one.error) else "none",
             "" if one.target is None else f"{one.target:.0%}",
             "" if one.met is None else "met" if one.met else "MISSED",
@@ -156,7 +156,6 @@ def _notes(load: "LoadResult") -> list[str]:
     notes.append(f"pacing p99 {p99}: {'VOID' if load.void_reason else 'valid'}{again}")
     if load.failed or load.simulated_failed:
         notes.append(f"not answered in full: {load.failed} live, {load.simulated_failed} simulated")
-    notes.append(f"{load.same_replica:.0%} of requests on the same replica in both runs")
     if load.explanations:
         notes += load.explanations
     else:

@@ -8,9 +8,6 @@ from loraserve.fidelity.processors import OTHERS, ProcessorUse
 
 BUSY = 0.85
 NOTABLE_OTHERS = 0.1
-NOTABLE_FACTOR = 0.02
-NOTABLE_DELAY_S = 0.002
-NOTABLE_ROUTING = 0.7
 
 
 def explain(
@@ -19,7 +16,6 @@ def explain(
     fitted: Fit,
     refit: Fit | None,
     refit_missed: Sequence[Compared],
-    same_replica: float,
 ) -> tuple[str, ...]:
     """Lines for what was missed; none if nothing was."""
     if not missed:
@@ -37,10 +33,11 @@ def explain(
         )
     if refit is not None:
         lines.append(_refit_line(fitted, refit, missed, refit_missed))
-    if same_replica < NOTABLE_ROUTING:
+    chance = [one for one in missed if one.lowest <= one.live <= one.highest]
+    if chance:
         lines.append(
-            f"{same_replica:.0%} of the requests went to the same replica in both runs: request by request, "
-            "the queues were other ones"
+            f"{', '.join(LABELS[one.name] for one in chance)}: the simulations themselves, each with other "
+            "lots among equal replicas, reach from below the live figure to above it"
         )
     return tuple(lines)
 

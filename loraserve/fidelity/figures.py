@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from statistics import median
 from typing import Literal
 
 from loraserve.fidelity.options import Targets
@@ -52,11 +53,16 @@ LABELS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One figure of one load; `error` is simulated / live - 1, `met` None where there is no target."""
+    """One figure of one load; `error` is simulated / live - 1, `met` None where there is no target.
+
+    `simulated` is the median of several simulations, `lowest` and `highest` are their range.
+    """
 
     name: str
     live: float
     simulated: float
+    lowest: float
+    highest: float
     error: float
     target: float | None
     met: bool | None
@@ -92,10 +98,15 @@ def arriving_tokens_per_s(records: Sequence[RequestRecord], *, from_s: float = 0
     return tokens / (until_s - from_s)
 
 
-def compare(live: RunFigures, simulated: RunFigures, targets: Targets) -> tuple[Compared, ...]:
-    """Every figure of the two runs beside each other."""
+def compare(live: RunFigures, simulated: Sequence[RunFigures], targets: Targets) -> tuple[Compared, ...]:
+    """Every figure of the live run beside those of the simulations."""
     return tuple(
-        _compared(name, getattr(live, name), getattr(simulated, name), getattr(targets, KINDS[name]))
+        _compared(
+            name,
+            getattr(live, name),
+            sorted(getattr(one, name) for one in simulated),
+            getattr(targets, KINDS[name]),
+        )
         for name in (field.name for field in fields(RunFigures))
     )
 
@@ -109,10 +120,19 @@ def relative_error(live: float, simulated: float) -> float:
     return simulated / live - 1
 
 
-def _compared(name: str, live: float, simulated: float, target: float | None) -> Compared:
-    error = relative_error(live, simulated)
-    met = None if target is None else abs(error) <= target
-    return Compared(name=name, live=live, simulated=simulated, error=error, target=target, met=met)
+def _compared(name: str, live: float, simulated: Sequence[float], target: float | None) -> Compared:
+    middle = median(simulated)
+    error = relative_error(live, middle)
+    return Compared(
+        name=name,
+        live=live,
+        simulated=middle,
+        lowest=simulated[0],
+        highest=simulated[-1],
+        error=error,
+        target=target,
+        met=None if target is None else abs(error) <= target,
+    )
 
 
 def _number(value: float | None) -> float:

@@ -8,6 +8,7 @@ that a stall of the machine counts for little.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +24,14 @@ MAX_DELAY_S = 0.25
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
-Predict = Callable[[Overheads], Sequence[RequestRecord]]
+Runs = Sequence[Sequence[RequestRecord]]
+Predict = Callable[[Overheads], Runs]
+"""What the simulator says under these overheads, in one or several runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """The overheads, and what is left: the ratio of gaps (1: none) and the median difference of TTFTs."""
+    """The overheads, and what is left: the ratio of gaps (1: none) and the difference of TTFTs."""
 
     overheads: Overheads
     rounds: int
@@ -56,9 +59,9 @@ def fit_overheads(live: Sequence[RequestRecord], predict: Predict, *, start: Ove
     return Fit(overheads=now, rounds=rounds, gap_ratio=ratio, ttft_left_ms=left_ms)
 
 
-def gap_ratio(live: Sequence[RequestRecord], simulated: Sequence[RequestRecord]) -> float:
+def gap_ratio(live: Sequence[RequestRecord], simulated: Runs) -> float:
     """How many times longer the live gaps are: the geometric mean of the ratios of their deciles."""
-    ours, theirs = _gaps(live), _gaps(simulated)
+    ours, theirs = _gaps(live), _gaps([record for run in simulated for record in run])
     if not len(ours) or not len(theirs):
         raise ValueError("no gap between two tokens to compare; requests need outputs of at least 2 tokens")
     deciles = [np.quantile(values, LEVELS) for values in (ours, theirs)]
@@ -69,17 +72,21 @@ def gap_ratio(live: Sequence[RequestRecord], simulated: Sequence[RequestRecord])
     return float(np.exp(np.mean(np.log(deciles[0] / deciles[1]))))
 
 
-def first_token_left_ms(live: Sequence[RequestRecord], simulated: Sequence[RequestRecord]) -> float:
-    """The median over all requests of how much later the first token came in the live run."""
-    predicted = {record.index: ttft_ms(record) for record in simulated}
-    left = [
+def first_token_left_ms(live: Sequence[RequestRecord], simulated: Runs) -> float:
+    """How much later the first token of the same request came in the live run than in the mean simulated
+    one: the mean of the middle half of these differences, robust as their median, and smooth."""
+    predicted = {
+        runs[0].index: fmean(ttft_ms(record) for record in runs) for runs in zip(*simulated, strict=True)
+    }
+    left = sorted(
         ttft_ms(record) - predicted[record.index]
         for record in live
         if math.isfinite(ttft_ms(record)) and math.isfinite(predicted.get(record.index, math.inf))
-    ]
+    )
     if not left:
         raise ValueError("no request was answered in both runs")
-    return float(np.median(left))
+    quarter = len(left) // 4
+    return float(np.mean(left[quarter : len(left) - quarter]))
 
 
 def _gaps(records: Sequence[RequestRecord]) -> NDArray[np.float64]:

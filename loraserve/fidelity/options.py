@@ -41,7 +41,8 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FidelityOptions:
-    """Loads are shares of the rate at which the cluster saturates; each is run for `duration_s`.
+    """Loads are shares of the rate at which the cluster saturates; each is run for `duration_s`, and
+    simulated `draws` times.
 
     BadInputError names what cannot be.
     """
@@ -54,6 +55,7 @@ class FidelityOptions:
     duration_s: float = 60.0
     lengths: Lengths = field(default_factory=Lengths)
     look_aside: bool = False
+    draws: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class FidelityOptions:
                 f"{MAX_LOAD:g}",
             ),
             (0 < self.fit_load < 1, f"--fit-load {self.fit_load:g}: expected a number between 0 and 1"),
+            (1 <= self.draws <= 100, f"{self.draws} draws: expected 1 to 100"),
             (1 <= self.duration_s <= 3600, f"--duration {self.duration_s:g}: expected 1 to 3600 seconds"),
         )
         for holds, message in checks:

@@ -1,35 +1,39 @@
 """The latency model of a vLLM replica: from a profile, or timed on the spot before the cluster starts."""
 
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
-from loraserve.config import Config
+from loraserve.config import Config, config_tree
 from loraserve.engines.replica_model.sequence import ReplicaLimits
-from loraserve.errors import BadInputError
+from loraserve.errors import BadInputError, WorkFailedError
 from loraserve.fidelity.options import FidelityOptions
-from loraserve.fidelity.setup import Progress, limits_of_facts
-from loraserve.profiling import run as profiling
+from loraserve.fidelity.setup import limits_of_facts
 from loraserve.profiling.files import find_simulatable
 from loraserve.profiling.made import engine_facts
-from loraserve.profiling.subject import Subject, kv_bytes_per_token, prepare
-from placement.latency import LatencyModel
-from placement.profile import Slo
+from loraserve.profiling.subject import Subject, kv_bytes_per_token
+from placement.latency import LatencyModel, RankKernel
 
-STEPS_ONLY = profiling.Effort(
-    repetitions=4, batches_s=45.0, decode_steps=12, step_limit_s=2.0, probe_s=1.0, limit_s=2.0, max_probes=1
-)
-"""Batches are timed, loads only touched: nobody asks for operating points here."""
+TIMEOUT_S = 400.0
+END_S = 30.0
+TAIL_LINES = 15
 
 
-def model_from_profile(given: str, config: Config) -> tuple[LatencyModel, ReplicaLimits, str]:
-    """A profile's latency model, with the limits of this configuration; BadInputError for a profile
-    without one or of another engine."""
+def model_from_profile(given: str, config: Config) -> tuple[LatencyModel, str]:
+    """A profile's latency model and where it is from; BadInputError for a profile without one or of
+    another engine."""
     profile = find_simulatable(given)
     assert profile.latency is not None, "find_simulatable gives none without"
     if profile.engine.kind != config.engine.kind:
         raise BadInputError(
             f"--profile {given}: of a {profile.engine.kind} engine; expected one of {config.engine.kind}"
         )
-    return profile.latency, vllm_limits(config), f"profile {profile.name} ({profile.latency_basis})"
+    return profile.latency, f"profile {profile.name} ({profile.latency_basis})"
 
 
 def vllm_limits(config: Config) -> ReplicaLimits:
@@ -39,28 +43,49 @@ def vllm_limits(config: Config) -> ReplicaLimits:
     return limits_of_facts(engine_facts(config, subject))
 
 
-async def measured_model(
-    config: Config, options: FidelityOptions, folder: Path, progress: Progress
-) -> tuple[LatencyModel, ReplicaLimits, str]:
-    """Time the batches of one replica of this configuration, and fit the model to them.
+def timed_model(config: Config, options: FidelityOptions, folder: Path) -> tuple[LatencyModel, str]:
+    """Time the steps of one replica of this configuration, and fit the model to them.
 
-    Adapters for it are made in `folder`.
+    In a process of its own: this one is the client of the comparison, which must have no engine's threads.
+    WorkFailedError with the end of its output if it fails.
     """
-    subject = prepare(config, options.ranks, (), folder, seed=options.seed)
-    lengths = options.lengths
-    profile = profiling.ProfileOptions(
-        slo=Slo(ttft_ms=config.slo.ttft_ms, tbt_ms=config.slo.tbt_ms),
-        prompt_tokens=sum(lengths.prompt) // 2,
-        output_tokens=sum(lengths.output) // 2,
-        effort=STEPS_ONLY,
-        quick=True,
-        seed=options.seed,
-    )
-    progress(f"timing the steps of one replica for about {STEPS_ONLY.batches_s:g} s")
-    measured = await profiling.run_profile(config, subject, profile, profiling.Progress())
-    best = measured.recommendation.best
-    source = (
-        f"fitted to {best.fit.steps} steps timed before the start; {measured.recommendation.how_sure}; "
-        f"median error {best.fit.median_relative_error:.1%}"
-    )
-    return best.model, limits_of_facts(engine_facts(config, subject)), source
+    folder.mkdir(parents=True)
+    spec, log = folder / "spec.json", folder / "log"
+    ranks, seed = list(options.ranks), options.seed
+    spec.write_text(json.dumps({"config": config_tree(config), "ranks": ranks, "seed": seed}))
+    command = [sys.executable, "-m", "loraserve.fidelity.time_steps", str(folder)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(os.environ)
+        )
+        try:
+            code = process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise WorkFailedError(f"the steps of one replica were not timed in {TIMEOUT_S:g} s") from None
+        finally:
+            _end(process)
+    if code != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        raise WorkFailedError(f"the steps of one replica could not be timed: {' / '.join(lines)}")
+    told: dict[str, Any] = json.loads((folder / "model.json").read_text())
+    return read_model(told["latency"]), str(told["source"])
+
+
+def model_tree(model: LatencyModel) -> dict[str, Any]:
+    """The model in plain values, for `read_model`."""
+    return {**dataclasses.asdict(model), "kernel": model.kernel.value}
+
+
+def read_model(tree: dict[str, Any]) -> LatencyModel:
+    """What `model_tree` gave."""
+    return LatencyModel(**{**tree, "kernel": RankKernel(tree["kernel"])})
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -29,8 +29,7 @@ class Saturation:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoadResult:
     """One load: both runs of it, compared. `refit` is what the overheads would be if this load were the one
-    fitted, `same_replica` the share of requests that went to the same replica in both runs, and
-    `explanations` lines about what was missed."""
+    fitted, `explanations` are lines about what was missed, `simulated` is the first of the simulations."""
 
     load: float
     requests_per_s: float
@@ -41,7 +40,6 @@ class LoadResult:
     pacing: PacingStats | None
     void_reason: str
     attempts: int
-    same_replica: float
     failed: int
     simulated_failed: int
     refit: Fit | None

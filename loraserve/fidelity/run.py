@@ -12,7 +12,7 @@ from loraserve.fidelity.live import LiveRun, LiveSide
 from loraserve.fidelity.options import FidelityOptions
 from loraserve.fidelity.report import FidelityReport, LoadResult, Saturation
 from loraserve.fidelity.setup import Progress
-from loraserve.fidelity.simulated import Overheads, Subject, saturated_requests_per_s, simulated_records
+from loraserve.fidelity.simulated import Overheads, Subject, saturated_requests_per_s, simulated_runs
 from loraserve.fidelity.workload import flood, workload_at
 from traces.records import Outcome, RequestRecord
 
@@ -32,7 +32,7 @@ async def run_fidelity(
     load = _Loads(live, subject, options, saturation, progress)
     run = await load.run(options.fit_load, _FIT_PART)
     try:
-        fit = fit_overheads(run.records, partial(simulated_records, subject, run.trace))
+        fit = fit_overheads(run.records, partial(simulated_runs, subject, run.trace, draws=options.draws))
     except ValueError as error:
         raise WorkFailedError(f"nothing can be fitted on load {options.fit_load:g}: {error}") from error
     overheads = fit.overheads
@@ -68,7 +68,8 @@ async def find_saturation(
     run = await live.run(trace)
     from_s = WARM_UP_SHARE * options.overload_s
     did = arriving_tokens_per_s(run.records, from_s=from_s)
-    said = arriving_tokens_per_s(simulated_records(subject, run.trace, overheads), from_s=from_s)
+    (simulated,) = simulated_runs(subject, run.trace, overheads, draws=1)
+    said = arriving_tokens_per_s(simulated, from_s=from_s)
     if not (did > 0 and said > 0):
         raise WorkFailedError("no token came while the cluster was overloaded")
     return Saturation(predicted_per_s=predicted_per_s, live_ratio=did / said)
@@ -115,40 +116,32 @@ def score_load(
 ) -> LoadResult:
     """Simulate what was sent and compare; what was missed is explained."""
     live, targets = figures_of(run.records), options.targets
-    simulated = simulated_records(subject, run.trace, fit.overheads)
-    compared = compare(live, figures_of(simulated), targets)
+    predict = partial(simulated_runs, subject, run.trace, draws=options.draws)
+    simulated = predict(fit.overheads)
+    compared = compare(live, [figures_of(one) for one in simulated], targets)
     missed = [one for one in compared if one.met is False]
-    same_replica = _same_replica(run.records, simulated)
     refit: Fit | None = None
     explanations: tuple[str, ...] = ()
     if missed:
-        refit = fit_overheads(
-            run.records, partial(simulated_records, subject, run.trace), start=fit.overheads
-        )
-        again = compare(live, figures_of(simulated_records(subject, run.trace, refit.overheads)), targets)
+        refit = fit_overheads(run.records, predict, start=fit.overheads)
+        again = compare(live, [figures_of(one) for one in predict(refit.overheads)], targets)
         left = [one for one in again if one.met is False]
-        explanations = explain(missed, run.processors, fit, refit, left, same_replica)
+        explanations = explain(missed, run.processors, fit, refit, left)
     return LoadResult(
         load=load,
         requests_per_s=requests_per_s,
         live=run.records,
-        simulated=simulated,
+        simulated=simulated[0],
         compared=compared,
         processors=run.processors,
         pacing=run.summary.pacing,
         void_reason=run.void_reason,
         attempts=run.attempts,
-        same_replica=same_replica,
         failed=_failed(run.records),
-        simulated_failed=_failed(simulated),
+        simulated_failed=_failed(simulated[0]),
         refit=refit,
         explanations=explanations,
     )
-
-
-def _same_replica(live: Sequence[RequestRecord], simulated: Sequence[RequestRecord]) -> float:
-    pairs = zip(live, simulated, strict=True)
-    return sum(one.replica_id == other.replica_id for one, other in pairs) / len(live) if live else 1.0
 
 
 def _failed(records: Sequence[RequestRecord]) -> int:

@@ -63,16 +63,19 @@ class Subject:
             seed=self.seed,
         )
 
-    def with_latency(self, latency: LatencyModel) -> "Subject":
-        """The same cluster with another latency model."""
-        return dataclasses.replace(self, latency=latency)
+
+Runs = tuple[tuple[RequestRecord, ...], ...]
+"""Several simulations of one workload that differ in what a live cluster leaves to chance."""
 
 
-def simulated_records(
-    subject: Subject, trace: TraceColumns, overheads: Overheads
-) -> tuple[RequestRecord, ...]:
-    """The workload's records as the simulator predicts them."""
-    return records_of(simulate(subject.scenario(trace, overheads)))
+def simulated_runs(subject: Subject, trace: TraceColumns, overheads: Overheads, *, draws: int) -> Runs:
+    """The workload's records as the simulator predicts them, `draws` times: each draws other lots where
+    routing has a tie, and other moments for load reports, as every live run does."""
+    scenario = subject.scenario(trace, overheads)
+    return tuple(
+        records_of(simulate(dataclasses.replace(scenario, seed=scenario.seed + draw)))
+        for draw in range(draws)
+    )
 
 
 def saturated_requests_per_s(subject: Subject, trace: TraceColumns, overheads: Overheads) -> float:

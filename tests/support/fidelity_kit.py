@@ -6,7 +6,7 @@ from loraserve.engines.replica_model.sequence import ReplicaLimits
 from loraserve.fidelity.live import LiveRun
 from loraserve.fidelity.options import FidelityOptions, Lengths
 from loraserve.fidelity.processors import ProcessorUse
-from loraserve.fidelity.simulated import Overheads, Subject, simulated_records
+from loraserve.fidelity.simulated import Overheads, Subject, simulated_runs
 from loraserve.fidelity.workload import flood
 from placement.latency import LatencyModel
 from placement.types import AdapterName, AdapterVersion, ReplicaId, ReplicaSpec, version_id
@@ -63,6 +63,6 @@ class SimulatedLive:
 
     async def run(self, trace: TraceColumns, *, repeat_if_void: bool = False) -> LiveRun:
         """What this cluster does with the workload."""
-        records = simulated_records(self._subject, trace, self._overheads)
+        (records,) = simulated_runs(self._subject, trace, self._overheads, draws=1)
         summary = summarise(records, live=True)
         return LiveRun(trace=trace, records=records, summary=summary, processors=self._use)

@@ -1,5 +1,6 @@
 """A comparison from beginning to end where the live side is a simulation too."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +14,7 @@ from loraserve.fidelity.options import FidelityOptions, Lengths, as_engine
 from loraserve.fidelity.processors import ProcessorMeter, ProcessorUse
 from loraserve.fidelity.run import run_fidelity
 from loraserve.fidelity.setup import EMULATED, cluster_config, emulated_model
-from loraserve.fidelity.simulated import Overheads, saturated_requests_per_s, simulated_records
+from loraserve.fidelity.simulated import Overheads, saturated_requests_per_s, simulated_runs
 from loraserve.fidelity.workload import flood, workload_at
 from loraserve.samples import SampleSet
 from placement.latency import RankKernel
@@ -23,16 +24,14 @@ HIDDEN = Overheads(step_factor=1.12, message_delay_s=0.004)
 
 
 async def test_a_simulation_is_predicted_without_error() -> None:
-    subject = subject_for(SHORT)
+    options, subject = replace(SHORT, draws=1), subject_for(SHORT)
     told: list[str] = []
-    report = await run_fidelity(
-        SimulatedLive(subject, Overheads()), subject, SHORT, "the test's", told.append
-    )
+    live = SimulatedLive(subject, Overheads())
+    report = await run_fidelity(live, subject, options, "the test's", told.append)
     assert report.saturation.live_ratio == pytest.approx(1.0)
     assert report.fit.overheads.step_factor == pytest.approx(1.0, abs=1e-6)
     assert [load.load for load in report.scored] == [0.5, 0.9, 1.1]
     for load in (report.fitted, *report.scored):
-        assert load.same_replica == 1.0
         assert [one.error for one in load.compared] == pytest.approx([0.0] * len(KINDS), abs=1e-6)
         assert not load.explanations
     assert report.met
@@ -77,15 +76,15 @@ async def test_a_cluster_without_a_token_cannot_be_compared() -> None:
 def test_overheads_are_fitted_from_records_alone() -> None:
     subject = subject_for(SHORT)
     trace = workload_at(SHORT, 10.0, 10.0, part=1)
-    live = simulated_records(subject, trace, HIDDEN)
-    predict = partial(simulated_records, subject, trace)
+    (live,) = simulated_runs(subject, trace, HIDDEN, draws=1)
+    predict = partial(simulated_runs, subject, trace, draws=1)
     plain = predict(Overheads())
     assert gap_ratio(live, plain) == pytest.approx(1.12, rel=0.02)
     assert first_token_left_ms(live, plain) > 5
-    assert gap_ratio(live, live) == 1.0
-    assert first_token_left_ms(live, live) == 0.0
+    assert gap_ratio(live, [live]) == 1.0
+    assert first_token_left_ms(live, [live]) == 0.0
     fit = fit_overheads(live, predict)
-    after = compare(figures_of(live), figures_of(predict(fit.overheads)), SHORT.targets)
+    after = compare(figures_of(live), [figures_of(one) for one in predict(fit.overheads)], SHORT.targets)
     assert all(one.met for one in after)
     with pytest.raises(ValueError, match="no gap"):
         gap_ratio((), plain)
@@ -153,10 +152,10 @@ def test_options_that_cannot_be_are_refused_by_name(changes: dict[str, object], 
 def test_nothing_is_explained_where_nothing_was_missed() -> None:
     subject = subject_for(SHORT)
     trace = workload_at(SHORT, 5.0, 5.0, part=1)
-    records = simulated_records(subject, trace, Overheads())
-    fit = fit_overheads(records, partial(simulated_records, subject, trace))
+    predict = partial(simulated_runs, subject, trace, draws=2)
+    fit = fit_overheads(predict(Overheads())[0], predict)
     use = ProcessorUse(processors=2, wall_s=1.0, busy={})
-    assert explain((), use, fit, None, (), 1.0) == ()
+    assert explain((), use, fit, None, ()) == ()
 
 
 def test_processor_time_is_counted_per_part() -> None:
