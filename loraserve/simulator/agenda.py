@@ -6,8 +6,8 @@ from heapq import heappop, heappush
 Act = Callable[[int], None]
 """Something that happens; it is told the time, in picoseconds."""
 
-FAR_PS = 1 << 62
-"""Later than anything that is simulated."""
+FAR_PS = (1 << 62) - 1
+"""Later than anything that is simulated, and sooner than what the replica model calls never."""
 
 
 class Agenda:

@@ -53,12 +53,17 @@ class Epochs:
 
     def close(self, end_ps: int) -> None:
         """Record the last epoch, which ends with the simulation."""
-        if not self.records or end_ps > self.records[-1].time_ps:
-            self._record(end_ps)
+        last_ps = self.records[-1].time_ps if self.records else -1
+        # Even at the very end of an epoch something may have happened after it.
+        if end_ps > last_ps or self._now() != self._totals:
+            self._record(max(end_ps, last_ps))
+
+    def _now(self) -> tuple[int, int, int]:
+        transfers = self._shell.transfers
+        return transfers.bytes_moved, transfers.num_begun, self._dispatch.cold_misses
 
     def _record(self, now_ps: int) -> None:
-        transfers = self._shell.transfers
-        totals = (transfers.bytes_moved, transfers.num_begun, self._dispatch.cold_misses)
+        totals = self._now()
         bytes_moved, loads, cold_misses = (
             now - before for now, before in zip(totals, self._totals, strict=True)
         )

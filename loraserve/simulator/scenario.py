@@ -17,8 +17,8 @@ from traces.columns import TraceColumns
 
 MAX_ROUTERS = 1000
 MAX_TOKENS = 2**31 - 1
-MAX_DURATION_S = 9e6
-"""64 bits hold 106 days of picoseconds."""
+MAX_DURATION_S = 3e6
+"""A month: 62 bits hold 53 days of picoseconds, and what came last has to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

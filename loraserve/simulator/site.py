@@ -160,7 +160,10 @@ class Site:
             self._reached_ps = heard_ps
             model.advance(heard_ps)
         reports = self._reports
-        while reports and reports[0][0] <= now_ps:
+        if reports and reports[0][0] <= now_ps:
+            # Of several that have come since the last look only the last counts.
+            while len(reports) > 1 and reports[1][0] <= now_ps:
+                reports.popleft()
             if model.finished:
                 self._hear(model, reports[0][0] - self._network_ps)
             self._see(reports.popleft())
@@ -194,19 +197,11 @@ class Site:
 
     def _see(self, report: tuple[int, int, int, int, float]) -> None:
         """A report comes to the routers, each of which notes what it has here at this moment."""
-        _, running, waiting, outstanding_tokens, kv_usage = report
-        self.loads = [
-            ReplicaLoad(
-                replica_id=self.replica_id,
-                running=running,
-                waiting=waiting,
-                outstanding_tokens=outstanding_tokens,
-                kv_cache_usage=kv_usage,
-                own_requests=own,
-                routers=self._num_routers,
-            )
-            for own in self.own
-        ]
+        _, running, waiting, tokens, usage = report
+        replica_id, loads, num_routers = self.replica_id, self.loads, self._num_routers
+        for router, own in enumerate(self.own):
+            # By position, which is much faster; the age is 0 at this moment.
+            loads[router] = ReplicaLoad(replica_id, running, waiting, tokens, usage, 0.0, own, num_routers)
 
     def _hear(self, model: ReplicaModel, until_ps: int) -> None:
         """Routers hear the end of the streams that ended by `until_ps`."""

@@ -129,6 +129,8 @@ class AdapterGate:
 
     def release(self, version: VersionId, at_ps: int) -> bool:
         """Drop a version; False if requests name it, which must end first."""
+        if version in self._missing:
+            return False
         self._holds.pop(version, None)
         copy = self._pool.get(version)
         if copy is None:
