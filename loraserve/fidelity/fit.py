@@ -17,7 +17,7 @@ from loraserve.fidelity.simulated import Overheads
 from traces.metrics import itl_ms, ttft_ms
 from traces.records import RequestRecord
 
-ROUNDS = 8
+ROUNDS, WHOLE_ROUNDS = 8, 3
 CLOSE, CLOSE_S = 0.0005, 5e-5
 MAX_DELAY_S = 0.25
 """A longer message delay than this is no network's: the fit then leaves the rest unexplained."""
@@ -47,10 +47,13 @@ def fit_overheads(live: Sequence[RequestRecord], predict: Predict, *, start: Ove
         rounds += 1
         simulated = predict(now)
         ratio, left_ms = gap_ratio(live, simulated), first_token_left_ms(live, simulated)
+        # Whole steps at first, then ever shorter ones: a little delay more lets some requests miss a step,
+        # so what is left jumps about, and whole steps would follow it.
+        share = 1.0 if rounds <= WHOLE_ROUNDS else 0.5 ** (rounds - WHOLE_ROUNDS)
+        delay_s = now.message_delay_s + share * left_ms / 2e3  # there and back: half of it each way
         after = Overheads(
-            step_factor=now.step_factor * ratio,
-            # There and back again: half of it in each direction.
-            message_delay_s=min(max(now.message_delay_s + left_ms / 2e3, 0.0), MAX_DELAY_S),
+            step_factor=now.step_factor * ratio**share,
+            message_delay_s=min(max(delay_s, 0.0), MAX_DELAY_S),
         )
         moved_s = abs(after.message_delay_s - now.message_delay_s)
         if rounds == ROUNDS or (abs(ratio - 1) < CLOSE and moved_s < CLOSE_S):

@@ -11,6 +11,8 @@ every gap between tokens, per rank.
   peak_bytes                the most memory that the first of the two had
   cost_ratio_1000_replicas  CPU per request with 1,000 replicas and 10,000 adapters on 4 replicas each, over
                             that with 4 replicas and 25 adapters, at the same load per replica; no metrics
+  fidelity                  with --fidelity: the worst error per figure against a live cluster of emulated
+                            replicas, with --vllm of real vLLM too (`loraserve fidelity` says what each is)
   us_per_request            where the time goes: `model` is the replica models alone, given the same requests
                             on the same replicas without anybody looking, which is the floor; `cluster` is all
                             else of the simulation (routing, reports, events); `metrics` is the judging
@@ -36,6 +38,7 @@ from typing import Any, TypeVar
 
 import bench_common as common
 import numpy as np
+from simulator_fidelity import fidelity
 
 from loraserve.engines.replica_model.model import ReplicaModel
 from loraserve.engines.replica_model.sequence import Sequence as ModelSequence
@@ -235,6 +238,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="a trace, or a preset (default: Azure's conversations if they are beside the checkout, else "
         f"{PRESET})",
     )
+    parser.add_argument("--fidelity", action="store_true", help="compare with a live emulated cluster too")
+    parser.add_argument("--vllm", action="store_true", help="and with real vLLM")
     parser.add_argument("--profile", default="a100-llama2-7b-bgmv", metavar="P", help="default: %(default)s")
     return parser.parse_args(arguments)
 
@@ -253,6 +258,8 @@ def main() -> int:
 
     try:
         figures = measure(base, options.repeats, note)
+        engines = ["emulated"] * options.fidelity + ["vllm"] * options.vllm
+        figures["fidelity"] = fidelity(engines, quick=options.quick, note=note) or None
     except LoraServeError as error:
         note(str(error))
         return 2
