@@ -42,7 +42,7 @@ class Request:
     def name_at(self, place: int, size: int) -> object:
         """What the trace calls a block, and for what it does not know a name that nobody else has."""
         if place < len(self.names) and (place + 1) * size <= self.prompt_tokens:
-            return self.names[place]
+            return self.adapter, self.names[place]
         return f"{self.number}/{place}"
 
 

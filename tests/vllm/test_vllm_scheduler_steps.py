@@ -10,15 +10,25 @@ from loraserve.engines.replica_model.model import ReplicaModel
 from loraserve.engines.replica_model.sequence import ReplicaLimits, Sequence
 from loraserve.samples import SampleSet
 from placement.latency import LatencyModel, StepCost
+from placement.types import VersionId
 from tests.support.reference_replica import Reference, Request
 from tests.support.replica_logs import step_ends, token_times
 
 pytestmark = pytest.mark.vllm
 
 COST = StepCost.of(
-    LatencyModel(base_ms=5.0, row_ms=0.1, prefill_token_ms=0.05, prefill_pair_ms=1e-5, context_token_ms=1e-3)
+    LatencyModel(
+        base_ms=5.0,
+        row_ms=0.1,
+        prefill_token_ms=0.05,
+        prefill_pair_ms=1e-5,
+        context_token_ms=1e-3,
+        adapter_ms=0.2,
+        decode_rank_ms=2e-3,
+    )
 )
 BLOCK_TOKENS = 16
+ADAPTERS = {"low": 8, "high": 64}
 
 
 class VllmScheduled(Reference):
@@ -83,17 +93,22 @@ def prompt_ids(one: Request) -> list[int]:
 
 
 def vllm_request(one: Request) -> Any:
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
     from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher
     from vllm.v1.request import Request as VllmRequest
 
     sampling = SamplingParams(max_tokens=one.output_tokens, ignore_eos=True)
+    lora = None
+    if one.adapter is not None:
+        lora = LoRARequest(one.adapter, list(ADAPTERS).index(one.adapter) + 1, "nowhere")
     return VllmRequest(
         request_id=str(one.number),
         prompt_token_ids=prompt_ids(one),
         sampling_params=sampling,
         pooling_params=None,
+        lora_request=lora,
         block_hasher=get_request_block_hasher(BLOCK_TOKENS, sha256),
     )
 
@@ -119,6 +134,9 @@ def make_scheduler(samples: SampleSet) -> Callable[[ReplicaLimits, bool], Any]:
             block_size=BLOCK_TOKENS,
             enable_prefix_caching=has_names,
             async_scheduling=False,
+            enable_lora=True,
+            max_loras=len(ADAPTERS),
+            max_lora_rank=max(ADAPTERS.values()),
         ).create_engine_config()
         # One block more: vLLM keeps one for padding.
         config.cache_config.num_gpu_blocks = limits.kv_blocks + 1
@@ -144,12 +162,15 @@ def random_requests(rng: random.Random, *, has_names: bool) -> list[Request]:
         prompt_tokens = rng.randint(1, 200)
         family = rng.randint(0, 3) * 100
         names = tuple(family + place for place in range(-(-prompt_tokens // BLOCK_TOKENS)))
+        adapter = rng.choice([None, *ADAPTERS])
         requests.append(
             Request(
                 number=number,
                 at_ps=at_ps,
                 prompt_tokens=prompt_tokens,
                 output_tokens=rng.randint(1, 80),
+                rank=0 if adapter is None else ADAPTERS[adapter],
+                adapter=adapter,
                 names=names if has_names else (),
             )
         )
@@ -174,9 +195,13 @@ def test_the_model_schedules_as_vllm_does(
     )
     requests = random_requests(random.Random(seed), has_names=has_names)
     model = ReplicaModel(limits, COST)
+    for name, rank in ADAPTERS.items():
+        model.hold(VersionId(name), rank, 1000, 0)
     for one in requests:
+        version = None if one.adapter is None else VersionId(one.adapter)
         model.submit(
-            Sequence(one.number, one.prompt_tokens, one.output_tokens, hash_ids=one.names), one.at_ps
+            Sequence(one.number, one.prompt_tokens, one.output_tokens, one.rank, version, one.names),
+            one.at_ps,
         )
     model.advance(10**18)
     vllm = VllmScheduled(limits, COST, make_scheduler(limits, has_names))

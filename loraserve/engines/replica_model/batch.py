@@ -115,10 +115,8 @@ class Batch:
         gave_way = False
         run.taken = 0
         if self._partial is None and need <= self._limits.kv_blocks - self.used_blocks:
-            if self._prefix is not None:
-                # Before anybody is admitted, who then cannot share what they take.
-                self._prefix.allocate(need)
-                run.taken = need
+            # Before anybody is admitted, who then cannot share what they take.
+            self.take_step_blocks(run)
             if self.waiting:
                 self._admit(chunks, budget, need)
         elif not self._continue(run, chunks, need):
@@ -178,6 +176,12 @@ class Batch:
                 else:
                     self._partial = sequence
         log.run_blocks.append(self.used_blocks)
+
+    def take_step_blocks(self, run: Run) -> None:
+        """Have the prefix cache give up what the decoding rows take in the next step of the run."""
+        if self._prefix is not None:
+            run.taken = self._block_phases[self.num_steps % self._block_tokens]
+            self._prefix.allocate(run.taken)
 
     def blocks_to_come(self, first_step: int, steps: int) -> int:
         """The KV blocks that decoding rows take in so many steps from `first_step` on."""
@@ -281,10 +285,7 @@ class Batch:
         )
         if not fits:
             self._make_room()
-            need = self._block_phases[self.num_steps % self._block_tokens]
-        if self._prefix is not None:
-            self._prefix.allocate(need)
-            run.taken = need
+        self.take_step_blocks(run)
         partial = self._partial
         if partial is not None:
             tokens, blocks = self._next_chunk(partial)

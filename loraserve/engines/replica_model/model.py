@@ -160,7 +160,7 @@ class ReplicaModel:
                 self._take_joins(self._begun_ps)
             if self._begun_ps >= until_ps or not self._plan():
                 join_ps = self._next_join_ps()
-                if self._begun_ps >= until_ps or join_ps >= until_ps:
+                if join_ps > until_ps:
                     break
                 self._begun_ps = join_ps
         if until_ps > self._until_ps:
@@ -183,12 +183,12 @@ class ReplicaModel:
         if sequence.phase is Phase.ENDED:
             return False
         self._split(at_ps)
-        found = self.batch.remove(sequence, self._run if self._is_busy else None)
+        self.batch.remove(sequence, self._run if self._is_busy else None)
+        sequence.phase = Phase.ENDED
         if sequence.version is not None:
             self.gate.leave(sequence, at_ps)
-            self._enter()
-        sequence.phase = Phase.ENDED
-        return found
+            self._wake(at_ps)
+        return True
 
     def hold(self, version: VersionId, rank: int, size_bytes: int, at_ps: int) -> None:
         """The version's weights have come to the host pool; ValueError if they can never fit."""
@@ -274,7 +274,7 @@ class ReplicaModel:
             self._enter()
 
     def _split(self, at_ps: int) -> None:
-        """Make the step under way a run of its own, which may lose rows."""
+        """Make the step under way a run of its own, which may lose rows; one that only begins now is not."""
         self._quiet_ps = 0
         if not self._is_busy or self._run.steps == 1:
             return
@@ -282,7 +282,11 @@ class ReplicaModel:
         steps = self._steps_by(at_ps)
         if steps:
             self._commit(steps, self._begun_ps + self._run_ps(steps))
+            if self._begun_ps == at_ps:
+                self._is_busy = False
+                return
             run.step_ps += run.growth_ps * steps
+            self.batch.take_step_blocks(run)
         run.steps = 1
         self._end_ps = self._begun_ps + run.step_ps
 
@@ -314,11 +318,14 @@ class ReplicaModel:
             self._end_ps = self._begun_ps + self._run_ps(steps)
 
     def _take_joins(self, until_ps: int) -> None:
-        """Let in, in the order of time, the requests that have come and the adapters that are active."""
+        """Let in, in the order of time, the adapters that are active and the requests that have come.
+
+        An adapter is first: a request may still come at the very moment that was looked at.
+        """
         inbox, gate, batch = self._inbox, self.gate, self.batch
         while True:
             landing_ps = gate.next_ps
-            if inbox and inbox[0][0] <= until_ps and (landing_ps is None or inbox[0][0] <= landing_ps):
+            if inbox and inbox[0][0] <= until_ps and (landing_ps is None or inbox[0][0] < landing_ps):
                 at_ps, sequence = inbox.popleft()
                 if sequence.version is None:
                     batch.add(sequence)

@@ -1,16 +1,19 @@
 """The prefix cache: which blocks of prompts are in the KV cache and may be shared, as vLLM V1 keeps them.
 
 Counts blocks, holds no tokens. A block is named by a hash of everything up to it, as vLLM and Mooncake's
-traces do, so equal names mean equal prefixes. Who needs a block takes one without a name, and when there is
+traces do, so equal names mean equal prefixes; what one adapter has computed is of no use to another, so
+the version is part of the name, as in vLLM. Who needs a block takes one without a name, and when there is
 none, the named one that has been out of use for longest, which loses its name.
 """
 
 from collections import OrderedDict
 
 from loraserve.engines.replica_model.sequence import ReplicaLimits, Sequence
+from placement.types import VersionId
 
-Name = int | tuple[int, int]
-"""A name out of the trace, or of a block that only one request could have: (request, place)."""
+Name = tuple[VersionId | None, int] | tuple[int, int]
+"""A name out of the trace with the version, or of a block that only one request could have: (request,
+place)."""
 
 
 class Block:
@@ -115,5 +118,5 @@ class PrefixCache:
 def _name(sequence: Sequence, place: int, name_tokens: int) -> Name:
     """The name of one of the sequence's blocks; what the trace does not name is its own."""
     if place < len(sequence.hash_ids) and (place + 1) * name_tokens <= sequence.prompt_tokens:
-        return sequence.hash_ids[place]
+        return sequence.version, sequence.hash_ids[place]
     return sequence.request, place
