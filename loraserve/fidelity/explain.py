@@ -33,6 +33,11 @@ def explain(
         )
     if refit is not None:
         lines.append(_refit_line(fitted, refit, missed, refit_missed))
+    lines += [
+        f"{LABELS[one.name]}: what the simulator says is the live run's percentile {100 * one.level:.1f}"
+        for one in missed
+        if one.level is not None
+    ]
     chance = [one for one in missed if one.lowest <= one.live <= one.highest]
     if chance:
         lines.append(

@@ -6,7 +6,7 @@ from functools import partial
 
 from loraserve.errors import WorkFailedError
 from loraserve.fidelity.explain import explain
-from loraserve.fidelity.figures import arriving_tokens_per_s, compare, figures_of
+from loraserve.fidelity.figures import arriving_tokens_per_s, compare
 from loraserve.fidelity.fit import Fit, fit_overheads
 from loraserve.fidelity.live import LiveRun, LiveSide
 from loraserve.fidelity.options import FidelityOptions
@@ -115,16 +115,16 @@ def score_load(
     run: LiveRun, subject: Subject, options: FidelityOptions, fit: Fit, *, load: float, requests_per_s: float
 ) -> LoadResult:
     """Simulate what was sent and compare; what was missed is explained."""
-    live, targets = figures_of(run.records), options.targets
+    targets = options.targets
     predict = partial(simulated_runs, subject, run.trace, draws=options.draws)
     simulated = predict(fit.overheads)
-    compared = compare(live, [figures_of(one) for one in simulated], targets)
+    compared = compare(run.records, simulated, targets)
     missed = [one for one in compared if one.met is False]
     refit: Fit | None = None
     explanations: tuple[str, ...] = ()
     if missed:
         refit = fit_overheads(run.records, predict, start=fit.overheads)
-        again = compare(live, [figures_of(one) for one in predict(refit.overheads)], targets)
+        again = compare(run.records, predict(refit.overheads), targets)
         left = [one for one in again if one.met is False]
         explanations = explain(missed, run.processors, fit, refit, left)
     return LoadResult(

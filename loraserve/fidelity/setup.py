@@ -42,7 +42,7 @@ VLLM: Mapping[str, object] = {
 }
 LENGTHS = {
     "emulated": Lengths(),
-    "vllm": Lengths(prompt=(16, 96), output=(16, 64)),
+    "vllm": Lengths(prompt=(16, 64), output=(8, 40)),
 }
 MODEL_HIDDEN, MODEL_LAYERS = 1024, 8
 """The model that is made for vLLM: large enough that a step on one core takes tens of milliseconds."""
