@@ -1,16 +1,22 @@
 """What is told of a simulation is what its records say, and its pictures show where the time went."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
+from loraserve.profiling.files import find_simulatable
 from loraserve.simulator.figures import Judging, figures_of, metrics_of, records_of
+from loraserve.simulator.from_profile import ClusterOptions, parse_failures, scenario_of
+from loraserve.simulator.run import simulate
+from loraserve.simulator.workload import SimulatedWorkload
 from tests.support.made_results import result_of
 from tests.support.made_runs import MadeRun, MadeStretch, records_of_made, steps_of
 from traces.columns import TraceAdapter
 from traces.metrics import Slo, summarise
 from traces.records import Outcome
+from traces.summary_json import summary_to_json
 
 MS = 1_000_000_000
 
@@ -93,3 +99,32 @@ def test_nothing_is_left_of_a_run_that_is_all_warm_up() -> None:
     figures = figures_of(result_of(made()), Judging(warmup_s=10))
     assert (figures.summary.overall.requests, figures.summary.warmup_requests) == (0, 4)
     assert figures.utilisation == 0
+
+
+def test_a_simulation_with_a_failure_is_judged_as_its_records_are() -> None:
+    trace = SimulatedWorkload(source="demo", adapters=6, requests=400, rate_per_s=14.0, base_share=0.1).draw(
+        1
+    )
+    cluster = ClusterOptions(
+        num_replicas=2,
+        num_routers=2,
+        epoch_s=10.0,
+        failures=parse_failures(["replica-0@4s for 3s"]),
+    )
+    result = simulate(scenario_of(find_simulatable("a100-llama2-7b-bgmv"), trace, cluster))
+    assert (result.attempts > 1).any()
+    judging = Judging(slo=Slo(ttft_ms=150.013, tbt_ms=40.013), warmup_s=2.0, per_adapter=True)
+    summary = metrics_of(result, judging).summary
+    expected = summarise(records_of(result, warmup_s=2.0), slo=judging.slo, live=False)
+    assert list(summary.per_rank) == list(expected.per_rank)
+    assert list(summary.per_adapter) == list(expected.per_adapter)
+    tree, other = flat(summary_to_json(summary)), flat(summary_to_json(expected))
+    assert tree.keys() == other.keys()
+    different = {key: (tree[key], other[key]) for key in tree if tree[key] != pytest.approx(other[key])}
+    assert different == {}
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {key: value for name in tree for key, value in flat(tree[name], f"{path}/{name}").items()}
