@@ -1,5 +1,6 @@
 """`loraserve profile`: measures what one replica can do and what its steps cost, and writes its profile."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,9 @@ def profile(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer batches, shorter probes, operating points to 15 %.")
     ] = False,
+    limit_s: Annotated[
+        float | None, typer.Option(min=1.0, help="Begin no probe after so many seconds; write what there is.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, prompts and lengths.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
@@ -64,6 +68,8 @@ def profile(
     options = _options(
         configured, slo_ttft_ms, slo_tbt_ms, prompt_tokens, output_tokens, quick=quick, seed=seed
     )
+    if limit_s is not None:
+        options = dataclasses.replace(options, limit_s=limit_s)
     wanted = _ranks(ranks)
     if not adapter:
         from loraserve.profiling.subject import check_ranks

@@ -101,6 +101,7 @@ def print_json(profile: "Profile", measured: "Measured", path: Path) -> None:
         "latency_by_kernel": plain([one.model for one in measured.recommendation.fits]),
         "predicted_tokens_per_s": dict(measured.predicted_tokens_per_s),
         "left_out": measured.left_out,
+        "complete": measured.is_complete,
         "others_cpu": measured.others_cpu,
         "took_s": round(measured.took_s, 1),
         "file": path,
@@ -121,6 +122,8 @@ def print_tables(profile: "Profile", measured: "Measured", path: Path) -> None:
         print(
             "step = " + " + ".join(f"{value:.4g} {key.removesuffix('_ms')}" for key, value in terms.items())
         )
+    if not measured.is_complete:
+        print("not complete: --limit-s was over before all ranks were searched")
     if measured.left_out:
         print(f"left out, as their prompts take too long: {', '.join(measured.left_out)}")
     if (measured.others_cpu or 0.0) > MAX_OTHERS_CPU and profile.engine.kind != "emulated":

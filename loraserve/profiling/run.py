@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ QUICK = Effort(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileOptions:
-    """How to measure."""
+    """How to measure; after `limit_s` of real time no further probe begins."""
 
     slo: Slo
     prompt_tokens: int
@@ -75,6 +76,7 @@ class ProfileOptions:
     effort: Effort = field(default_factory=Effort)
     quick: bool = False
     seed: int = 0
+    limit_s: float = math.inf
 
     def estimate_s(self, num_ranks: int) -> float:
         """About how long a run on a real engine takes."""
@@ -86,8 +88,8 @@ class ProfileOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """All that was measured; `highest` has the probe with the highest rate inside the SLO per rank (None:
-    all ranks in turn), or None where no rate was; `others_cpu` is the share of the processors' time that
-    went to other work, None where it is not known."""
+    all ranks in turn), or None where no rate was; ranks that were not reached in time are not in it.
+    `others_cpu` is the share of the processors' time that went to other work, None if it is not known."""
 
     info: EngineInfo
     steps: tuple[TimedStep, ...]
@@ -98,6 +100,7 @@ class Measured:
     predicted_tokens_per_s: tuple[tuple[int, float], ...]
     speeds: LoadSpeeds
     took_s: float
+    is_complete: bool = True
     others_cpu: float | None = None
 
 
@@ -161,6 +164,7 @@ class _Run:
         self._subject = subject
         self._options = options
         self._progress = progress
+        self._began_s = time.perf_counter()
         searches = len(subject.ranks) + (len(subject.ranks) > 1)
         # The share of the run that the batches take, by the estimate.
         self._batches_share = options.effort.batches_s / options.estimate_s(len(subject.ranks))
@@ -176,6 +180,8 @@ class _Run:
         highest: list[tuple[int | None, LoadProbe | None]] = []
         predicted = [(rank, self._predicted(model, rank)) for rank in self._subject.ranks]
         for number, rank in enumerate(self._searched()):
+            if self._is_over():
+                break
             tried = await self._search(rank, model, number)
             probes += tried
             inside = [probe for probe in tried if probe.inside]
@@ -190,7 +196,11 @@ class _Run:
             predicted_tokens_per_s=tuple(predicted),
             speeds=speeds,
             took_s=0.0,
+            is_complete=not self._is_over(),
         )
+
+    def _is_over(self) -> bool:
+        return time.perf_counter() - self._began_s > self._options.limit_s
 
     def _searched(self) -> tuple[int | None, ...]:
         return (*self._subject.ranks, None) if len(self._subject.ranks) > 1 else self._subject.ranks
@@ -264,7 +274,7 @@ class _Run:
         )
         search = RateSearch(limits, start)
         probes: list[LoadProbe] = []
-        while (rate := search.next_rate) is not None:
+        while (rate := search.next_rate) is not None and not self._is_over():
             share = self._batches_share + self._search_share * (number + min(0.9, len(probes) / 8))
             what = "all ranks" if rank is None else f"rank {rank}"
             self._progress.tell(f"load of {what}: {rate:.3g} requests/s", share)

@@ -1,5 +1,6 @@
 """`loraserve profile` on the emulated engine, whose latency model is known."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,18 @@ async def test_the_fit_gives_the_emulated_engine_s_own_model_back(tmp_path: Path
 
 async def test_an_slo_that_no_load_meets_gives_no_operating_point(tmp_path: Path) -> None:
     slo = Slo(ttft_ms=500.0, tbt_ms=1.0)
-    found = await measured(
-        tmp_path, ProfileOptions(slo=slo, prompt_tokens=64, output_tokens=16, effort=QUICK, quick=True)
-    )
+    found = await measured(tmp_path, dataclasses.replace(OPTIONS, slo=slo))
     assert [probe for _, probe in found.highest] == [None, None, None]
     assert found.probes
     assert not any(probe.inside for probe in found.probes)
+
+
+async def test_a_run_that_is_out_of_time_gives_what_it_has(tmp_path: Path) -> None:
+    found = await measured(tmp_path, dataclasses.replace(OPTIONS, limit_s=1e-6))
+    assert not found.is_complete
+    assert not found.highest
+    assert not found.probes
+    assert found.recommendation.best.fit.steps == len(found.steps) > 0
 
 
 async def test_the_command_prints_what_it_writes(tmp_path: Path) -> None:
