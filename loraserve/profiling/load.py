@@ -92,49 +92,55 @@ class LoadDriver:
         It ends early once more of them than the percentile allows have missed the first token's target.
         What comes first warms up, and counts for nothing.
         """
-        drawn = Random(self._seed)
-        count = self._shape.count(requests_per_s)
-        look = max(1, count // _LOOKS)
-        warm_up = int(_WARM_UP_SHARE * count)
-        allowed = int((1 - PERCENTILE) * (count - warm_up))
         began_s = self._clock.now_s()
         sent: list[_Sent] = []
         tasks: list[asyncio.Task[None]] = []
-        backlog_half = 0
-        lost = False
         try:
-            for number in range(count):
-                due_s = began_s + number / requests_per_s
-                await self._wait_until(due_s)
-                request = self._request(drawn, versions[number % len(versions)])
-                one = _Sent(at_s=due_s, prompt_tokens=len(request.prompt))
-                sent.append(one)
-                tasks.append(asyncio.create_task(self._follow(one, request)))
-                if number == count // 2:
-                    backlog_half = _waiting(sent)
-                if number % look == look - 1 and self._late(sent[warm_up:]) > allowed:
-                    lost = True
-                    break
-            backlog = _waiting(sent)
+            steady = await self._send(requests_per_s, versions, sent, tasks)
             ended_s = self._clock.now_s()
-            if not lost:
+            if steady:
                 await self._await_tokens(sent, tasks, began_s, ended_s)
         finally:
             await _end(tasks)
-        growth = backlog - backlog_half - _GROWTH_REQUESTS
         return self._told(
             sent,
             rank,
             requests_per_s,
             began_s=began_s + _WARM_UP_SHARE * (ended_s - began_s),
             ended_s=ended_s,
-            steady=not lost and growth <= _GROWTH_SHARE * count / 2,
+            steady=steady,
         )
 
-    async def _wait_until(self, due_s: float) -> None:
-        wait_s = due_s - self._clock.now_s()
-        # Late, a turn of the loop is still due, or the engine's tokens are never read.
-        await self._sleep(max(0.0, wait_s))
+    async def _send(
+        self,
+        requests_per_s: float,
+        versions: Sequence[VersionId | None],
+        sent: list[_Sent],
+        tasks: list["asyncio.Task[None]"],
+    ) -> bool:
+        """Whether the load is one that the engine keeps up with, so far: the queue hardly grows from half of
+        the time to its end, and first tokens are not late already."""
+        drawn = Random(self._seed)
+        count = self._shape.count(requests_per_s)
+        look = max(1, count // _LOOKS)
+        warm_up = int(_WARM_UP_SHARE * count)
+        allowed = int((1 - PERCENTILE) * (count - warm_up))
+        began_s = self._clock.now_s()
+        waiting_half = 0
+        for number in range(count):
+            due_s = began_s + number / requests_per_s
+            # Late, a turn of the loop is still due, or the engine's tokens are never read.
+            await self._sleep(max(0.0, due_s - self._clock.now_s()))
+            request = self._request(drawn, versions[number % len(versions)])
+            one = _Sent(at_s=due_s, prompt_tokens=len(request.prompt))
+            sent.append(one)
+            tasks.append(asyncio.create_task(self._follow(one, request)))
+            if number == count // 2:
+                waiting_half = _waiting(sent)
+            if number % look == look - 1 and self._late(sent[warm_up:]) > allowed:
+                return False
+        growth = _waiting(sent) - waiting_half - _GROWTH_REQUESTS
+        return growth <= _GROWTH_SHARE * count / 2
 
     async def _await_tokens(
         self, sent: Sequence[_Sent], tasks: Sequence["asyncio.Task[None]"], began_s: float, ended_s: float

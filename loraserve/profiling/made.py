@@ -59,7 +59,6 @@ def make_profile(
     ]
     mixed = [probe for rank, probe in measured.highest if rank is None and probe is not None]
     told = "; ".join(f"{key}: {value}" for key, value in conditions.items())
-    size = sum(adapter.size_bytes for adapter in subject.adapters)
     return Profile(
         name=name,
         source=f"Measured by loraserve profile. {told}. Kernel: {measured.recommendation.how_sure}",
@@ -69,7 +68,7 @@ def make_profile(
         operating_points=tuple(points),
         mixed_tokens_per_s=mixed[0].tokens_per_s if mixed else None,
         slo=options.slo,
-        adapter_bytes_per_rank=size / sum(adapter.rank for adapter in subject.adapters),
+        adapter_bytes_per_rank=_bytes_per_rank(subject),
         speeds=measured.speeds,
         fits=tuple(one.fit for one in measured.recommendation.fits),
         probes=measured.probes,
@@ -84,3 +83,7 @@ def make_profile(
             "speeds.origin_bytes_per_s": "not measured: a stand-in",
         },
     )
+
+
+def _bytes_per_rank(subject: Subject) -> float:
+    return sum(one.size_bytes for one in subject.adapters) / sum(one.rank for one in subject.adapters)

@@ -246,24 +246,7 @@ class _Run:
         effort, options = self._options.effort, self._options
         tokens = options.prompt_tokens + options.output_tokens
         predicted = self._predicted(model, rank or self._subject.ranks[-1])
-        # As many requests as run at once, of all their tokens: how long one takes when the batch is full.
-        request_s = self._rows() * tokens / predicted
-        shape = LoadShape(
-            prompt_tokens=options.prompt_tokens,
-            output_tokens=options.output_tokens,
-            probe_s=min(effort.limit_s, max(effort.probe_s, _REQUESTS_LONG * request_s)),
-            limit_s=effort.limit_s,
-        )
-        driver = LoadDriver(
-            self._stage.engine,
-            clock=self._stage.clock,
-            sleep=self._stage.sleep,
-            shape=shape,
-            slo=options.slo,
-            vocab_size=self._info.vocab_size,
-            seed=options.seed,
-            name=f"profile-{number}",
-        )
+        driver = self._driver(predicted, f"profile-{number}")
         of_rank = [one.version_id for one in self._subject.adapters if rank in (None, one.rank)]
         start = _START_SHARE * predicted / tokens
         limits = SearchLimits(
@@ -284,6 +267,28 @@ class _Run:
                     break
             search.tell(held=probes[-1].inside)
         return probes
+
+    def _driver(self, predicted_tokens_per_s: float, name: str) -> LoadDriver:
+        effort, options = self._options.effort, self._options
+        # As many requests as run at once, of all their tokens: how long one takes when the batch is full.
+        tokens = options.prompt_tokens + options.output_tokens
+        request_s = self._rows() * tokens / predicted_tokens_per_s
+        shape = LoadShape(
+            prompt_tokens=options.prompt_tokens,
+            output_tokens=options.output_tokens,
+            probe_s=min(effort.limit_s, max(effort.probe_s, _REQUESTS_LONG * request_s)),
+            limit_s=effort.limit_s,
+        )
+        return LoadDriver(
+            self._stage.engine,
+            clock=self._stage.clock,
+            sleep=self._stage.sleep,
+            shape=shape,
+            slo=options.slo,
+            vocab_size=self._info.vocab_size,
+            seed=options.seed,
+            name=name,
+        )
 
     async def _probe(
         self, driver: LoadDriver, rate: float, versions: Sequence[VersionId], rank: int | None
