@@ -15,6 +15,7 @@ from loraserve.engines.base import AdapterFiles, EngineInfo, EngineLoad, SlotMem
 from loraserve.engines.emulated_model import limits_of, step_cost_of
 from loraserve.engines.emulated_process import StandInProcess
 from loraserve.engines.outputs import Output
+from loraserve.engines.replica_model.log import ReplicaLog
 from loraserve.engines.replica_model.model import ReplicaModel
 from loraserve.engines.replica_model.sequence import Phase
 from loraserve.engines.replica_model.sequence import Sequence as ModelSequence
@@ -66,7 +67,9 @@ class EmulatedEngine:
         *,
         clock: Clock,
         sleep: Sleep = asyncio.sleep,
+        log: ReplicaLog | None = None,
     ) -> None:
+        """`log` gets every step taken, for ever; without one nothing is kept."""
         self._config = config
         self._latency = emulated
         self._model = model
@@ -74,7 +77,10 @@ class EmulatedEngine:
         self._sleep = sleep
         # One step at a time, so that a request that stops by itself is out before the next one.
         self._replica = ReplicaModel(
-            limits_of(config, emulated), step_cost_of(config, emulated), max_run_steps=1
+            limits_of(config, emulated),
+            step_cost_of(config, emulated),
+            log=ReplicaLog.of_nothing() if log is None else log,
+            max_run_steps=1,
         )
         self._origin_s = clock.now_s()
         """The clock at the model's zero; moved on when the loop falls behind."""
@@ -92,7 +98,7 @@ class EmulatedEngine:
 
     @property
     def replica(self) -> ReplicaModel:
-        """What computes here: its log has every step taken."""
+        """What computes here."""
         return self._replica
 
     async def start(self) -> EngineInfo:
@@ -267,14 +273,14 @@ class EmulatedEngine:
         )
         self._num_requests += 1
         stream = _Stream(output, version_id, sequence, num_drawn)
-        self._streams[request.request_id] = stream
         if output.finished:
             sequence.phase = Phase.ENDED
         else:
             now_ps = round((self._clock.now_s() - self._origin_s) * PS_PER_S)
             sequence.owner = stream
-            self._replica.submit(sequence, max(now_ps, self._replica.now_ps))
+            self._replica.submit(sequence, max(now_ps, self._replica.earliest_ps))
             self._work.set()
+        self._streams[request.request_id] = stream
         return stream
 
     async def _run(self) -> None:
@@ -295,15 +301,19 @@ class EmulatedEngine:
             await self._sleep_until(due_ps)
             replica.advance(due_ps)
             self._give_out()
-            # Now that who has stopped is out, the next step may begin.
+            # Now that who has stopped is out, the next step may begin. One of no time at all ends as well.
             replica.advance(due_ps + 1)
+            if replica.finished:
+                self._give_out()
 
     async def _sleep_until(self, due_ps: int) -> None:
         left_s = self._origin_s + due_ps / PS_PER_S - self._clock.now_s()
-        if left_s > 0:
-            await self._sleep(left_s)
-        elif left_s < -MAX_LAG_S:
+        if left_s < -MAX_LAG_S:
             self._origin_s -= left_s + MAX_LAG_S
+            # Who has come by now would else come late by what was forgotten.
+            self._replica.bring_forward(due_ps + round(MAX_LAG_S * PS_PER_S))
+        # Also without a moment to spare, for others share the event loop.
+        await self._sleep(max(0.0, left_s))
 
     def _give_out(self) -> None:
         """Hand each reader what was drawn since, and end what has stopped by itself."""

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from loraserve.clock import Clock
 from loraserve.config import EmulatedSection, EngineSection, ModelSection
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.emulated import EmulatedEngine
+from loraserve.engines.replica_model.log import ReplicaLog
 from loraserve.engines.virtual import VirtualTime
 from loraserve.request import FinishReason, GenerationRequest, GenerationStep, SamplingParams
 from placement.types import VersionId
@@ -13,11 +15,17 @@ from placement.types import VersionId
 FAST = EmulatedSection()
 
 
-def engine_on(time: VirtualTime, emulated: EmulatedSection = FAST, **settings: Any) -> EmulatedEngine:
+def engine_on(
+    time: VirtualTime,
+    emulated: EmulatedSection = FAST,
+    *,
+    clock: Clock | None = None,
+    log: ReplicaLog | None = None,
+    **settings: Any,
+) -> EmulatedEngine:
     """An engine under virtual time; settings are EngineSection's."""
-    return EmulatedEngine(
-        EngineSection(kind="emulated", **settings), emulated, ModelSection(), clock=time, sleep=time.sleep
-    )
+    section = EngineSection(kind="emulated", **settings)
+    return EmulatedEngine(section, emulated, ModelSection(), clock=clock or time, sleep=time.sleep, log=log)
 
 
 def adapter(name: str, rank: int = 8, size_bytes: int = 1000) -> AdapterFiles:

@@ -247,9 +247,7 @@ class Batch:
             known = sequence.known
             if self._prefix is not None:
                 free = self._take_prefix(self._prefix, sequence, free)
-                if not sequence.computed and not self._fits(sequence, free):
-                    return
-            elif -(-known // size) > free:
+            if not sequence.computed and -(-known // size) > free:
                 return
             tokens = min(known - sequence.computed, budget)
             blocks = -(-(sequence.computed + tokens) // size) - (sequence.computed // size)
@@ -263,9 +261,6 @@ class Batch:
             sequence.phase = Phase.PREFILL
             chunks.append((sequence, tokens))
             budget -= tokens
-
-    def _fits(self, sequence: Sequence, free: int) -> bool:
-        return -(-sequence.known // self._block_tokens) <= free
 
     def _take_prefix(self, prefix: PrefixCache, sequence: Sequence, free: int) -> int:
         """Begin the sequence with what the cache has of it, if all of it fits; the blocks free then."""
@@ -348,7 +343,14 @@ class Batch:
             self._end(sequence, now_ps)
             return
         self._order += 1
-        heapq.heappush(self._finish, (sequence.finish_step, self._order, sequence))
+        finish = self._finish
+        heapq.heappush(finish, (sequence.finish_step, self._order, sequence))
+        if len(finish) > 2 * self.num_decoding + 64:
+            # Those who left before their end are held no longer.
+            finish[:] = [
+                one for one in finish if one[2].phase is Phase.DECODE and one[2].finish_step == one[0]
+            ]
+            heapq.heapify(finish)
 
     def _end(self, sequence: Sequence, now_ps: int) -> None:
         self._leave(sequence)

@@ -1,11 +1,18 @@
 """What one replica did, as runs of steps: columns that grow, one row per run and per stretch of output."""
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 def _column() -> "array[int]":
     return array("q")
+
+
+class _Nothing(array):  # type: ignore[type-arg]
+    """A column that stays empty."""
+
+    def append(self, value: int, /) -> None:
+        pass
 
 
 @dataclass(slots=True, eq=False)
@@ -35,3 +42,12 @@ class ReplicaLog:
     stretch_request: "array[int]" = field(default_factory=_column)
     stretch_first: "array[int]" = field(default_factory=_column)
     stretch_last: "array[int]" = field(default_factory=_column)
+
+    @classmethod
+    def of_nothing(cls) -> "ReplicaLog":
+        """A log that keeps only the number of steps, for a replica that runs for ever."""
+        log = cls()
+        for one in fields(cls):
+            if one.name != "num_steps":
+                setattr(log, one.name, _Nothing("q"))
+        return log

@@ -57,6 +57,11 @@ class ReplicaModel:
         return self._until_ps
 
     @property
+    def earliest_ps(self) -> int:
+        """No request can come before this: time has moved on, or another was submitted for later."""
+        return max(self._until_ps, self._inbox[-1][0]) if self._inbox else self._until_ps
+
+    @property
     def running(self) -> int:
         """Sequences in the batch."""
         return len(self.batch.running)
@@ -132,11 +137,16 @@ class ReplicaModel:
             raise ValueError(
                 f"request {sequence.request}: at least one token of prompt and of output to come"
             )
-        if at_ps < self._until_ps or (self._inbox and at_ps < self._inbox[-1][0]):
+        if at_ps < self.earliest_ps:
             raise ValueError(f"request {sequence.request}: comes at {at_ps} ps, which is past")
         self._inbox.append((at_ps, sequence))
         if at_ps < self._quiet_ps:
             self._quiet_ps = at_ps
+
+    def bring_forward(self, at_ps: int) -> None:
+        """Let the requests that were to come later come at `at_ps`, in their order."""
+        self._inbox = deque((min(coming_ps, at_ps), sequence) for coming_ps, sequence in self._inbox)
+        self._quiet_ps = 0
 
     def advance(self, until_ps: int) -> None:
         """Let time pass: every step that ends by `until_ps` is done, and who has ended is in `finished`."""

@@ -1,5 +1,6 @@
 """The replica model against a plain reference, and its conservation laws."""
 
+import weakref
 from collections.abc import Sequence as Many
 from dataclasses import replace
 
@@ -224,3 +225,20 @@ def test_what_cannot_be_computed_is_refused(
     model.advance(4)
     with pytest.raises(ValueError, match=said):
         model.submit(Sequence(0, prompt_tokens, output_tokens), at_ps)
+
+
+def test_who_has_gone_is_held_no_longer() -> None:
+    class Owner:
+        """Something that a reference can be kept to."""
+
+    model = ReplicaModel(ReplicaLimits(kv_blocks=1 << 20), COST)
+    gone: weakref.WeakSet[Owner] = weakref.WeakSet()
+    for number in range(500):
+        owner = Owner()
+        gone.add(owner)
+        sequence = Sequence(number, 10, 100_000, owner=owner)
+        model.submit(sequence, number * PS_PER_S)
+        model.advance(number * PS_PER_S + PS_PER_S // 2)
+        assert model.cancel(sequence, number * PS_PER_S + PS_PER_S // 2)
+        del owner, sequence
+    assert len(gone) < 100
