@@ -10,13 +10,13 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from traces.adapter_table import AdapterTable
 from traces.columns import TraceColumns, trace_of
+from traces.files.adapter_table import AdapterTable
+from traces.files.lines import MAX_LINE_BYTES, PARQUET_MAGIC, Chunk, magic_of, read_chunks
+from traces.files.reading import MAX_REQUESTS, MAX_ROWS, OnBadRow, Reading
 from traces.fill import Fill
 from traces.formats import FORMATS
 from traces.formats.base import Parser, Row, RowError, Setting, TraceFormat, shown
-from traces.lines import MAX_LINE_BYTES, PARQUET_MAGIC, Chunk, magic_of, read_chunks
-from traces.reading import MAX_REQUESTS, MAX_ROWS, OnBadRow, Reading
 from traces.types import Trace, TraceError, check_cut
 
 __all__ = ["OnBadRow", "bundled_trace", "read_columns", "read_trace"]
@@ -75,7 +75,7 @@ def _read(
         )
     wanted = Wanted(format, on_bad_row == "refuse", limit, duration_s, fill or Fill(), max_requests)
     if magic_of(Path(path)) == PARQUET_MAGIC and format in (None, PARQUET):
-        from traces.parquet import read_parquet
+        from traces.files.parquet import read_parquet
 
         return read_parquet(Path(path), wanted)
     if format == PARQUET:

@@ -47,7 +47,7 @@ def write_columns(columns: TraceColumns, path: str | Path, *, format: str | None
         _check_name(adapter.name)
     with _replacing(target) as part:
         if chosen == "parquet":
-            from traces.parquet import write_parquet
+            from traces.files.parquet import write_parquet
 
             write_parquet(columns, part)
         else:

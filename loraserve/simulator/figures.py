@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from loraserve.engines.replica_model.log import ReplicaLog
 from loraserve.simulator.result import SimulationResult
-from traces.gap_quantiles import WeighedGaps
 from traces.metrics import Slo, Summary
 from traces.records import Outcome, RequestRecord
-from traces.run_metrics import ALL, RequestColumns, RunMetrics, summarise_runs
-from traces.step_runs import ReplicaSteps, spread_rows
-from traces.step_time import busy_time
+from traces.runs.gap_quantiles import WeighedGaps
+from traces.runs.run_metrics import ALL, RequestColumns, RunMetrics, summarise_runs
+from traces.runs.step_runs import ReplicaSteps, spread_rows
+from traces.runs.step_time import busy_time
 
 PS_PER_S = 1e12
 MAX_BINS = 120

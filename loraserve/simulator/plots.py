@@ -21,7 +21,7 @@ from traces.plots import (
     rank_label,
     styled,
 )
-from traces.run_metrics import ALL
+from traces.runs.run_metrics import ALL
 
 MAX_REPLICA_LABELS = 16
 _LEAST_MS = 1e-3

@@ -9,7 +9,7 @@ from loraserve.engines.replica_model.log import ReplicaLog
 from loraserve.simulator.result import EpochRecord, SimulationResult
 from tests.support.made_runs import MadeRun
 from traces.records import Outcome
-from traces.step_runs import ReplicaSteps
+from traces.runs.step_runs import ReplicaSteps
 
 
 def result_of(made: MadeRun, *, policy: str = "made", seed: int = 0, wall_s: float = 0.5) -> SimulationResult:

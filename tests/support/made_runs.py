@@ -7,8 +7,8 @@ import numpy as np
 
 from traces.columns import TraceAdapter
 from traces.records import Outcome, RequestRecord
-from traces.run_metrics import RequestColumns
-from traces.step_runs import ReplicaSteps
+from traces.runs.run_metrics import RequestColumns
+from traces.runs.step_runs import ReplicaSteps
 
 PS_PER_S = 1e12
 

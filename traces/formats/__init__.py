@@ -1,5 +1,5 @@
 """The trace formats: one file each, and one line in this table. Parquet, which has no lines, is read by
-`traces.parquet`."""
+`traces.files.parquet`."""
 
 from traces.formats.azure import AZURE
 from traces.formats.base import TraceFormat

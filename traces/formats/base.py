@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.adapter_table import AdapterTable
+from traces.files.adapter_table import AdapterTable
 
 MAX_TOKENS = 10_000_000
 """Ten times the longest context window offered today; more is a damaged row."""

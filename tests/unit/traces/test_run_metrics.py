@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from tests.support.made_runs import MadeRun, MadeStretch, records_of_made, steps_of
 from traces.columns import BASE, TraceAdapter
-from traces.gap_quantiles import GapHistogram, select
 from traces.metrics import GroupSummary, Slo, Summary, summarise
 from traces.quantiles import Distribution
 from traces.records import Outcome
-from traces.run_metrics import summarise_runs
-from traces.step_runs import Gaps, ReplicaSteps
+from traces.runs.gap_quantiles import GapHistogram, select
+from traces.runs.run_metrics import summarise_runs
+from traces.runs.step_runs import Gaps, ReplicaSteps
 
 ADAPTERS = (
     TraceAdapter(name="a", rank=8),

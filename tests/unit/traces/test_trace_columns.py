@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from traces import Trace, TraceError, TraceRequest, read_trace
 from traces.columns import BASE, TraceColumns, columns_of, trace_of
+from traces.files.lines import MAX_LINE_BYTES, read_chunks
 from traces.formats import FORMATS
 from traces.formats.base import Setting
 from traces.formats.slora import rank_in_name
-from traces.lines import MAX_LINE_BYTES, read_chunks
 from traces.read import read_columns
 from traces.write import write_columns
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from traces import BadRow, TraceError, read_trace
-from traces.lines import MAX_LINE_BYTES
+from traces.files.lines import MAX_LINE_BYTES
 from traces.types import MAX_BAD_ROWS_KEPT
 
 SLORA = "req_id,adapter,prompt_len,output_len,req_time\n"

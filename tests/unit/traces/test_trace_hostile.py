@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from traces import TraceError
-from traces.adapter_table import MAX_ADAPTERS, AdapterTable
 from traces.columns import columns_of
+from traces.files.adapter_table import MAX_ADAPTERS, AdapterTable
+from traces.files.parquet_footer import file_size
 from traces.fill import UNKNOWN
-from traces.parquet_footer import file_size
 from traces.read import read_columns, read_trace
 from traces.synth import Lengths, SynthSpec, synthesise
 from traces.write import write_columns

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from traces.columns import TraceAdapter
 from traces.metrics import BASE_MODEL, UNKNOWN_RANK
-from traces.step_runs import StepRuns, Whole
+from traces.runs.step_runs import StepRuns, Whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.step_runs import ReplicaSteps, Whole, ends_ps
+from traces.runs.step_runs import ReplicaSteps, Whole, ends_ps
 
 Floats = NDArray[np.float64]
 

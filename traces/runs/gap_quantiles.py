@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from traces.step_runs import Gaps, Whole, spread_rows
+from traces.runs.step_runs import Gaps, Whole, spread_rows
 
 _SHIFT, _WIDEST_SHIFT = 42, 52
 """A bucket is a float64's exponent and the first bits of its mantissa: 10 bits, a thousandth of the value

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.adapter_table import AdapterTable
 from traces.columns import BASE
+from traces.files.adapter_table import AdapterTable
+from traces.files.lines import Chunk
 from traces.formats.base import (
     MAX_RANK,
     MAX_TIME_S,
@@ -24,7 +25,6 @@ from traces.formats.base import (
     checked_tokens,
     shown,
 )
-from traces.lines import Chunk
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.adapter_table import AdapterTable
 from traces.columns import BASE, TraceColumns
+from traces.files.adapter_table import AdapterTable
 from traces.fill import Fill
 from traces.formats.base import Block, Row, RowError
 from traces.types import MAX_BAD_ROWS_KEPT, BadRow, TraceError

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from traces.adapter_table import AdapterTable
 from traces.columns import BASE, DEFAULT_BLOCK_TOKENS, TraceColumns
+from traces.files.adapter_table import AdapterTable
+from traces.files.parquet_footer import file_size
+from traces.files.parquet_rows import batch_block, batch_rows, text_chunks
+from traces.files.reading import MAX_HASH_IDS
 from traces.formats.base import shown
-from traces.parquet_footer import file_size
-from traces.parquet_rows import batch_block, batch_rows, text_chunks
-from traces.reading import MAX_HASH_IDS
 from traces.types import TraceError
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.column_groups import RequestGroup, adapter_groups, everything, rank_groups
 from traces.columns import TraceAdapter
-from traces.gap_limits import requests_within
-from traces.gap_quantiles import GapHistogram, WeighedGaps
 from traces.metrics import GroupSummary, Slo, Summary
 from traces.quantiles import Distribution
 from traces.records import Outcome
-from traces.step_runs import ReplicaSteps, StepRuns, Whole
+from traces.runs.column_groups import RequestGroup, adapter_groups, everything, rank_groups
+from traces.runs.gap_limits import requests_within
+from traces.runs.gap_quantiles import GapHistogram, WeighedGaps
+from traces.runs.step_runs import ReplicaSteps, StepRuns, Whole
 
 ALL = "all"
 """The name of all requests among the ranks."""

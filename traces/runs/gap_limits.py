@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.gap_quantiles import at_most
-from traces.step_runs import Gaps, StepRuns, Whole, spread_rows
+from traces.runs.gap_quantiles import at_most
+from traces.runs.step_runs import Gaps, StepRuns, Whole, spread_rows
 
 PERCENT = 95
 _PS_PER_MS = 1e9

@@ -1,0 +1,1 @@
+"""Trace files as bytes: lines and Parquet, read in bounded memory into columns."""
