@@ -3,11 +3,16 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from loraserve.samples import SampleSet, build_samples
 
 # Earlier names weigh more; the sort is stable, so that tests that share a fixture stay together.
 SLOW_LAST = ("gpu", "vllm", "ray", "slow")
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("loraserve", deadline=None)
+settings.load_profile("loraserve")
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,12 @@ The simulator's input and the synthesiser's output; `traces.types.Trace` is the 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.types import BadRow, Trace, TraceRequest
+from traces.types import BadRow, Trace, TraceRequest, check_cut
 
 BASE = -1
 """The place that stands for the base model in the column `adapter`."""
@@ -55,6 +55,24 @@ class TraceColumns:
     def duration_s(self) -> float:
         """Seconds from the first arrival to the last."""
         return float(self.arrival_s[-1]) if len(self) else 0.0
+
+    def cut(self, *, limit: int | None = None, duration_s: float | None = None) -> "TraceColumns":
+        """The first `limit` requests, and of these the ones before `duration_s`; None does not cut.
+
+        TraceError for a limit or a duration that is not above 0.
+        """
+        check_cut(limit, duration_s)
+        size = len(self) if limit is None else min(limit, len(self))
+        if duration_s is not None:
+            size = min(size, int(np.searchsorted(self.arrival_s, duration_s)))
+        return replace(
+            self,
+            arrival_s=self.arrival_s[:size],
+            prompt_tokens=self.prompt_tokens[:size],
+            output_tokens=self.output_tokens[:size],
+            adapter=self.adapter[:size],
+            hash_offsets=None if self.hash_offsets is None else self.hash_offsets[: size + 1],
+        )
 
 
 def columns_of(trace: Trace, *, hash_block_tokens: int | None = None) -> TraceColumns:

@@ -13,6 +13,7 @@ from loraserve.errors import BadInputError
 
 if TYPE_CHECKING:
     from traces.columns import TraceColumns
+    from traces.fill import Fill
 
 trace_app = typer.Typer(
     help="Look at traces, convert and synthesise them.",
@@ -20,6 +21,7 @@ trace_app = typer.Typer(
     rich_markup_mode=None,
 )
 
+OTHERS = "'demo' for the bundled one, or preset:NAME"
 Text = str | None
 Number = float | None
 Whole = int | None
@@ -61,7 +63,7 @@ def formats(json_output: Json = False) -> None:
 @trace_app.command("stats")
 @command
 def stats(
-    trace: Annotated[Path, typer.Argument(help="A trace file.")],
+    trace: Annotated[str, typer.Argument(help=f"A trace file, {OTHERS}.")],
     format: Format = None,
     on_bad_row: BadRows = "refuse",
     limit: Limit = None,
@@ -78,7 +80,6 @@ def stats(
     """Say what a trace is like: rates, lengths, adapters, bursts, repeated blocks."""
     from loraserve.cli import trace_output
     from traces.fill import Fill
-    from traces.read import read_columns
     from traces.stats import trace_stats
     from traces.types import TraceError
 
@@ -86,9 +87,7 @@ def stats(
         raise BadInputError(f"--out: {out} does not end in .png; the picture is a PNG file")
     try:
         fill = Fill(unknown=True, seed=seed, spread=spread, popularity=popularity)
-        columns = read_columns(
-            trace, format=format, on_bad_row=on_bad_row, limit=limit, duration_s=duration, fill=fill
-        )
+        columns = _read(trace, fill, format, on_bad_row, limit, duration)
         found = trace_stats(columns, window_s=window)
     except TraceError as error:
         raise BadInputError(str(error)) from error
@@ -100,7 +99,7 @@ def stats(
 @trace_app.command("convert")
 @command
 def convert(
-    trace: Annotated[Path, typer.Argument(help="The trace to read.")],
+    trace: Annotated[str, typer.Argument(help=f"The trace file to read, {OTHERS}.")],
     out: Annotated[
         Path, typer.Argument(help="The file to write: .csv, .csv.gz, .jsonl, .jsonl.gz or .parquet.")
     ],
@@ -140,12 +139,31 @@ def convert(
             spread=spread,
             popularity=popularity,
         )
-        columns = read_columns(
-            trace, format=format, on_bad_row=on_bad_row, limit=limit, duration_s=duration, fill=fill
-        )
+        columns = _read(trace, fill, format, on_bad_row, limit, duration)
         columns = _at_speed(columns, speedup, rate)
         write_columns(columns, out)
     trace_output.print_converted(columns, out, chosen, json_output=json_output)
+
+
+def _read(
+    source: str,
+    fill: "Fill",
+    format: str | None,
+    on_bad_row: Literal["refuse", "skip"],
+    limit: int | None,
+    duration_s: float | None,
+) -> "TraceColumns":
+    from traces.columns import columns_of
+    from traces.read import bundled_trace, read_columns
+    from traces.synthesis import Overrides, is_preset, workload
+
+    if is_preset(source):
+        return workload(source, Overrides(seed=fill.seed)).cut(limit=limit, duration_s=duration_s)
+    if source == "demo":
+        return columns_of(bundled_trace()).cut(limit=limit, duration_s=duration_s)
+    return read_columns(
+        source, format=format, on_bad_row=on_bad_row, limit=limit, duration_s=duration_s, fill=fill
+    )
 
 
 @contextmanager

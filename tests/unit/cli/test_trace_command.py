@@ -151,3 +151,13 @@ def test_formats_are_listed_with_what_they_look_like() -> None:
     listed = run("formats").stdout
     assert [line.split()[0] for line in listed.splitlines()] == [*FORMATS, "parquet"]
     assert list(json.loads(run("formats", "--json").stdout)) == [*FORMATS, "parquet"]
+
+
+def test_presets_and_the_bundled_trace_are_read_like_files(tmp_path: Path) -> None:
+    preset = "preset:loraserve-uniform,requests=200,adapters=5"
+    found = json.loads(run("stats", preset, "--limit", 50, "--seed", 3, "--json").stdout)
+    assert (found["requests"], found["source"]) == (50, "loraserve-uniform, seed 3")
+    out = tmp_path / "out.csv"
+    assert run("convert", "demo", out, "--limit", 7).exit_code == 0
+    assert len(read_columns(out)) == 7
+    assert "loraserve-uniform" in refusal(run("stats", "preset:nothing"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from traces import Trace, TraceError, TraceRequest, read_trace
@@ -277,6 +277,7 @@ def test_line_ends_make_no_difference(tmp_path: Path) -> None:
     st.lists(st.sampled_from([0, 1, 7, 70_000, 300_000, MAX_LINE_BYTES]), min_size=1, max_size=12),
     st.integers(0, 11),
 )
+@settings(max_examples=30)
 def test_chunks_are_the_lines_of_the_file(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], overlong: int
 ) -> None:
