@@ -97,6 +97,7 @@ def _load_json(load: "LoadResult") -> dict[str, Any]:
         "void_reason": load.void_reason,
         "attempts": load.attempts,
         "processors": plain(load.processors),
+        "steps": plain(load.steps),
         "refit": plain(load.refit),
         "explanations": list(load.explanations),
     }
@@ -119,7 +120,9 @@ def _heading(report: "FidelityReport") -> list[str]:
 def _fit_line(fit: "Fit") -> str:
     overheads = fit.overheads
     return (
-        f"fitted: step times x {overheads.step_factor:.4f}; a message between router and replica "
+        f"fitted: step times x {overheads.step_factor:.4f}, but prompts' tokens x "
+        f"{overheads.prefill_factor:.4f} ({fit.steps.decode_steps} and "
+        f"{fit.steps.prefill_steps} steps); a message between router and replica "
         f"{overheads.message_delay_s * 1e3:.2f} ms each way ({fit.rounds} rounds; left: gaps x "
         f"{fit.gap_ratio:.4f}, first tokens {fit.ttft_left_ms:+.2f} ms)"
     )
@@ -156,6 +159,10 @@ def _notes(load: "LoadResult") -> list[str]:
     notes.append(f"pacing p99 {p99}: {'VOID' if load.void_reason else 'valid'}{again}")
     if load.failed or load.simulated_failed:
         notes.append(f"not answered in full: {load.failed} live, {load.simulated_failed} simulated")
+    notes.append(
+        f"its own steps: x {load.steps.decode:.3f} of the latency model's, prompts' tokens x "
+        f"{load.steps.prefill:.3f}"
+    )
     if load.explanations:
         notes += load.explanations
     else:

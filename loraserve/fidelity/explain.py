@@ -57,10 +57,9 @@ def processors_line(use: ProcessorUse) -> str:
 
 def _refit_line(fitted: Fit, refit: Fit, missed: Sequence[Compared], left: Sequence[Compared]) -> str:
     then, now = fitted.overheads, refit.overheads
-    factor, delay_ms = (
-        now.step_factor / then.step_factor - 1,
-        (now.message_delay_s - then.message_delay_s) * 1e3,
-    )
+    decode = now.step_factor / then.step_factor - 1
+    prompts = now.prefill_factor / then.prefill_factor - 1
+    delay_ms = (now.message_delay_s - then.message_delay_s) * 1e3
     gone = sorted({one.name for one in missed} - {one.name for one in left})
     what = (
         f"of the figures missed, {', '.join(LABELS[name] for name in gone)} would then be met"
@@ -68,6 +67,6 @@ def _refit_line(fitted: Fit, refit: Fit, missed: Sequence[Compared], left: Seque
         else "none of the figures missed would then be met, so the cause is no constant overhead"
     )
     return (
-        f"fitted to this load alone, steps would take {factor:+.1%} and a message {delay_ms:+.1f} ms more "
-        f"than at the load fitted; {what}"
+        f"in this load alone, steps took {decode:+.1%}, their prompts' tokens {prompts:+.1%} and a message "
+        f"{delay_ms:+.1f} ms more than in the load fitted; {what}"
     )

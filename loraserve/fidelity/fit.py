@@ -1,24 +1,26 @@
 """Fits what the cluster adds to its engines, from one live run and the simulator.
 
-Two numbers: a factor on all step times, from the quantiles of the gaps between tokens, and the delay of a
-message, from the first tokens of the same requests in both runs. Medians and trimmed means throughout, so
-that a stall of the machine counts for little.
+Three numbers: two factors on the latency model's step times, from the steps that the client saw, and the
+delay of a message, from the first tokens of the same requests in the live run and in the simulator. Trimmed
+means throughout, so that a stall of the machine counts for little.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraserve.fidelity.simulated import Overheads
+from loraserve.fidelity.steps import StepFactors, step_factors
+from placement.latency import LatencyModel
 from traces.metrics import itl_ms, ttft_ms
 from traces.records import RequestRecord
 
-ROUNDS, WHOLE_ROUNDS = 8, 3
-CLOSE, CLOSE_S = 0.0005, 5e-5
+ROUNDS, WHOLE_ROUNDS = 8, 2
+CLOSE_S = 5e-5
 MAX_DELAY_S = 0.25
 """A longer message delay than this is no network's: the fit then leaves the rest unexplained."""
 
@@ -31,35 +33,35 @@ Predict = Callable[[Overheads], Runs]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """The overheads, and what is left: the ratio of gaps (1: none) and the difference of TTFTs."""
+    """The overheads, the steps that their factors are medians of, and what is left: the ratio of gaps
+    between tokens, live over simulated (1: none), and how much later first tokens come."""
 
     overheads: Overheads
+    steps: StepFactors
     rounds: int
     gap_ratio: float
     ttft_left_ms: float
 
 
-def fit_overheads(live: Sequence[RequestRecord], predict: Predict, *, start: Overheads | None = None) -> Fit:
+def fit_overheads(live: Sequence[RequestRecord], predict: Predict, model: LatencyModel) -> Fit:
     """The overheads under which the prediction of this run comes closest; ValueError for a run in which
     nothing can be compared."""
-    now, rounds = start or Overheads(), 0
+    steps = step_factors(live, model)
+    now, rounds = Overheads(step_factor=steps.decode, prefill_factor=steps.prefill), 0
     while True:
         rounds += 1
         simulated = predict(now)
-        ratio, left_ms = gap_ratio(live, simulated), first_token_left_ms(live, simulated)
-        # Whole steps at first, then ever shorter ones: a little delay more lets some requests miss a step,
-        # so what is left jumps about, and whole steps would follow it.
-        share = 1.0 if rounds <= WHOLE_ROUNDS else 0.5 ** (rounds - WHOLE_ROUNDS)
+        left_ms = first_token_left_ms(live, simulated)
+        # Whole strides at first, then ever shorter ones: a little delay more lets some requests miss a step,
+        # so what is left jumps about, and whole strides would follow it.
+        share = 0.5 ** max(0, rounds - WHOLE_ROUNDS)
         delay_s = now.message_delay_s + share * left_ms / 2e3  # there and back: half of it each way
-        after = Overheads(
-            step_factor=now.step_factor * ratio**share,
-            message_delay_s=min(max(delay_s, 0.0), MAX_DELAY_S),
-        )
-        moved_s = abs(after.message_delay_s - now.message_delay_s)
-        if rounds == ROUNDS or (abs(ratio - 1) < CLOSE and moved_s < CLOSE_S):
+        delay_s = min(max(delay_s, 0.0), MAX_DELAY_S)
+        if rounds == ROUNDS or abs(delay_s - now.message_delay_s) < CLOSE_S:
             break
-        now = after
-    return Fit(overheads=now, rounds=rounds, gap_ratio=ratio, ttft_left_ms=left_ms)
+        now = replace(now, message_delay_s=delay_s)
+    ratio = gap_ratio(live, simulated)
+    return Fit(overheads=now, steps=steps, rounds=rounds, gap_ratio=ratio, ttft_left_ms=left_ms)
 
 
 def gap_ratio(live: Sequence[RequestRecord], simulated: Runs) -> float:

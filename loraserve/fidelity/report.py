@@ -7,6 +7,7 @@ from loraserve.fidelity.figures import KINDS, Compared
 from loraserve.fidelity.fit import Fit
 from loraserve.fidelity.options import FidelityOptions
 from loraserve.fidelity.processors import ProcessorUse
+from loraserve.fidelity.steps import StepFactors
 from placement.latency import LatencyModel
 from traces.pacing import PacingStats
 from traces.records import RequestRecord
@@ -28,8 +29,11 @@ class Saturation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoadResult:
-    """One load: both runs of it, compared. `refit` is what the overheads would be if this load were the one
-    fitted, `explanations` are lines about what was missed, `simulated` is the first of the simulations."""
+    """One load: both runs of it, compared; `simulated` is the first of the simulations.
+
+    `steps` is what this load's own steps say of the latency model; `refit`, where something was missed, what
+    the overheads would be if this load were the one fitted; `explanations` are lines about what was missed.
+    """
 
     load: float
     requests_per_s: float
@@ -42,6 +46,7 @@ class LoadResult:
     attempts: int
     failed: int
     simulated_failed: int
+    steps: StepFactors
     refit: Fit | None
     explanations: tuple[str, ...] = ()
 

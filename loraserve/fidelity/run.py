@@ -13,6 +13,7 @@ from loraserve.fidelity.options import FidelityOptions
 from loraserve.fidelity.report import FidelityReport, LoadResult, Saturation
 from loraserve.fidelity.setup import Progress
 from loraserve.fidelity.simulated import Overheads, Subject, saturated_requests_per_s, simulated_runs
+from loraserve.fidelity.steps import step_factors
 from loraserve.fidelity.workload import flood, workload_at
 from traces.records import Outcome, RequestRecord
 
@@ -32,12 +33,15 @@ async def run_fidelity(
     load = _Loads(live, subject, options, saturation, progress)
     run = await load.run(options.fit_load, _FIT_PART)
     try:
-        fit = fit_overheads(run.records, partial(simulated_runs, subject, run.trace, draws=options.draws))
+        fit = fit_overheads(
+            run.records, partial(simulated_runs, subject, run.trace, draws=options.draws), subject.latency
+        )
     except ValueError as error:
         raise WorkFailedError(f"nothing can be fitted on load {options.fit_load:g}: {error}") from error
     overheads = fit.overheads
     progress(
-        f"fitted: steps take {overheads.step_factor:.3f} times the model's, a message "
+        f"fitted: steps take {overheads.step_factor:.3f} times the model's, but their prompts' tokens "
+        f"{overheads.prefill_factor:.3f} times; a message "
         f"{overheads.message_delay_s * 1e3:.2f} ms"
     )
     fitted = load.score(run, options.fit_load, fit)
@@ -123,7 +127,7 @@ def score_load(
     refit: Fit | None = None
     explanations: tuple[str, ...] = ()
     if missed:
-        refit = fit_overheads(run.records, predict, start=fit.overheads)
+        refit = fit_overheads(run.records, predict, subject.latency)
         again = compare(run.records, predict(refit.overheads), targets)
         left = [one for one in again if one.met is False]
         explanations = explain(missed, run.processors, fit, refit, left)
@@ -139,6 +143,7 @@ def score_load(
         attempts=run.attempts,
         failed=_failed(run.records),
         simulated_failed=_failed(simulated[0]),
+        steps=step_factors(run.records, subject.latency),
         refit=refit,
         explanations=explanations,
     )

@@ -16,11 +16,21 @@ from traces.records import Outcome, RequestRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overheads:
-    """What the cluster around the engines adds: every step takes `step_factor` times what the latency
-    model says, every message between a router and a replica `message_delay_s`, in either direction."""
+    """What the cluster around the engines adds: a step takes `step_factor` times what the latency model
+    says, but its prompts' tokens `prefill_factor` times; a message between a router and a replica takes
+    `message_delay_s`, in either direction."""
 
     step_factor: float = 1.0
+    prefill_factor: float = 1.0
     message_delay_s: float = 0.0005
+
+    def on(self, model: LatencyModel) -> LatencyModel:
+        """The model with these factors."""
+        whole = ("base_ms", "row_ms", "context_token_ms", "lora_step_ms", "adapter_ms", "decode_rank_ms")
+        prompts = ("prefill_token_ms", "prefill_pair_ms", "prefill_rank_ms")
+        changes = {name: self.step_factor * getattr(model, name) for name in whole}
+        changes |= {name: self.prefill_factor * getattr(model, name) for name in prompts}
+        return dataclasses.replace(model, **changes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +55,7 @@ class Subject:
     ) -> Scenario:
         """This workload on this cluster; with `endless_queues` no replica is ever full."""
         by_name = {str(version.name): version for version in self.adapters}
-        cost = StepCost.of(self.latency, 1.0 / overheads.step_factor)
+        cost = StepCost.of(overheads.on(self.latency))
         return Scenario(
             trace=trace,
             adapters=tuple(by_name[adapter.name] for adapter in trace.adapters),

@@ -31,6 +31,7 @@ def summary(told: dict[str, Any]) -> dict[str, Any]:
         ],
         "void_loads": [load["load"] for load in scored if load["void_reason"]],
         "step_factor": _rounded(told["fit"]["overheads"]["step_factor"]),
+        "prefill_factor": _rounded(told["fit"]["overheads"]["prefill_factor"]),
         "message_delay_ms": _rounded(1e3 * told["fit"]["overheads"]["message_delay_s"]),
         "saturation_requests_per_s": _rounded(told["saturation"]["requests_per_s"]),
         "latency_source": told["latency_source"],
