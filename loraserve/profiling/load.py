@@ -92,6 +92,7 @@ class LoadDriver:
         It ends early once more of them than the percentile allows have missed the first token's target.
         What comes first warms up, and counts for nothing.
         """
+        await self._settle()
         began_s = self._clock.now_s()
         sent: list[_Sent] = []
         tasks: list[asyncio.Task[None]] = []
@@ -110,6 +111,11 @@ class LoadDriver:
             ended_s=ended_s,
             steady=steady,
         )
+
+    async def _settle(self) -> None:
+        """Wait for the step that computes what an earlier probe has given up: no engine breaks it off."""
+        request = self._request(Random(self._seed), None, prompt_tokens=1, output_tokens=1)
+        await self._follow(_Sent(at_s=0.0, prompt_tokens=1), request)
 
     async def _send(
         self,
@@ -131,7 +137,12 @@ class LoadDriver:
             due_s = began_s + number / requests_per_s
             # Late, a turn of the loop is still due, or the engine's tokens are never read.
             await self._sleep(max(0.0, due_s - self._clock.now_s()))
-            request = self._request(drawn, versions[number % len(versions)])
+            request = self._request(
+                drawn,
+                versions[number % len(versions)],
+                prompt_tokens=_length(drawn, self._shape.prompt_tokens),
+                output_tokens=_length(drawn, self._shape.output_tokens),
+            )
             one = _Sent(at_s=due_s, prompt_tokens=len(request.prompt))
             sent.append(one)
             tasks.append(asyncio.create_task(self._follow(one, request)))
@@ -203,17 +214,16 @@ class LoadDriver:
             inside=steady and ttft_ms <= self._slo.ttft_ms and tbt_ms <= self._slo.tbt_ms,
         )
 
-    def _request(self, drawn: Random, version: VersionId | None) -> GenerationRequest:
+    def _request(
+        self, drawn: Random, version: VersionId | None, *, prompt_tokens: int, output_tokens: int
+    ) -> GenerationRequest:
         self._requests += 1
-        prompt = _length(drawn, self._shape.prompt_tokens)
         low = min(_FIRST_TOKEN, self._vocab_size - 1)
         return GenerationRequest(
             request_id=f"{self._name}-{self._requests}",
-            prompt=tuple(drawn.randrange(low, self._vocab_size) for _ in range(prompt)),
+            prompt=tuple(drawn.randrange(low, self._vocab_size) for _ in range(prompt_tokens)),
             version_id=version,
-            sampling=SamplingParams(
-                temperature=0.0, max_tokens=_length(drawn, self._shape.output_tokens), ignore_eos=True
-            ),
+            sampling=SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True),
         )
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from loraserve.config import parse_config
 from loraserve.profiling.made import make_profile
 from loraserve.profiling.run import Effort, ProfileOptions, Progress, run_profile
@@ -9,8 +11,10 @@ from loraserve.profiling.subject import prepare
 from loraserve.samples import build_checkpoint
 from placement.profile import Slo
 
+pytestmark = pytest.mark.slow
+
 KV_CACHE_BYTES = 32 * 1024**2
-EFFORT = Effort(repetitions=1, batches_s=5.0, decode_steps=4, probe_s=1.0, limit_s=2.0, max_probes=2, tries=1)
+EFFORT = Effort(repetitions=1, batches_s=1.0, decode_steps=4, probe_s=0.5, limit_s=1.0, max_probes=1, tries=1)
 
 
 async def test_the_real_engine_is_timed_fitted_and_loaded(tmp_path: Path) -> None:
