@@ -112,7 +112,7 @@ class Dispatch:
         if self._hash_offsets is not None:
             sequence.hash_ids = self._hashes(row)
         # Only so is what a router has in flight known exactly at the time of each report.
-        if site.looked_ps != now_ps and (self._sight.has_looked or site.num_sent % LOOK_EVERY == 0):
+        if now_ps >= site.news_ps and (self._sight.has_looked or site.num_sent % LOOK_EVERY == 0):
             site.look(now_ps)
         site.send(sequence, router, now_ps)
         ledger.replica[row] = site.index

@@ -32,7 +32,8 @@ class Timing:
 
 class Site:
     """A replica in all its lives. `own[r]` is what router r has in flight here, `loads[r]` the last report
-    that it has seen; both hold for `looked_ps`. `model` is None while the replica is down.
+    that it has seen; both hold until `news_ps`, when somebody has to `look` again. `model` is None while
+    the replica is down.
 
     `held` are the versions in its pool but for those that it is `dropping`, `fetching` those on their way.
     """
@@ -59,8 +60,8 @@ class Site:
         "life",
         "loads",
         "logs",
-        "looked_ps",
         "model",
+        "news_ps",
         "num_sent",
         "own",
         "replica_id",
@@ -86,7 +87,7 @@ class Site:
         self._reports: deque[tuple[int, int, int, int, float]] = deque()
         self.own = [0] * timing.num_routers
         self.loads: list[ReplicaLoad | None] = [None] * timing.num_routers
-        self.looked_ps = -1
+        self.news_ps = -1
         self.num_sent = 0
         self.life = 0
         self.down_until_ps = -1
@@ -107,7 +108,7 @@ class Site:
         periods = -(-(at_ps - self._phase_ps) // self._interval_ps)
         self._tick_ps = self._phase_ps + max(0, periods) * self._interval_ps
         self._reached_ps = at_ps - 1
-        self.looked_ps = -1
+        self.news_ps = -1
         return self.model
 
     def die(self, at_ps: int) -> list[Sequence]:
@@ -144,21 +145,24 @@ class Site:
         model = self.model
         assert model is not None
         model.submit(sequence, at_ps + self._network_ps)
+        answer_ps = at_ps + 2 * self._network_ps
+        if answer_ps < self.news_ps:
+            self.news_ps = answer_ps
         self.own[router] += 1
         self.num_sent += 1
 
     def look(self, now_ps: int) -> None:
         """Bring `own` and `loads` to what routers know at `now_ps`, which never goes back."""
-        self.looked_ps = now_ps
         model = self.model
         if model is None:
+            self.news_ps = FAR_PS
             return
         heard_ps = now_ps - self._network_ps
-        if self._tick_ps <= heard_ps:
-            self._sample(model, heard_ps, now_ps)
-        if self._reached_ps < heard_ps:
-            self._reached_ps = heard_ps
-            model.advance(heard_ps)
+        if model.quiet_ps <= heard_ps:
+            self._reach(model, heard_ps, now_ps)
+        elif self._tick_ps <= now_ps - self._report_ps:
+            # Nothing has ended, and later samples can be taken when they are seen.
+            self._sample(model, now_ps - self._report_ps, now_ps)
         reports = self._reports
         if reports and reports[0][0] <= now_ps:
             # Of several that have come since the last look only the last counts.
@@ -169,18 +173,26 @@ class Site:
             self._see(reports.popleft())
         if model.finished:
             self._hear(model, heard_ps)
+        news_ps = (model.finished[0].last_ps if model.finished else model.quiet_ps) + self._network_ps
+        seen_ps = reports[0][0] if reports else self._tick_ps + self._report_ps
+        self.news_ps = news_ps if news_ps < seen_ps else seen_ps
 
     def settle(self, now_ps: int) -> ReplicaModel | None:
         """Bring the model itself to `now_ps`, as for something that happens at the replica."""
         model = self.model
         if model is None:
             return None
-        if self._tick_ps <= now_ps:
-            self._sample(model, now_ps, now_ps)
-        if self._reached_ps < now_ps:
-            self._reached_ps = now_ps
-            model.advance(now_ps)
+        self.news_ps = -1
+        self._reach(model, now_ps, now_ps)
         return model
+
+    def _reach(self, model: ReplicaModel, until_ps: int, now_ps: int) -> None:
+        """Move the model on, by way of the samples that are due."""
+        if self._tick_ps <= until_ps:
+            self._sample(model, until_ps, now_ps)
+        if self._reached_ps < until_ps:
+            self._reached_ps = until_ps
+            model.advance(until_ps)
 
     def _sample(self, model: ReplicaModel, until_ps: int, now_ps: int) -> None:
         """Take the reports due by `until_ps`, but for those that are outdated before anybody sees them."""

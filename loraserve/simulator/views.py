@@ -43,7 +43,7 @@ class Loads(_View[ReplicaLoad | None]):
 
     def get(self, key: ReplicaId, default: object = None) -> ReplicaLoad | None:
         site, sight = self._sites[key], self._sight
-        if site.looked_ps != sight.now_ps:
+        if sight.now_ps >= site.news_ps:
             sight.has_looked = True
             site.look(sight.now_ps)
         return site.loads[self._router]
@@ -56,7 +56,7 @@ class InFlight(_View[int]):
 
     def get(self, key: ReplicaId, default: object = 0) -> int:
         site, sight = self._sites[key], self._sight
-        if site.looked_ps != sight.now_ps:
+        if sight.now_ps >= site.news_ps:
             sight.has_looked = True
             site.look(sight.now_ps)
         return site.own[self._router]

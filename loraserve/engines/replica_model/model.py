@@ -46,8 +46,8 @@ class ReplicaModel:
         """When the run under way began; between runs, when the last one ended."""
         self._end_ps = 0
         self._until_ps = 0
-        self._quiet_ps = 0
-        """Before that nothing happens by itself."""
+        self.quiet_ps = 0
+        """Before that nothing happens by itself: until then, `advance` changes no more than the time."""
 
     # -- what others ask -----------------------------------------------------------------------
 
@@ -140,17 +140,17 @@ class ReplicaModel:
         if at_ps < self.earliest_ps:
             raise ValueError(f"request {sequence.request}: comes at {at_ps} ps, which is past")
         self._inbox.append((at_ps, sequence))
-        if at_ps < self._quiet_ps:
-            self._quiet_ps = at_ps
+        if at_ps < self.quiet_ps:
+            self.quiet_ps = at_ps
 
     def bring_forward(self, at_ps: int) -> None:
         """Let the requests that were to come later come at `at_ps`, in their order."""
         self._inbox = deque((min(coming_ps, at_ps), sequence) for coming_ps, sequence in self._inbox)
-        self._quiet_ps = 0
+        self.quiet_ps = 0
 
     def advance(self, until_ps: int) -> None:
         """Let time pass: every step that ends by `until_ps` is done, and who has ended is in `finished`."""
-        if until_ps < self._quiet_ps:
+        if until_ps < self.quiet_ps:
             if until_ps > self._until_ps:
                 self._until_ps = until_ps
             return
@@ -179,7 +179,7 @@ class ReplicaModel:
         mine_ps = self._end_ps if self._is_busy else self._begun_ps
         if not self._is_busy and not (self.batch.running or self.batch.waiting):
             mine_ps = ENDLESS
-        self._quiet_ps = mine_ps if mine_ps < join_ps else join_ps
+        self.quiet_ps = mine_ps if mine_ps < join_ps else join_ps
 
     def cancel(self, sequence: Sequence, at_ps: int) -> bool:
         """A request's client has gone: it is out at once, and the step under way goes on without it; False
@@ -285,7 +285,7 @@ class ReplicaModel:
 
     def _split(self, at_ps: int) -> None:
         """Make the step under way a run of its own, which may lose rows; one that only begins now is not."""
-        self._quiet_ps = 0
+        self.quiet_ps = 0
         if not self._is_busy or self._run.steps == 1:
             return
         run = self._run
@@ -353,7 +353,7 @@ class ReplicaModel:
 
     def _wake(self, at_ps: int) -> None:
         """Somebody may have become ready by what was done to the pool at `at_ps`."""
-        self._quiet_ps = 0
+        self.quiet_ps = 0
         is_blocked = bool(self.batch.waiting)
         self._enter()
         if self._is_busy:
