@@ -1,5 +1,6 @@
 """A simulated cluster as a whole: nothing is lost, looking changes nothing, and failures are survived."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -134,6 +135,18 @@ def test_the_same_scenario_gives_the_same_bytes_in_any_process() -> None:
         for seed in ("1", "2")
     }
     assert digests == {digest(simulate(eventful())) + "\n"}
+
+
+def test_a_run_makes_no_cycles_so_that_nobody_need_search_for_them() -> None:
+    full = scenario_of(poisson_trace(2000, 60.0), replicas_of(2), max_waiting=2)
+    for simulation in (Simulation(eventful()), Simulation(full)):
+        gc.collect()
+        gc.disable()
+        try:
+            simulation.run()
+            assert gc.collect() == 0
+        finally:
+            gc.enable()
 
 
 def eventful() -> Scenario:
