@@ -12,6 +12,10 @@ PS_PER_S = 1_000_000_000_000
 way it is added up; 64 bits hold 106 days of them."""
 
 
+MAX_COEFFICIENT_MS = 1e5
+"""Times tens of thousands of rows or tokens, a step still fits into 64 bits."""
+
+
 class RankKernel(StrEnum):
     """What a step's adapter rows are charged for.
 
@@ -49,7 +53,8 @@ class LatencyModel:
     rank terms are papers.md's `padded`, `sum` and, with coefficients of 0, `flat`).
 
     `lora_step_ms` is paid by a step with at least one adapter row, `adapter_ms` per different adapter in
-    it. `max_lora_rank` is what `padded_config` charges. ValueError for a negative or endless coefficient.
+    it. `max_lora_rank` is what `padded_config` charges. ValueError for a coefficient below 0 or
+    above `MAX_COEFFICIENT_MS`.
     """
 
     kernel: RankKernel = RankKernel.PADDED_BATCH
@@ -67,8 +72,8 @@ class LatencyModel:
     def __post_init__(self) -> None:
         for name in _COEFFICIENTS:
             value = getattr(self, name)
-            if not 0 <= value < 1e9:
-                raise ValueError(f"{name}: {value}; expected milliseconds from 0 to 1e9")
+            if not 0 <= value <= MAX_COEFFICIENT_MS:
+                raise ValueError(f"{name}: {value}; expected milliseconds from 0 to {MAX_COEFFICIENT_MS:g}")
 
     def step_ms(self, counts: StepCounts) -> float:
         """The step's duration."""

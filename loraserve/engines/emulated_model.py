@@ -1,5 +1,7 @@
 """The emulated engine's configuration as the values of the replica model."""
 
+from typing import Any
+
 from loraserve.config import EmulatedSection, EngineSection
 from loraserve.engines.replica_model.sequence import ReplicaLimits
 from loraserve.errors import ConfigError
@@ -34,8 +36,8 @@ def limits_of(engine: EngineSection, emulated: EmulatedSection) -> ReplicaLimits
 
 
 def latency_of(engine: EngineSection, emulated: EmulatedSection) -> LatencyModel:
-    """The latency model, before `speed`."""
-    return LatencyModel(
+    """The latency model, before `speed`; ConfigError for a cost beyond reason."""
+    return _checked(
         kernel=RankKernel(emulated.kernel),
         max_lora_rank=engine.max_lora_rank,
         base_ms=emulated.base_step_ms,
@@ -48,6 +50,13 @@ def latency_of(engine: EngineSection, emulated: EmulatedSection) -> LatencyModel
         decode_rank_ms=emulated.rank_seq_ms,
         prefill_rank_ms=emulated.rank_token_ms,
     )
+
+
+def _checked(**values: Any) -> LatencyModel:
+    try:
+        return LatencyModel(**values)
+    except ValueError as error:
+        raise ConfigError(f"emulated: {error}") from error
 
 
 def step_cost_of(engine: EngineSection, emulated: EmulatedSection) -> StepCost:

@@ -104,7 +104,10 @@ class ReplicaModel:
         if done:
             blocks += batch.blocks_to_come(batch.num_steps, done)
             tokens -= done * batch.num_decoding
-        waiting = len(batch.waiting) + len(self.gate)
+        waiting = len(batch.waiting)
+        if len(self.gate):
+            waiting += len(self.gate)
+            tokens += sum(one.output_tokens - one.drawn for one in self.gate.sequences())
         return len(batch.running), waiting, tokens, blocks / self.limits.kv_blocks
 
     def drawn(self, sequence: Sequence) -> int:

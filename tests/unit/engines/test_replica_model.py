@@ -242,3 +242,10 @@ def test_who_has_gone_is_held_no_longer() -> None:
         assert model.cancel(sequence, number * PS_PER_S + PS_PER_S // 2)
         del owner, sequence
     assert len(gone) < 100
+
+
+def test_a_report_counts_the_tokens_of_those_that_wait_for_their_adapter() -> None:
+    model = ReplicaModel(ReplicaLimits(kv_blocks=100), COST)
+    model.submit(Sequence(0, 10, 7, 8, VersionId("cold")), 0)
+    model.advance(1)
+    assert model.load() == (0, 1, 7, 0.0)
