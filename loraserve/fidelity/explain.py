@@ -8,6 +8,11 @@ from loraserve.fidelity.processors import OTHERS, ProcessorUse
 
 BUSY = 0.85
 NOTABLE_OTHERS = 0.1
+SHAKEN = 0.03
+"""How much step times are changed to see what a figure makes of it."""
+
+NOTABLE_LEVERAGE = 5.0
+"""A figure that changes by so many times as much from the shorter to the longer steps is told of."""
 
 
 def explain(
@@ -16,8 +21,10 @@ def explain(
     fitted: Fit,
     refit: Fit | None,
     refit_missed: Sequence[Compared],
+    shaken: Sequence[Sequence[Compared]],
 ) -> tuple[str, ...]:
-    """Lines for what was missed; none if nothing was."""
+    """Lines for what was missed; none if nothing was. `shaken` are the same comparisons with all simulated
+    steps a little shorter and a little longer."""
     if not missed:
         return ()
     lines = [f"processors: {processors_line(use)}"]
@@ -38,6 +45,13 @@ def explain(
         for one in missed
         if one.level is not None
     ]
+    for one in missed:
+        reached = sorted(other.simulated for run in shaken for other in run if other.name == one.name)
+        if reached and reached[-1] - reached[0] > SHAKEN * one.simulated * NOTABLE_LEVERAGE:
+            lines.append(
+                f"{LABELS[one.name]}: with steps {SHAKEN:.0%} shorter or longer the simulator says "
+                f"{reached[0]:.0f} or {reached[-1]:.0f}: so near saturation little is much"
+            )
     chance = [one for one in missed if one.lowest <= one.live <= one.highest]
     if chance:
         lines.append(

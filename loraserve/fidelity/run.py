@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from loraserve.errors import WorkFailedError
-from loraserve.fidelity.explain import explain
+from loraserve.fidelity.explain import SHAKEN, explain
 from loraserve.fidelity.figures import arriving_tokens_per_s, compare
 from loraserve.fidelity.fit import Fit, fit_overheads
 from loraserve.fidelity.live import LiveRun, LiveSide
@@ -130,7 +130,11 @@ def score_load(
         refit = fit_overheads(run.records, predict, subject.latency)
         again = compare(run.records, predict(refit.overheads), targets)
         left = [one for one in again if one.met is False]
-        explanations = explain(missed, run.processors, fit, refit, left)
+        shaken = [
+            compare(run.records, predict(fit.overheads.scaled(factor)), targets)
+            for factor in (1 - SHAKEN, 1 + SHAKEN)
+        ]
+        explanations = explain(missed, run.processors, fit, refit, left, shaken)
     return LoadResult(
         load=load,
         requests_per_s=requests_per_s,

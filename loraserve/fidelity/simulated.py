@@ -24,6 +24,12 @@ class Overheads:
     prefill_factor: float = 1.0
     message_delay_s: float = 0.0005
 
+    def scaled(self, factor: float) -> "Overheads":
+        """The same with all steps so many times as long."""
+        return dataclasses.replace(
+            self, step_factor=factor * self.step_factor, prefill_factor=factor * self.prefill_factor
+        )
+
     def on(self, model: LatencyModel) -> LatencyModel:
         """The model with these factors."""
         whole = ("base_ms", "row_ms", "context_token_ms", "lora_step_ms", "adapter_ms", "decode_rank_ms")

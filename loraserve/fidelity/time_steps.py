@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loraserve.config import Config, parse_config
+from loraserve.config import Config, LoraExecution, parse_config
 from loraserve.fidelity.profiled import model_tree
+from loraserve.profiling.fit import Fitted, Recommendation
 from loraserve.profiling.run import Effort, Measured, ProfileOptions, Progress, run_profile
 from loraserve.profiling.subject import Subject, prepare
+from placement.latency import RankKernel
 from placement.profile import Slo
 
 STEPS_ONLY = Effort(
@@ -45,12 +47,20 @@ def main(folder: Path) -> None:
         return await task
 
     measured = asyncio.run(measure())
-    best, how_sure = measured.recommendation.best, measured.recommendation.how_sure
+    chosen = known_kernel(measured.recommendation, config.engine.lora_execution)
     source = (
-        f"fitted to {best.fit.steps} steps of one replica, timed before the cluster started: {how_sure}; "
-        f"median error {best.fit.median_relative_error:.1%}"
+        f"fitted to {chosen.fit.steps} steps of one replica, timed before the cluster started; kernel "
+        f"{chosen.fit.kernel.value}, which is what {config.engine.lora_execution} execution does; median "
+        f"error {chosen.fit.median_relative_error:.1%}"
     )
-    (folder / "model.json").write_text(json.dumps({"latency": model_tree(best.model), "source": source}))
+    (folder / "model.json").write_text(json.dumps({"latency": model_tree(chosen.model), "source": source}))
+
+
+def known_kernel(recommendation: Recommendation, execution: LoraExecution) -> Fitted:
+    """The fit with the kernel that this execution has: noise may favour another one, and a model with the
+    wrong kernel is wrong for other batches than those timed."""
+    kernel = RankKernel.SUM if execution == "rank-true" else RankKernel.PADDED_CONFIG
+    return next(one for one in recommendation.fits if one.fit.kernel is kernel)
 
 
 async def _run(config: Config, subject: Subject, options: ProfileOptions) -> Measured:

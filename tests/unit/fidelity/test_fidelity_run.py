@@ -151,13 +151,25 @@ def test_options_that_cannot_be_are_refused_by_name(changes: dict[str, object], 
         as_engine("warp")
 
 
-def test_nothing_is_explained_where_nothing_was_missed() -> None:
+def test_a_figure_is_explained_by_what_it_makes_of_little() -> None:
     subject = subject_for(SHORT)
     trace = workload_at(SHORT, 5.0, 5.0, part=1)
     predict = partial(simulated_runs, subject, trace, draws=2)
-    fit = fit_overheads(predict(Overheads())[0], predict, subject.latency)
+    live = predict(Overheads())[0]
+    fit = fit_overheads(live, predict, subject.latency)
     use = ProcessorUse(processors=2, wall_s=1.0, busy={})
-    assert explain((), use, fit, None, ()) == ()
+    assert explain((), use, fit, None, (), ()) == ()
+    compared = compare(live, [live], SHORT.targets)
+    ttft = next(one for one in compared if one.name == "ttft_p50_ms")
+    low, high = (replace(ttft, simulated=factor * ttft.simulated) for factor in (0.7, 1.6))
+    said = "\n".join(explain([ttft], use, fit, fit, [], [[low], [high]]))
+    assert "with steps 3% shorter or longer the simulator says" in said
+    assert "TTFT p50, ms: what the simulator says is the live run's percentile" in said
+    assert "others" not in said
+    assert "would then be met" in said
+    calm = "\n".join(explain([ttft], use, fit, fit, [ttft], [[ttft], [ttft]]))
+    assert "shorter or longer" not in calm
+    assert "none of the figures missed would then be met" in calm
 
 
 def test_processor_time_is_counted_per_part() -> None:

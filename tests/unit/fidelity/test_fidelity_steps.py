@@ -6,8 +6,10 @@ import pytest
 
 from loraserve.fidelity.simulated import Overheads, simulated_runs
 from loraserve.fidelity.steps import seen_steps, step_factors
+from loraserve.fidelity.time_steps import known_kernel
 from loraserve.fidelity.workload import workload_at
-from placement.latency import LatencyModel
+from loraserve.profiling.fit import recommend
+from placement.latency import LatencyModel, RankKernel
 from tests.support.fidelity_kit import SHORT, subject_for
 from traces.records import RequestRecord
 
@@ -60,3 +62,10 @@ def test_too_few_steps_say_nothing() -> None:
     few = step_factors(records_of(Overheads(step_factor=2.0, prefill_factor=2.0), rate=0.3), MODEL)
     assert few.prefill_steps < 20
     assert few.prefill == few.decode
+
+
+def test_the_kernel_of_timed_steps_is_the_one_that_the_execution_has() -> None:
+    steps = seen_steps(records_of(Overheads()))
+    found = recommend(steps, 128)
+    assert known_kernel(found, "rank-true").model.kernel is RankKernel.SUM
+    assert known_kernel(found, "stock").model.kernel is RankKernel.PADDED_CONFIG
