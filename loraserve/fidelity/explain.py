@@ -45,13 +45,7 @@ def explain(
         for one in missed
         if one.level is not None
     ]
-    for one in missed:
-        reached = sorted(other.simulated for run in shaken for other in run if other.name == one.name)
-        if reached and reached[-1] - reached[0] > SHAKEN * one.simulated * NOTABLE_LEVERAGE:
-            lines.append(
-                f"{LABELS[one.name]}: with steps {SHAKEN:.0%} shorter or longer the simulator says "
-                f"{reached[0]:.0f} or {reached[-1]:.0f}: so near saturation little is much"
-            )
+    lines += _leverage_lines(missed, shaken)
     chance = [one for one in missed if one.lowest <= one.live <= one.highest]
     if chance:
         lines.append(
@@ -59,6 +53,18 @@ def explain(
             "lots among equal replicas, reach from below the live figure to above it"
         )
     return tuple(lines)
+
+
+def _leverage_lines(missed: Sequence[Compared], shaken: Sequence[Sequence[Compared]]) -> list[str]:
+    lines = []
+    for one in missed:
+        reached = sorted(other.simulated for run in shaken for other in run if other.name == one.name)
+        if reached and reached[-1] - reached[0] > SHAKEN * one.simulated * NOTABLE_LEVERAGE:
+            lines.append(
+                f"{LABELS[one.name]}: with steps {SHAKEN:.0%} shorter or longer the simulator says "
+                f"{reached[0]:.0f} or {reached[-1]:.0f}: so near saturation little is much"
+            )
+    return lines
 
 
 def processors_line(use: ProcessorUse) -> str:

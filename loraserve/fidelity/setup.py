@@ -154,15 +154,7 @@ def subject_of(
         )
         for name, held in sorted(pool_adapters.items())
     )
-    seed = config.placement.seed
-    planned = policy(config.placement.policy).plan(Snapshot(adapters=adapters, replicas=replicas, seed=seed))
-    for one in registered:
-        live = {holder.replica_id: holder.share for holder in one.holders}
-        wanted = {
-            str(holder.replica_id): holder.share for holder in planned.holders.get(VersionId(one.version), ())
-        }
-        if live != wanted:
-            raise WorkFailedError(f"adapter {one.name}: placed on {live}, but simulated on {wanted}")
+    _check_placement(config, registered, adapters, replicas)
     return Subject(
         adapters=adapters,
         replicas=replicas,
@@ -174,8 +166,24 @@ def subject_of(
         max_waiting=config.router.max_waiting_per_replica,
         report_interval_s=config.replica.report_interval_s,
         epoch_s=config.placement.epoch_s,
-        seed=seed,
+        seed=config.placement.seed,
     )
+
+
+def _check_placement(
+    config: Config,
+    registered: tuple[AdapterStatus, ...],
+    adapters: tuple[AdapterVersion, ...],
+    replicas: tuple[ReplicaSpec, ...],
+) -> None:
+    snapshot = Snapshot(adapters=adapters, replicas=replicas, seed=config.placement.seed)
+    planned = policy(config.placement.policy).plan(snapshot)
+    for one in registered:
+        live = {holder.replica_id: holder.share for holder in one.holders}
+        holders = planned.holders.get(VersionId(one.version), ())
+        wanted = {str(holder.replica_id): holder.share for holder in holders}
+        if live != wanted:
+            raise WorkFailedError(f"adapter {one.name}: placed on {live}, but simulated on {wanted}")
 
 
 def _config_rank(rank: int) -> int:
