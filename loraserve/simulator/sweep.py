@@ -7,9 +7,12 @@ its figures, and as files where a folder for it was given.
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -142,7 +145,8 @@ class _Sweep:
         arguments = (theirs, self._runs[place], self._judging, self._simulate)
         process = context.Process(target=_child, args=arguments, daemon=True)
         try:
-            process.start()
+            with _interrupts_held():
+                process.start()
         finally:
             # With our copy open, the end of the process would not end the pipe.
             theirs.close()
@@ -176,6 +180,30 @@ class _Sweep:
             child.process.terminate()
         for connection in list(self._children):
             self._forget(connection)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back, and let processes that start meanwhile be born with SIGINT blocked.
+
+    A process that is interrupted before it runs our code, or handed half of its work, would tell of it.
+    """
+    # It unblocks SIGINT when it starts.
+    resource_tracker.ensure_running()
+    held: list[int] = []
+    # Other threads of this process, such as those of numpy, take signals too: a mask is not enough.
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.signal(number, lambda came, _frame: held.append(came)) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for came in held:
+            signal.raise_signal(came)
 
 
 def _exit_of(process: SpawnProcess) -> str:
