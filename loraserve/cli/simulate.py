@@ -139,6 +139,7 @@ def _run(options: "SimulateOptions", out: Path | None, *, per_rank: bool, json_o
     with _stage(out) as stage:
         with simulate_output.SweepProgress(plan.num_requests) as progress:
             runs = simulate_all(plan, options, stage, progress)
+        simulate_output.warn(options, runs)
         if stage is not None and out is not None:
             simulate_output.write_files(plan, runs, stage)
             page = out / simulate_output.PAGE
@@ -163,11 +164,14 @@ def _stage(out: Path | None) -> Iterator[Path | None]:
         if out is None:
             yield None
             return
+        has_begun = False
         try:
             with staged(out) as stage:
+                has_begun = True
                 yield stage
         except OSError as error:
-            raise WorkFailedError(f"--out: {out}: cannot be written: {error.strerror or error}") from error
+            kind = WorkFailedError if has_begun else BadInputError
+            raise kind(f"--out: {out}: cannot be written: {error.strerror or error}") from error
     finally:
         signal.signal(signal.SIGTERM, before)
 

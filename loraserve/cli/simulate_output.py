@@ -89,6 +89,15 @@ def print_tables(
         print(f"report: {page}")
 
 
+def warn(options: "SimulateOptions", runs: Mapping[str, "RunFigures"]) -> None:
+    """On stderr, which failures never came because everything had ended before them."""
+    last_s = max(float(run.pictures.edges_s[-1]) for run in runs.values())
+    for failure in options.cluster.failures:
+        if failure.at_s >= last_s:
+            named = f"{failure.replica_id}@{failure.at_s:g}s"
+            print(f"warning: --fail: {named} never happens, all is over at {last_s:.1f} s", file=sys.stderr)
+
+
 def print_json(
     plan: "Plan", options: "SimulateOptions", runs: Mapping[str, "RunFigures"], page: Path | None
 ) -> None:

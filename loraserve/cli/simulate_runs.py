@@ -59,6 +59,10 @@ def prepare(options: SimulateOptions) -> Plan:
         seed: options.workload.draw(seed) if place and options.workload.is_drawn else first
         for place, seed in enumerate(options.seeds)
     }
+    for trace in traces.values():
+        if len(trace) and trace.arrival_s[-1] < options.judging.warmup_s:
+            last = f"the last request comes at {trace.arrival_s[-1]:g} s"
+            raise BadInputError(f"--warmup: {options.judging.warmup_s:g} s leaves nothing, {last}")
     scenarios, folders = {}, {}
     for policy, routing, seed in product(options.policies, options.routings, options.seeds):
         cluster = replace(options.cluster, policy=policy, routing=routing)

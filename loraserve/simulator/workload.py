@@ -17,7 +17,8 @@ from traces.synthesis.notation import read_law
 from traces.synthesis.portable import stream
 from traces.synthesis.ranks import RANKS, EqualRanks, Ranks, lay_out
 from traces.synthesis.tiling import at_rate, scale_rate
-from traces.types import TraceError, check_cut
+from traces.synthesis.workload import named_settings
+from traces.types import TraceError
 
 DEMO = "demo"
 AUTO = "auto"
@@ -79,12 +80,17 @@ class SimulatedWorkload:
             base_share=self.base_share or None,
             seed=seed,
         )
-        columns = _cut(workload(self.source, asked), self.limit, None)
+        for name in named_settings(self.source) - {"seed"}:
+            if getattr(asked, name, None) is not None:
+                raise BadInputError(
+                    f"--{name.replace('_', '-')}: {self.source} says it too; give one of them"
+                )
+        columns = workload(self.source, asked).cut(limit=self.limit)
         return columns if self.speedup is None else scale_rate(columns, self.speedup)
 
     def _read(self) -> TraceColumns:
         if self.source == DEMO:
-            return _cut(columns_of(bundled_trace()), self.limit, self.duration_s)
+            return columns_of(bundled_trace()).cut(limit=self.limit, duration_s=self.duration_s)
         return read_columns(
             self.source,
             format=self.format,
@@ -150,22 +156,6 @@ def _with_ranks(columns: TraceColumns, law: Ranks, seed: int) -> TraceColumns:
         for one, other in zip(columns.adapters, made, strict=True)
     )
     return replace(columns, adapters=adapters)
-
-
-def _cut(columns: TraceColumns, limit: int | None, duration_s: float | None) -> TraceColumns:
-    check_cut(limit, duration_s)
-    size = len(columns) if limit is None else min(limit, len(columns))
-    if duration_s is not None:
-        size = min(size, int(np.searchsorted(columns.arrival_s, duration_s)))
-    offsets = columns.hash_offsets
-    return replace(
-        columns,
-        arrival_s=columns.arrival_s[:size],
-        prompt_tokens=columns.prompt_tokens[:size],
-        output_tokens=columns.output_tokens[:size],
-        adapter=columns.adapter[:size],
-        hash_offsets=None if offsets is None else offsets[: size + 1],
-    )
 
 
 @contextmanager

@@ -75,6 +75,12 @@ def is_preset(text: str) -> bool:
     return text.startswith(PREFIX)
 
 
+def named_settings(text: str) -> frozenset[str]:
+    """The names of the `Overrides` that a preset's text has itself: `rate` for `preset:slora,rate=3`."""
+    _, *settings = _NEXT.split(text)
+    return frozenset(_NAMES[setting.partition("=")[0]] for setting in settings)
+
+
 def workload_spec(name: str, overrides: Overrides | None = None) -> WorkloadSpec:
     """The spec behind `workload`."""
     plain, *settings = _NEXT.split(name.removeprefix(PREFIX))

@@ -1,9 +1,12 @@
 """`loraserve simulate` as a user runs it: tables, JSON, files, one line for what is wrong."""
 
+import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
+from asyncio.subprocess import PIPE
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,10 +19,20 @@ from loraserve.simulator.figures import Judging
 from loraserve.simulator.from_profile import ClusterOptions
 from loraserve.simulator.result_files import read_result
 from loraserve.simulator.workload import SimulatedWorkload
-from tests.support.cli import finish_cli, run_cli, start_cli
+from tests.support.cli import CODE, finish_cli, run_cli, start_cli
 
 QUICK = ("simulate", "demo", "--replicas", "2")
 TWO = (*QUICK, "--policy", "least-loaded,slora-random")
+
+
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def is_blocked(number: signal.Signals, pid: str) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = next(line.split()[1] for line in status if line.startswith("SigBlk:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -108,6 +121,8 @@ async def test_out_has_records_plots_and_a_page_that_fetches_nothing(tmp_path: P
         (("demo", "--fail", "replica-1"), "expected such as 'replica-1@100s for 30s'"),
         (("demo", "--fail", "replica-9@1s for 1s"), "no replica 'replica-9'"),
         (("demo", "--adapters", "3", "--ranks", "512"), "takes 128 at most"),
+        (("demo", "--warmup", "60"), "--warmup: 60 s leaves nothing"),
+        (("demo", "--out", __file__), "is a file; expected a folder"),
     ],
 )
 async def test_bad_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], line: str) -> None:
@@ -130,6 +145,33 @@ async def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.
     ran = await finish_cli(process)
     assert (ran.exit_code, ran.stdout, ran.stderr.splitlines()[-1]) == (130, "", "error: interrupted")
     assert names_in(tmp_path) == []
+
+
+async def test_a_failure_that_never_comes_is_told() -> None:
+    ran = await run_cli(*QUICK, "--fail", "replica-1@900s for 1s", "--fail", "replica-1@9s for 1s")
+    assert ran.exit_code == 0
+    assert ran.stderr.count("never happens") == ran.stderr.count("replica-1@900s") == 1
+
+
+async def test_an_interrupt_of_the_group_while_processes_start_tells_one_line() -> None:
+    size = ("--requests", "100000", "--rate", "20")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", CODE, *TWO, *size, "--jobs", "2"),
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=PIPE,
+        process_group=0,
+    )
+    # Both processes have been started, beside multiprocessing's own; none is through with its imports.
+    for _ in range(2000):
+        if len(children_of(process.pid)) == 3:
+            break
+        await asyncio.sleep(0.01)
+    # They do not hear the terminal's Ctrl-C at all, however early it comes.
+    assert all(is_blocked(signal.SIGINT, child) for child in children_of(process.pid)[1:])
+    os.killpg(process.pid, signal.SIGINT)
+    ran = await finish_cli(process)
+    assert (ran.exit_code, ran.stdout, ran.stderr.splitlines()) == (130, "", ["error: interrupted"])
 
 
 def test_simulating_imports_nothing_heavy() -> None:

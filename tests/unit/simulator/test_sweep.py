@@ -152,6 +152,7 @@ def test_a_preset_is_drawn_by_the_seed_and_a_trace_is_not() -> None:
         (SimulatedWorkload(source="demo", adapters=0), "--adapters: 0"),
         (SimulatedWorkload(source="preset:nope"), "no preset is called 'nope'"),
         (SimulatedWorkload(source="preset:slora", assign="zipf"), "draws its adapters by itself"),
+        (SimulatedWorkload(source="preset:slora,rate=3", rate_per_s=4), "--rate: .* says it too"),
         (SimulatedWorkload(source="/no/such/file"), "/no/such/file"),
         (SimulatedWorkload(source="demo", ranks="names:a-rank-8-0"), "names 1 adapters, the trace has 5"),
     ],
