@@ -118,6 +118,11 @@ class Progress:
     doing: str = ""
     listeners: list[Callable[["Progress"], None]] = field(default_factory=list)
 
+    @property
+    def share(self) -> float:
+        """How far it is, 0 to 1."""
+        return self.done / self.total if self.total else 0.0
+
     def tell(self, *, done: int = 0, doing: str = "") -> None:
         """Go on, and tell those who listen."""
         self.done += done

