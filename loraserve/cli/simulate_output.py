@@ -227,7 +227,8 @@ def _failures(runs: Mapping[str, "RunFigures"]) -> list[str]:
             f"{count:,} {outcome.value}" for outcome, count in outcomes.items() if outcome != "ok"
         )
         if bad:
-            lines.append(f"{label}: {bad}")
+            why = f"; such as {run.first_failure}" if run.first_failure else ""
+            lines.append(f"{label}: {bad}{why}")
     return lines
 
 

@@ -70,7 +70,8 @@ class RunFigures:
 
     `utilisation` is the share of the window in which replicas computed, meant over all of them; `copies`
     how many copies of adapters they held at the end. `wall_s` and `judging_s` are what simulating and
-    judging took on this machine: all else is the same in every run of the scenario.
+    judging took on this machine: all else is the same in every run of the scenario. `first_failure` is the
+    first request that failed and why, empty without one.
     """
 
     policy: str
@@ -88,6 +89,7 @@ class RunFigures:
     judging_s: float
     scenario: Mapping[str, object]
     pictures: RunPictures
+    first_failure: str = ""
 
     @property
     def simulated_requests_per_s(self) -> float:
@@ -117,7 +119,15 @@ def figures_of(result: SimulationResult, judging: Judging) -> RunFigures:
         judging_s=time.perf_counter() - begun_s,
         scenario=result.scenario,
         pictures=pictures,
+        first_failure=_first_failure(result),
     )
+
+
+def _first_failure(result: SimulationResult) -> str:
+    if not result.statuses:
+        return ""
+    row = min(result.statuses)
+    return f"request {row}: {result.statuses[row]}"
 
 
 def metrics_of(result: SimulationResult, judging: Judging) -> RunMetrics:

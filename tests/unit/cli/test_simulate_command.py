@@ -147,6 +147,14 @@ async def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.
     assert names_in(tmp_path) == []
 
 
+async def test_requests_that_fail_are_told_with_the_reason_of_one(tmp_path: Path) -> None:
+    trace = tmp_path / "long.csv"
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0.5,100,10\n1.0,10000000,1\n")
+    ran = await run_cli("simulate", str(trace))
+    assert ran.exit_code == 0
+    assert "least-loaded: 1 failed; such as request 1: 10000000 prompt and 1 output tokens" in ran.stdout
+
+
 async def test_a_failure_that_never_comes_is_told() -> None:
     ran = await run_cli(*QUICK, "--fail", "replica-1@900s for 1s", "--fail", "replica-1@9s for 1s")
     assert ran.exit_code == 0
