@@ -64,7 +64,8 @@ def fidelity(
     \b
     error     simulated / live - 1, of the same figure (`loraserve replay` says how each is defined)
     targets   emulated: throughput 5 %, TTFT and TBT p50 10 %, p95 20 %; vllm: p50 25 %, p95 40 %
-    void      the client was too slow for the schedule (pacing p99 above 10 ms), also when repeated
+    void      the client was too slow for the schedule (pacing p99 above 10 ms), or other programs took more
+              than 10 % of the machine beside vllm; also when repeated
     The exit code is 0 also when targets are missed: what is missed is printed, and what explains it.
     """
     options = _options(
@@ -192,6 +193,7 @@ def _with_cluster(
             running.router_addresses,
             lambda: _roles(running),
             look_aside=options.look_aside,
+            max_others=options.max_others,
             seed=options.seed,
         )
 

@@ -156,7 +156,7 @@ def _notes(load: "LoadResult") -> list[str]:
     pacing = load.pacing
     p99 = "none" if pacing is None or pacing.p99_ms is None else f"{pacing.p99_ms:.2f} ms"
     again = "" if load.attempts == 1 else ", repeated"
-    notes.append(f"pacing p99 {p99}: {'VOID' if load.void_reason else 'valid'}{again}")
+    notes.append(f"pacing p99 {p99}: {f'VOID, {load.void_reason}' if load.void_reason else 'valid'}{again}")
     if load.failed or load.simulated_failed:
         notes.append(f"not answered in full: {load.failed} live, {load.simulated_failed} simulated")
     notes.append(
@@ -174,7 +174,9 @@ def _verdict(report: "FidelityReport") -> str:
     worst = ", ".join(f"{LABELS[name]} {error:.1%}" for name, error in report.worst().items())
     missed = sum(len(load.missed) for load in report.scored if not load.void_reason)
     void = sum(bool(load.void_reason) for load in report.scored)
-    said = "every target met" if report.met else f"{missed} targets missed"
+    said = "every target met" if not missed else f"{missed} targets missed"
+    if report.fitted.void_reason:
+        said = f"the load fitted was void, so this proves nothing: {said}"
     return f"worst errors: {worst or 'none'}; {said}{f', {void} loads void' if void else ''}"
 
 

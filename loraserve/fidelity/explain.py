@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from loraserve.fidelity.figures import LABELS, Compared
 from loraserve.fidelity.fit import Fit
-from loraserve.fidelity.processors import OTHERS, ProcessorUse
+from loraserve.fidelity.processors import ProcessorUse
 
 BUSY = 0.85
 NOTABLE_OTHERS = 0.1
@@ -28,10 +28,9 @@ def explain(
     if not missed:
         return ()
     lines = [f"processors: {processors_line(use)}"]
-    others = use.busy.get(OTHERS, 0.0) / use.processors
-    if others >= NOTABLE_OTHERS:
+    if use.others >= NOTABLE_OTHERS:
         lines.append(
-            f"{others:.0%} of the machine went to programs outside the cluster: repeat it on an idle one"
+            f"{use.others:.0%} of the machine went to programs outside the cluster: repeat it on an idle one"
         )
     if use.total >= BUSY:
         lines.append(

@@ -1,6 +1,7 @@
 """The live side of a comparison: workloads replayed through the routers, and what the processors did."""
 
 import asyncio
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,10 +33,16 @@ class LiveRun:
     summary: Summary
     processors: ProcessorUse
     attempts: int = 1
+    max_others: float = 1.0
 
     @property
     def void_reason(self) -> str:
         """Why the run proves nothing; '' if it does."""
+        if self.processors.others > self.max_others:
+            return (
+                f"other programs took {self.processors.others:.0%} of the machine, above "
+                f"{self.max_others:.0%}: the engine was slowed down by them"
+            )
         return self.summary.void_reason
 
 
@@ -43,17 +50,20 @@ class LiveSide(Protocol):
     """What is compared with the simulator, as `LiveCluster` is."""
 
     async def run(self, trace: TraceColumns, *, repeat_if_void: bool = False) -> LiveRun:
-        """Send this workload, once more if the client was too slow for it and that is asked for."""
+        """Send this workload, once more if the run is void and that is asked for."""
         ...
 
 
 class LiveCluster:
     """A running cluster by its routers; knows nothing of how it was started."""
 
-    def __init__(self, addresses: tuple[str, ...], roles: Roles, *, look_aside: bool, seed: int) -> None:
+    def __init__(
+        self, addresses: tuple[str, ...], roles: Roles, *, look_aside: bool, max_others: float, seed: int
+    ) -> None:
         self._addresses = addresses
         self._roles = roles
         self._look_aside = look_aside
+        self._max_others = max_others
         self._seed = seed
         self._num_runs = 0
 
@@ -95,17 +105,10 @@ class LiveCluster:
             ) from None
 
     async def run(self, trace: TraceColumns, *, repeat_if_void: bool = False) -> LiveRun:
-        """Replay this workload; once more if the client was too slow for it."""
+        """Replay this workload; once more if the run is void."""
         done = await self._run(trace)
         if done.void_reason and repeat_if_void:
-            again = await self._run(trace)
-            return LiveRun(
-                trace=again.trace,
-                records=again.records,
-                summary=again.summary,
-                processors=again.processors,
-                attempts=2,
-            )
+            return dataclasses.replace(await self._run(trace), attempts=2)
         return done
 
     async def _run(self, trace: TraceColumns) -> LiveRun:
@@ -129,5 +132,9 @@ class LiveCluster:
         if len(result.records) != len(trace):
             raise WorkFailedError(f"{len(result.records)} of {len(trace)} requests were sent")
         return LiveRun(
-            trace=columns_of(result.trace), records=result.records, summary=result.summary, processors=use
+            trace=columns_of(result.trace),
+            records=result.records,
+            summary=result.summary,
+            processors=use,
+            max_others=self._max_others,
         )

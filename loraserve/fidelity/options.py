@@ -84,6 +84,12 @@ class FidelityOptions:
         return min(max(2.0, self.duration_s / 4), 15.0)
 
     @property
+    def max_others(self) -> float:
+        """The share of the machine that other programs may take; an engine that computes is slowed down by
+        them, one that sleeps is not."""
+        return 0.1 if self.engine == "vllm" else 1.0
+
+    @property
     def targets(self) -> Targets:
         """What the errors are held against."""
         return TARGETS[self.engine]

@@ -25,6 +25,11 @@ class ProcessorUse:
     busy: Mapping[str, float]
 
     @property
+    def others(self) -> float:
+        """What was no part of the comparison, as a share of the machine."""
+        return self.busy.get(OTHERS, 0.0) / self.processors
+
+    @property
     def total(self) -> float:
         """All parts together, as a share of the machine."""
         return sum(self.busy.values()) / self.processors

@@ -71,9 +71,10 @@ class FidelityReport:
 
     @property
     def met(self) -> bool:
-        """Whether every scored load that is not void reached every target, and there is one."""
+        """Whether every scored load that is not void reached every target, and there is one, and the load
+        fitted was not void."""
         valid = [one for one in self.scored if not one.void_reason]
-        return bool(valid) and not any(one.missed for one in valid)
+        return bool(valid) and not self.fitted.void_reason and not any(one.missed for one in valid)
 
     def worst(self) -> Mapping[str, float]:
         """Each figure's largest |error| over the scored loads that are not void."""

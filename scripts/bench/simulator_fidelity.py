@@ -29,6 +29,7 @@ def summary(told: dict[str, Any]) -> dict[str, Any]:
             for name, one in load["figures"].items()
             if one["met"] is False and not load["void_reason"]
         ],
+        "fit_is_void": bool(told["fitted"]["void_reason"]),
         "void_loads": [load["load"] for load in scored if load["void_reason"]],
         "step_factor": _rounded(told["fit"]["overheads"]["step_factor"]),
         "prefill_factor": _rounded(told["fit"]["overheads"]["prefill_factor"]),

@@ -56,13 +56,18 @@ def subject_for(options: FidelityOptions, **changes: object) -> Subject:
 class SimulatedLive:
     """Stands where a live cluster does: the subject with overheads that only it knows."""
 
-    def __init__(self, subject: Subject, overheads: Overheads, *, use: ProcessorUse = IDLE) -> None:
+    def __init__(
+        self, subject: Subject, overheads: Overheads, *, use: ProcessorUse = IDLE, max_others: float = 1.0
+    ) -> None:
         self._subject = subject
         self._overheads = overheads
         self._use = use
+        self._max_others = max_others
 
     async def run(self, trace: TraceColumns, *, repeat_if_void: bool = False) -> LiveRun:
         """What this cluster does with the workload."""
         (records,) = simulated_runs(self._subject, trace, self._overheads, draws=1)
         summary = summarise(records, live=True)
-        return LiveRun(trace=trace, records=records, summary=summary, processors=self._use)
+        return LiveRun(
+            trace=trace, records=records, summary=summary, processors=self._use, max_others=self._max_others
+        )

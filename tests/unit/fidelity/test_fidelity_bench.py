@@ -39,6 +39,7 @@ async def test_the_output_is_complete_and_its_worst_errors_are_the_benchmarks(
     assert short["met"] is False
     assert short["worst_error"]["ttft_p95_ms"] == pytest.approx(made.worst()["ttft_p95_ms"], abs=1e-3)
     assert short["missed"]
+    assert short["fit_is_void"] is False
     assert all(line.endswith("at load 0.9") for line in short["missed"])
     assert short["step_factor"] == pytest.approx(made.fit.overheads.step_factor, abs=1e-3)
     print_tables(made, files)

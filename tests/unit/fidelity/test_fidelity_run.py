@@ -68,6 +68,18 @@ async def test_what_the_overheads_cannot_stand_for_is_missed_and_explained() -> 
     assert max(report.worst().values()) > 0.05
 
 
+async def test_a_load_beside_other_programs_is_void_and_proves_nothing() -> None:
+    options, subject = replace(SHORT, draws=1, loads=(0.5,)), subject_for(SHORT)
+    busy = ProcessorUse(processors=2, wall_s=1.0, busy={"others": 0.4})
+    live = SimulatedLive(subject, Overheads(), use=busy, max_others=0.1)
+    report = await run_fidelity(live, subject, options, "the test's", print)
+    assert "took 20% of the machine, above 10%" in report.scored[0].void_reason
+    assert not report.scored[0].missed
+    assert not report.met
+    assert report.worst() == {}
+    assert replace(options, engine="vllm").max_others < options.max_others == 1.0
+
+
 async def test_a_cluster_without_a_token_cannot_be_compared() -> None:
     subject = subject_for(SHORT)
     none = subject_for(SHORT, max_waiting=1, limits=type(subject.limits)(kv_blocks=1, max_num_seqs=1))
