@@ -16,6 +16,8 @@ from placement.types import AdapterName, AdapterVersion, ReplicaId, ReplicaSpec,
 from traces.columns import TraceColumns
 
 MAX_ROUTERS = 1000
+MIN_PERIOD_S = 0.001
+"""Shorter epochs would take the simulator longer than the requests do."""
 MAX_TOKENS = 2**31 - 1
 MAX_DURATION_S = 3e6
 """A month: 62 bits hold 53 days of picoseconds, and what came last has to end."""
@@ -158,8 +160,9 @@ def _check_names(scenario: Scenario) -> None:
 
 def _check_numbers(scenario: Scenario) -> None:
     for name in _DURATIONS:
-        if not 1e-6 <= getattr(scenario, name) <= MAX_DURATION_S:
-            _refuse(name, f"{getattr(scenario, name)} s", f"seconds from 1e-6 to {MAX_DURATION_S:g}")
+        if not MIN_PERIOD_S <= getattr(scenario, name) <= MAX_DURATION_S:
+            right = f"seconds from {MIN_PERIOD_S:g} to {MAX_DURATION_S:g}"
+            _refuse(name, f"{getattr(scenario, name)} s", right)
     for name in _DELAYS:
         if not 0 <= getattr(scenario, name) <= MAX_DURATION_S:
             _refuse(name, f"{getattr(scenario, name)} s", f"seconds from 0 to {MAX_DURATION_S:g}")
