@@ -87,7 +87,8 @@ def test_slow_steps_do_not_bend_the_model(model: LatencyModel, outliers: float, 
         for counts in (step.counts(model.kernel, MAX_RANK) for step in steps)
     )
     assert errors[len(errors) // 2] < 0.02
-    assert errors[-1] < 0.12
+    # A term that few batches vary may be bent where most of their repetitions were slow.
+    assert errors[len(errors) * 9 // 10] < 0.05
 
 
 @pytest.mark.parametrize("kernel", RankKernel)
