@@ -69,7 +69,7 @@ async def find_saturation(
     predicted_per_s = saturated_requests_per_s(subject, flood(options), overheads)
     progress(f"the model saturates at {predicted_per_s:.2f} requests/s; the cluster is overloaded to see")
     trace = workload_at(options, OVERLOAD * predicted_per_s, options.overload_s, part=_OVERLOAD_PART)
-    run = await live.run(trace)
+    run = await live.run(trace, repeat_if_void=True)
     from_s = WARM_UP_SHARE * options.overload_s
     did = arriving_tokens_per_s(run.records, from_s=from_s)
     (simulated,) = simulated_runs(subject, run.trace, overheads, draws=1)
