@@ -298,7 +298,7 @@ class EmulatedEngine:
                 self._work.clear()
                 await self._work.wait()
                 continue
-            await self._sleep_until(due_ps)
+            await self._sleep_until(due_ps, ends_step=due_ps == replica.step_end_ps)
             replica.advance(due_ps)
             self._give_out()
             # Now that who has stopped is out, the next step may begin. One of no time at all ends as well.
@@ -306,14 +306,15 @@ class EmulatedEngine:
             if replica.finished:
                 self._give_out()
 
-    async def _sleep_until(self, due_ps: int) -> None:
+    async def _sleep_until(self, due_ps: int, *, ends_step: bool) -> None:
         left_s = self._origin_s + due_ps / PS_PER_S - self._clock.now_s()
         if left_s < -MAX_LAG_S:
             self._origin_s -= left_s + MAX_LAG_S
             # Who has come by now would else come late by what was forgotten.
             self._replica.bring_forward(due_ps + round(MAX_LAG_S * PS_PER_S))
-        # Also without a moment to spare, for others share the event loop.
-        await self._sleep(max(0.0, left_s))
+        # A step sleeps also without a moment to spare, for others share the event loop.
+        if ends_step or left_s > 0:
+            await self._sleep(max(0.0, left_s))
 
     def _give_out(self) -> None:
         """Hand each reader what was drawn since, and end what has stopped by itself."""

@@ -62,6 +62,11 @@ class ReplicaModel:
         return max(self._until_ps, self._inbox[-1][0]) if self._inbox else self._until_ps
 
     @property
+    def step_end_ps(self) -> int | None:
+        """When the step under way ends, None between two."""
+        return self._begun_ps + self._run_ps(self._steps_done() + 1) if self._is_busy else None
+
+    @property
     def running(self) -> int:
         """Sequences in the batch."""
         return len(self.batch.running)
