@@ -1,6 +1,7 @@
 """Two real vLLM replicas behind the router: the same tokens as vLLM alone, through every kill."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
@@ -20,6 +21,8 @@ NAMES = ("", "rank-8", "rank-16", "rank-32", "rank-64", "rank-128")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
 RECOVERY_S = 120.0
 ENGINE_TITLE = "VLLM::EngineCore"
+FOUND_S = 1.0
+POLL_S = 0.02
 
 References = Mapping[str, Sequence[list[int]]]
 
@@ -170,7 +173,7 @@ async def test_streams_outlive_the_replica_that_serves_them_token_by_token(
         begun = await asyncio.gather(*(_read(stream, 8) for stream in streams))
         victim = before.replicas[0].pid
         if what == "engine":
-            (victim,) = [pid for pid in cluster.pids(ENGINE_TITLE) if parent_of(pid) == victim]
+            victim = await _engine_of(cluster, victim)
         kill(victim)
         rests = await asyncio.gather(*(_read(stream, 10_000) for stream in streams))
         for one, first, rest in zip(wanted, begun, rests, strict=True):
@@ -188,6 +191,20 @@ async def test_streams_outlive_the_replica_that_serves_them_token_by_token(
             RECOVERY_S,
             "the replica is back",
         )
+
+
+async def _engine_of(cluster: LiveCluster, replica: int) -> int:
+    """The engine's process; AssertionError tells what there was instead."""
+    seen: dict[int, int] = {}
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(FOUND_S):
+            while True:
+                seen = {pid: parent_of(pid) for pid in cluster.pids(ENGINE_TITLE)}
+                for pid, parent in seen.items():
+                    if parent == replica:
+                        return pid
+                await asyncio.sleep(POLL_S)
+    raise AssertionError(f"replica {replica} has no engine; engines and their parents: {seen}")
 
 
 async def _read(stream: GenerationStream, at_least: int) -> tuple[list[int], str]:
