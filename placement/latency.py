@@ -70,7 +70,7 @@ class LatencyModel:
     prefill_rank_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in _COEFFICIENTS:
+        for name in COEFFICIENTS:
             value = getattr(self, name)
             if not 0 <= value <= MAX_COEFFICIENT_MS:
                 raise ValueError(f"{name}: {value}; expected milliseconds from 0 to {MAX_COEFFICIENT_MS:g}")
@@ -90,7 +90,7 @@ class LatencyModel:
         )
 
 
-_COEFFICIENTS = (
+COEFFICIENTS = (
     "base_ms",
     "row_ms",
     "prefill_token_ms",
@@ -123,7 +123,7 @@ class StepCost:
     @classmethod
     def of(cls, model: LatencyModel, speed: float = 1.0) -> "StepCost":
         """The model's coefficients, each rounded to a picosecond; a `speed` of 2 halves every step."""
-        values = [round(getattr(model, name) * PS_PER_MS / speed) for name in _COEFFICIENTS]
+        values = [round(getattr(model, name) * PS_PER_MS / speed) for name in COEFFICIENTS]
         base, row, token, pair, context, lora, adapter, decode, prefill = values
         return cls(
             kernel=model.kernel,

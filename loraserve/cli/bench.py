@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraserve.cli.common import command
+from loraserve.cli.common import command, quiet_engine, until_interrupted
 from loraserve.errors import BadInputError, WorkFailedError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def rank(
         raise BadInputError("--rank: with --model the ranks are those of the adapters; remove it")
     if out is not None:
         _make_folder(out)  # before the run: minutes of measurements must not end in an error
-    _quiet_engine()
+    quiet_engine()
     result = _measure(options, recipe, model, adapter or [])
     from loraserve.cli import bench_output
 
@@ -167,33 +167,12 @@ def _measure(
 
 async def _run(subject: "Subject", options: "RankOptions") -> "RankResult":
     """With a progress display; Ctrl-C and SIGTERM end the engine, then the program."""
-    import asyncio
-    import signal
-
     from loraserve.bench.rank_run import Progress, run_rank
     from loraserve.cli.progress import show_progress
 
-    loop = asyncio.get_running_loop()
     progress = Progress()
-    task = asyncio.ensure_future(run_rank(subject, options, progress))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        with show_progress("bench rank", progress):
-            return await task
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
-def _quiet_engine() -> None:
-    """vLLM logs hundreds of lines for each engine; its errors come as exceptions."""
-    import logging
-    import os
-
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.disable(logging.WARNING)
+    with show_progress("bench rank", progress):
+        return await until_interrupted(run_rank(subject, options, progress))
 
 
 def _make_folder(folder: Path) -> None:

@@ -81,6 +81,31 @@ def run_async(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     return result
 
 
+async def until_interrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Await the work; SIGINT and SIGTERM cancel it, so that it ends what it has started."""
+    import asyncio
+    import signal
+
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(work)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        return await task
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def quiet_engine() -> None:
+    """vLLM logs hundreds of lines for each engine; its errors come as exceptions."""
+    import logging
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.disable(logging.WARNING)
+
+
 def resolve_addresses(given: Sequence[str] | None, cluster: str) -> tuple[str, ...]:
     """The given addresses, each of which may be several with commas between, or those of all routers of
     the running cluster."""

@@ -2,11 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraserve.cli.common import command
+from loraserve.cli.common import command, quiet_engine, until_interrupted
 from loraserve.errors import BadInputError, WorkFailedError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def profile(
         from loraserve.profiling.subject import check_ranks
 
         check_ranks(configured, wanted)
-    _quiet_engine()
+    quiet_engine()
     _measure(configured, options, wanted, adapter or [], name, out, json_output=json_output)
 
 
@@ -192,36 +192,14 @@ def _measure(
 
 async def _run(config: "Config", subject: "Subject", options: "ProfileOptions") -> "Measured":
     """With a progress display; Ctrl-C and SIGTERM end the engine, then the program."""
-    import asyncio
-    import signal
-
     from loraserve.bench.idle import Bystanders
     from loraserve.cli.progress import show_progress
     from loraserve.profiling.run import Progress, run_profile
 
-    loop = asyncio.get_running_loop()
     progress = Progress()
     work = run_profile(config, subject, options, progress, watch=lambda pids: Bystanders(pids).share)
-    task: asyncio.Task[Any] = asyncio.create_task(work)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        with show_progress("profile", progress):
-            measured: Measured = await task
-            return measured
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
-def _quiet_engine() -> None:
-    """vLLM logs hundreds of lines for each engine; its errors come as exceptions."""
-    import logging
-    import os
-
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.disable(logging.WARNING)
+    with show_progress("profile", progress):
+        return await until_interrupted(work)
 
 
 def _check_writable(path: Path) -> None:

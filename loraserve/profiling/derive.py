@@ -8,19 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from placement.latency import LatencyModel, RankKernel
+from placement.latency import COEFFICIENTS, LatencyModel, RankKernel
 from placement.profile import OperatingPoint
 
 _RANK_TERMS = ("decode_rank_ms", "prefill_rank_ms")
-_OTHER_TERMS = (
-    "base_ms",
-    "row_ms",
-    "prefill_token_ms",
-    "prefill_pair_ms",
-    "context_token_ms",
-    "lora_step_ms",
-    "adapter_ms",
-)
+_OTHER_TERMS = tuple(name for name in COEFFICIENTS if name not in _RANK_TERMS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,23 +10,12 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
-from placement.latency import LatencyModel, RankKernel, StepCounts
+from placement.latency import COEFFICIENTS, LatencyModel, RankKernel, StepCounts
 from placement.profile import KernelFit
 
 if TYPE_CHECKING:
     import numpy as np
 
-_TERMS = (
-    "base_ms",
-    "row_ms",
-    "prefill_token_ms",
-    "prefill_pair_ms",
-    "context_token_ms",
-    "lora_step_ms",
-    "adapter_ms",
-    "decode_rank_ms",
-    "prefill_rank_ms",
-)
 _SOFT_SCALE = 0.05
 _LEAST_SCALE = 1e-4
 _MAD_TO_SIGMA = 1.4826
@@ -136,7 +125,7 @@ def fit_latency(steps: Sequence[TimedStep], kernel: RankKernel, max_lora_rank: i
     measured = np.array([step.ms for step in steps])
     columns = np.array([_row(one) for one in counts], dtype=float) / measured[:, None]
     values = _robust(columns)
-    terms: dict[str, Any] = dict(zip(_TERMS, (float(f"{value:.6g}") for value in values), strict=True))
+    terms: dict[str, Any] = dict(zip(COEFFICIENTS, (float(f"{value:.6g}") for value in values), strict=True))
     model = LatencyModel(kernel=kernel, max_lora_rank=max_lora_rank, **terms)
     relative = _relative_errors(model, steps)
     errors_ms = [error * step.ms for error, step in zip(relative, steps, strict=True)]
@@ -162,7 +151,7 @@ def _clipped(errors: Sequence[float]) -> list[float]:
 
 
 def _row(counts: StepCounts) -> tuple[float, ...]:
-    """The counts in the order of `_TERMS`."""
+    """The counts in the order of `COEFFICIENTS`."""
     return (
         1.0,
         counts.rows,

@@ -12,7 +12,7 @@ from loraserve.client import Client, GenerationStream
 from loraserve.cluster.processes import parent_of
 from loraserve.request import SamplingParams
 from loraserve.samples import SampleSet
-from tests.support.live_cluster import LiveCluster, kill, wait_gone, wait_status
+from tests.support.live_cluster import POLL_S, LiveCluster, kill, wait_gone, wait_status
 from tests.support.vllm_bench import MAX_TOKENS, PROMPTS
 
 pytestmark = [pytest.mark.ray, pytest.mark.asyncio(loop_scope="session")]
@@ -22,7 +22,6 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
 RECOVERY_S = 120.0
 ENGINE_TITLE = "VLLM::EngineCore"
 FOUND_S = 1.0
-POLL_S = 0.02
 
 References = Mapping[str, Sequence[list[int]]]
 
