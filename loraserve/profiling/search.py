@@ -4,7 +4,6 @@ Pure, and the same for whatever is probed: it is told which rates held, and says
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -83,15 +82,3 @@ class RateSearch:
             return None if failed <= limits.lowest else max(failed / 2, limits.lowest)
         # The tolerance is a ratio, and so the middle is.
         return math.sqrt(held * failed)
-
-
-def find_highest(
-    probe: Callable[[float], bool], limits: SearchLimits, start: float
-) -> tuple[float | None, int]:
-    """The highest rate found for which `probe` is true, None if there is none; and how often it was asked."""
-    search = RateSearch(limits, start)
-    probes = 0
-    while (rate := search.next_rate) is not None:
-        search.tell(held=probe(rate))
-        probes += 1
-    return search.held, probes

@@ -134,14 +134,6 @@ def log_gammas(rng: np.random.Generator, shape: float, count: int) -> Floats:
     return found if shape >= 1.0 else found + log(open_uniform(rng, count)) / shape
 
 
-def interpolate(x: Floats, nodes: Floats, values: Floats) -> Floats:
-    """Straight lines through the points (nodes, values), nodes rising; the ends hold beyond them."""
-    place = np.clip(np.searchsorted(nodes, x, side="right") - 1, 0, len(nodes) - 2)
-    low, high = nodes[place], nodes[place + 1]
-    part = np.clip((x - low) / (high - low), 0.0, 1.0)
-    return np.asarray(values[place] + part * (values[place + 1] - values[place]))
-
-
 def permutation(rng: np.random.Generator, count: int) -> NDArray[np.int64]:
     """The numbers below `count` in random order."""
     return np.argsort(rng.random(count), kind="stable")

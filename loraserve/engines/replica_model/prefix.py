@@ -37,7 +37,6 @@ class PrefixCache:
         self._unused: OrderedDict[Block, None] = OrderedDict()
         """In the order in which they came out of use."""
         self._nameless_blocks = free_blocks
-        self.hit_tokens = 0
 
     @property
     def free_blocks(self) -> int:
@@ -77,7 +76,6 @@ class PrefixCache:
             block.users += 1
         sequence.cached = blocks
         tokens = len(blocks) * self._name_tokens
-        self.hit_tokens += tokens
         return tokens, fresh
 
     def allocate(self, num_blocks: int) -> None:

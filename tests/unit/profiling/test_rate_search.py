@@ -1,14 +1,27 @@
 """The search for the highest rate that holds."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.profiling.search import RateSearch, SearchLimits, find_highest
+from loraserve.profiling.search import RateSearch, SearchLimits
 
 RATES = st.floats(1e-3, 1e5)
+
+
+def find_highest(
+    probe: Callable[[float], bool], limits: SearchLimits, start: float
+) -> tuple[float | None, int]:
+    """The highest rate found for which `probe` is true, None if there is none; and how often it was asked."""
+    search = RateSearch(limits, start)
+    probes = 0
+    while (rate := search.next_rate) is not None:
+        search.tell(held=probe(rate))
+        probes += 1
+    return search.held, probes
 
 
 @given(truth=RATES, start=RATES, tolerance=st.floats(0.001, 0.5))

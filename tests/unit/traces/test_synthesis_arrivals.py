@@ -24,7 +24,7 @@ from traces.synthesis.arrivals import (
     RateOfTrace,
     Weibull,
 )
-from traces.synthesis.portable import Floats, exp, interpolate, log, log_gammas, normals, stream
+from traces.synthesis.portable import Floats, exp, log, log_gammas, normals, stream
 from traces.types import TraceError
 
 COUNT, DURATION_S = 20_000, 1_000.0
@@ -221,9 +221,6 @@ def test_our_functions_agree_with_the_library_s() -> None:
     assert exp(np.array([-1e9, 0.0])).tolist() == [0.0, 1.0]
     y = np.exp(x)
     assert np.allclose(log(y), x, rtol=1e-15, atol=1e-15)
-    nodes, values = np.array([0.0, 1.0, 3.0]), np.array([5.0, 7.0, 3.0])
-    points = np.linspace(-1.0, 4.0, 51)
-    assert np.allclose(interpolate(points, nodes, values), np.interp(points, nodes, values))
 
 
 def test_our_variates_follow_their_distributions() -> None:
