@@ -42,6 +42,7 @@ from placement.cluster_messages import (
 from placement.cluster_records import Copy, CopyPhase, DrainOrder, Holdings, ReplicaPhase, ReplicaRecord
 from placement.cluster_table import table_of
 from placement.policies.base import PlacementPolicy
+from placement.profile import Profile
 from placement.table import RoutingTable, TableEntry
 from placement.types import (
     AdapterName,
@@ -69,6 +70,8 @@ class ClusterState:
         table_version: int = 0,
         drains: Mapping[ReplicaId, DrainOrder] = MappingProxyType({}),
         recovering: bool = False,
+        profiles: Mapping[str, Profile] = MappingProxyType({}),
+        epoch_s: float = 60.0,
     ) -> None:
         """Start empty, or from what a store remembers (`adapters` in order of registration).
 
@@ -78,6 +81,8 @@ class ClusterState:
         self.base_model = base_model
         self.seed = seed
         self.max_restarts = max_restarts
+        self.profiles = profiles
+        self.epoch_s = epoch_s
         self.plan = plan if plan is not None else Placement()
         self.table = RoutingTable(version=table_version, base_model=base_model)
         self.published = False
@@ -327,6 +332,8 @@ class ClusterState:
                 current=self.plan,
                 demand_tokens_per_s=self.demand_tokens_per_s,
                 seed=self.seed,
+                profiles=self.profiles,
+                epoch_s=self.epoch_s,
             )
         )
 

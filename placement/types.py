@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NewType
 
+from placement.profile import Profile, Slo
+
 AdapterName = NewType("AdapterName", str)
 """The name a client uses."""
 
@@ -40,13 +42,14 @@ class AdapterVersion:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
     """What a replica can hold: no adapter above `max_lora_rank`, no more than `pool_adapters`
-    adapters, no more than `pool_bytes` of them."""
+    adapters, no more than `pool_bytes` of them. `profile` names its kind in `Snapshot.profiles`."""
 
     replica_id: ReplicaId
     max_lora_rank: int
     pool_adapters: int
     pool_bytes: int
     node_id: NodeId = NodeId("local")
+    profile: str = ""
 
     def admits(self, adapter: AdapterVersion) -> bool:
         """Whether the adapter could ever live here, other adapters aside."""
@@ -59,20 +62,27 @@ class ReplicaSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A replica with a copy, and the share of the adapter's requests meant for it."""
+    """A replica with a copy, and the share of the adapter's requests meant for it.
+
+    With `spill` a holder without a share may take requests where waiting at the others would cost more, if
+    the routing policy can tell; without it, only when none of the others can.
+    """
 
     replica_id: ReplicaId
     share: float
+    spill: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Which replicas hold each adapter version, with traffic shares that sum to one.
 
-    A version without an entry is unplaced: no replica has room for it.
+    A version without an entry is unplaced: no replica has room for it. `max_lora_ranks` are the engine
+    settings that the plan asks for; a replica without an entry keeps its own.
     """
 
     holders: Mapping[VersionId, tuple[Holder, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    max_lora_ranks: Mapping[ReplicaId, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def replicas_of(self, version: VersionId) -> frozenset[ReplicaId]:
         """The replicas planned to hold this version."""
@@ -81,10 +91,22 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Everything a policy may look at. `demand_tokens_per_s` misses an adapter that is new."""
+    """Everything a policy may look at. `demand_tokens_per_s` is the forecast for the next `epoch_s`, prompt
+    and output tokens; it misses an adapter that is new.
+
+    `profiles` by `ReplicaSpec.profile`; a replica whose profile is not there is taken to serve every rank
+    alike, see `placement.capacity`. `leaving` are replicas that serve now and will not for long. `weights`
+    say how many times an adapter's tokens count (1 where there is none), `slos` which adapters have
+    targets other than the profile's.
+    """
 
     adapters: tuple[AdapterVersion, ...]
     replicas: tuple[ReplicaSpec, ...]
     current: Placement = field(default_factory=Placement)
     demand_tokens_per_s: Mapping[VersionId, float] = field(default_factory=lambda: MappingProxyType({}))
     seed: int = 0
+    profiles: Mapping[str, Profile] = field(default_factory=lambda: MappingProxyType({}))
+    epoch_s: float = 60.0
+    leaving: frozenset[ReplicaId] = frozenset()
+    weights: Mapping[VersionId, float] = field(default_factory=lambda: MappingProxyType({}))
+    slos: Mapping[VersionId, Slo] = field(default_factory=lambda: MappingProxyType({}))

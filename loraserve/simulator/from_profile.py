@@ -83,6 +83,7 @@ def scenario_of(
         on_demand=options.on_demand,
         failures=options.failures,
         seed=seed,
+        profiles={profile.name: _known(profile, options)},
     )
 
 
@@ -124,6 +125,13 @@ def _cost(profile: Profile, options: ClusterOptions) -> StepCost:
     return StepCost.of(replace(profile.latency, kernel=kernel), options.speed)
 
 
+def _known(profile: Profile, options: ClusterOptions) -> Profile:
+    """What policies know: the profile, with the kernel that is simulated."""
+    if options.kernel is None or profile.latency is None:
+        return profile
+    return replace(profile, latency=replace(profile.latency, kernel=RankKernel(options.kernel)))
+
+
 def _limits(profile: Profile, trace: TraceColumns, options: ClusterOptions) -> ReplicaLimits:
     engine = profile.engine
     return ReplicaLimits(
@@ -145,4 +153,5 @@ def _spec(replica_id: ReplicaId, profile: Profile, options: ClusterOptions) -> R
         max_lora_rank=profile.engine.max_lora_rank,
         pool_adapters=options.pool_adapters or _ENDLESS,
         pool_bytes=options.pool_bytes or _ENDLESS,
+        profile=profile.name,
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,7 @@ from loraserve.errors import BadInputError
 from loraserve.simulator.links import LinkSpeed
 from placement.latency import StepCost
 from placement.policies import POLICIES
+from placement.profile import Profile
 from placement.routing import ROUTING_POLICIES
 from placement.types import AdapterName, AdapterVersion, ReplicaId, ReplicaSpec, version_id
 from traces.columns import TraceColumns
@@ -54,6 +56,7 @@ class Scenario:
     Every `epoch_s` the policy plans again, by the demand of the last `window_s`. Copies come from
     another holder over its `peer` link if there is one, else over the one `origin` link; `on_demand` fetches
     them when a request needs them, else they are loaded as planned and published when they are there.
+    `profiles` are what policies know of the kinds of replicas, by `ReplicaSpec.profile`.
     `warm`: the first plan is loaded at the start. The controller hears of a failure `detection_s` after it.
 
     BadInputError names the field, what it is and what would be right.
@@ -81,6 +84,7 @@ class Scenario:
     detection_s: float = 1.0
     max_restarts: int = 3
     seed: int = 0
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_names(self)

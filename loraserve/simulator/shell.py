@@ -49,6 +49,8 @@ class Shell:
             max_restarts=scenario.max_restarts,
             adapters=scenario.adapters,
             plan=plan,
+            profiles=scenario.profiles,
+            epoch_s=scenario.epoch_s,
         )
 
     def _first_plan(self) -> Placement:
@@ -58,6 +60,8 @@ class Shell:
                 adapters=scenario.adapters,
                 replicas=tuple(self._specs.values()),
                 seed=scenario.seed,
+                profiles=scenario.profiles,
+                epoch_s=scenario.epoch_s,
             )
         )
 
