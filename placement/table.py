@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from placement.replica_cost import ReplicaCost
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableReplica:
     """A replica that takes requests and where its gRPC server listens (host:port); one that is
-    draining is there only for the adapters that name it."""
+    draining is there only for the adapters that name it. `cost` is what it takes to serve there, None
+    where nobody has measured it."""
 
     replica_id: ReplicaId
     address: str
     max_lora_rank: int
     draining: bool = False
+    cost: ReplicaCost | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
