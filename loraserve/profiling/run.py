@@ -11,7 +11,6 @@ from loraserve.config import Config
 from loraserve.engines.base import EngineInfo
 from loraserve.errors import WorkFailedError
 from loraserve.profiling.batches import Batch, BatchLimits, RankedName, plan_batches
-from loraserve.profiling.derive import SteadyLoad, steady_tokens_per_s
 from loraserve.profiling.fit import Recommendation, TimedStep, recommend
 from loraserve.profiling.load import LoadDriver, LoadShape
 from loraserve.profiling.search import RateSearch, SearchLimits
@@ -20,6 +19,7 @@ from loraserve.profiling.subject import Subject
 from loraserve.profiling.timing import LoadedAdapter, StepTimer
 from placement.latency import LatencyModel
 from placement.profile import LoadProbe, LoadSpeeds, Slo
+from placement.steady_load import SteadyLoad, steady_tokens_per_s
 from placement.types import VersionId
 
 Watch = Callable[[tuple[int, ...]], Callable[[], float | None]]

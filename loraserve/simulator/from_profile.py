@@ -8,8 +8,9 @@ from loraserve.engines.replica_model.sequence import ReplicaLimits
 from loraserve.errors import BadInputError
 from loraserve.simulator.links import LinkSpeed
 from loraserve.simulator.scenario import Failure, ReplicaSetup, Scenario, versions_of
-from placement.latency import RankKernel, StepCost
+from placement.latency import COEFFICIENTS, LatencyModel, RankKernel, StepCost
 from placement.profile import Profile
+from placement.steady_load import SteadyLoad, steady_tokens_per_s
 from placement.types import ReplicaId, ReplicaSpec
 from traces.columns import TraceColumns
 
@@ -56,6 +57,7 @@ def scenario_of(
     _check_ranks(profile, trace)
     try:
         cost = _cost(profile, options)
+        known = _known(profile, options, trace)
         limits = _limits(profile, trace, options)
         origin = LinkSpeed(bytes_per_s=profile.speeds.origin_bytes_per_s, latency_s=0.01)
         peer = LinkSpeed(bytes_per_s=profile.speeds.peer_bytes_per_s)
@@ -83,7 +85,7 @@ def scenario_of(
         on_demand=options.on_demand,
         failures=options.failures,
         seed=seed,
-        profiles={profile.name: _known(profile, options)},
+        profiles={profile.name: known},
     )
 
 
@@ -125,11 +127,41 @@ def _cost(profile: Profile, options: ClusterOptions) -> StepCost:
     return StepCost.of(replace(profile.latency, kernel=kernel), options.speed)
 
 
-def _known(profile: Profile, options: ClusterOptions) -> Profile:
-    """What policies know: the profile, with the kernel that is simulated."""
-    if options.kernel is None or profile.latency is None:
+def _known(profile: Profile, options: ClusterOptions, trace: TraceColumns) -> Profile:
+    """What policies know: the profile as it is simulated, its operating points with it.
+
+    A point under another kernel is the profile's own times the ratio of what both models give in the
+    steady state with this trace's lengths. Under `padded_config` the point of a rank is what an engine with
+    that `max_lora_rank` sustains, whatever it serves: so policies read it (`placement.capacity`).
+    """
+    old = profile.latency
+    if old is None:
         return profile
-    return replace(profile, latency=replace(profile.latency, kernel=RankKernel(options.kernel)))
+    new = replace(old, kernel=RankKernel(options.kernel)) if options.kernel is not None else old
+    points, mixed = profile.operating_points, profile.mixed_tokens_per_s
+    if new.kernel is not old.kernel and len(trace):
+        # What ranks cost side by side under another kernel, no steady state of one rank tells.
+        mixed = None
+        load = SteadyLoad(
+            rows=profile.engine.max_num_seqs,
+            prompt_tokens=float(trace.prompt_tokens.mean()),
+            output_tokens=float(trace.output_tokens.mean()),
+        )
+        points = tuple(
+            replace(point, tokens_per_s=point.tokens_per_s * _gain(old, new, load, point.rank))
+            for point in points
+        )
+    if options.speed != 1.0:
+        points = tuple(replace(point, tokens_per_s=point.tokens_per_s * options.speed) for point in points)
+        mixed = None if mixed is None else mixed * options.speed
+        new = replace(new, **{name: getattr(new, name) / options.speed for name in COEFFICIENTS})
+    return replace(profile, latency=new, operating_points=points, mixed_tokens_per_s=mixed)
+
+
+def _gain(old: LatencyModel, new: LatencyModel, load: SteadyLoad, rank: int) -> float:
+    if new.kernel is RankKernel.PADDED_CONFIG:
+        new = replace(new, max_lora_rank=rank)
+    return steady_tokens_per_s(new, load, rank) / steady_tokens_per_s(old, load, rank)
 
 
 def _limits(profile: Profile, trace: TraceColumns, options: ClusterOptions) -> ReplicaLimits:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraserve.errors import BadInputError
-from loraserve.profiling.derive import SteadyLoad, derive_latency, steady_tokens_per_s
+from loraserve.profiling.derive import derive_latency
 from loraserve.profiling.files import (
     find_profile,
     find_simulatable,
@@ -21,6 +21,7 @@ from loraserve.profiling.files import (
 )
 from placement.latency import LatencyModel, RankKernel, StepCost
 from placement.profile import EngineFacts, KernelFit, LoadProbe, OperatingPoint, Profile, Slo
+from placement.steady_load import SteadyLoad, steady_tokens_per_s
 
 ENGINE: dict[str, Any] = {"kind": "vllm", "model": "m", "kv_blocks": 10}
 FLOATS = st.floats(1e-9, 1e12)
