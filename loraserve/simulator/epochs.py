@@ -30,6 +30,7 @@ class Epochs:
         self._ledger = ledger
         self.period_ps = round(scenario.epoch_s * PS_PER_S)
         self._totals = (0, 0, 0)
+        self._size_bytes = {adapter.version_id: adapter.size_bytes for adapter in scenario.adapters}
 
     def elapse(self, now_ps: int) -> None:
         """One epoch is over: the controller plans the next."""
@@ -73,6 +74,7 @@ class Epochs:
                 time_ps=now_ps,
                 table_version=self._shell.state.table.version,
                 copies=tuple(len(site.held) for site in self._sites),
+                resident_bytes=sum(self._size_bytes[one] for site in self._sites for one in site.held),
                 bytes_moved=bytes_moved,
                 loads=loads,
                 cold_misses=cold_misses,

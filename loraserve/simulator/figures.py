@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraserve.engines.replica_model.log import ReplicaLog
-from loraserve.simulator.result import SimulationResult
+from loraserve.simulator.result import EpochRecord, SimulationResult
 from traces.metrics import Slo, Summary
 from traces.records import Outcome, RequestRecord
 from traces.runs.gap_quantiles import WeighedGaps
@@ -69,9 +69,9 @@ class RunFigures:
     """Everything that is told of one simulation; small, whatever was simulated.
 
     `utilisation` is the share of the window in which replicas computed, meant over all of them; `copies`
-    how many copies of adapters they held at the end. `wall_s` and `judging_s` are what simulating and
-    judging took on this machine: all else is the same in every run of the scenario. `first_failure` is the
-    first request that failed and why, empty without one.
+    how many copies of adapters they held at the end; `epochs` the policy's, warm-up included. `wall_s` and
+    `judging_s` are what simulating and judging took on this machine: all else is the same in every run of the
+    scenario. `first_failure` is the first request that failed and why, empty without one.
     """
 
     policy: str
@@ -84,6 +84,7 @@ class RunFigures:
     copies: int
     bytes_moved: int
     cold_misses: int
+    epochs: tuple[EpochRecord, ...]
     num_events: int
     wall_s: float
     judging_s: float
@@ -114,6 +115,7 @@ def figures_of(result: SimulationResult, judging: Judging) -> RunFigures:
         copies=sum(result.epochs[-1].copies) if result.epochs else 0,
         bytes_moved=result.bytes_moved,
         cold_misses=result.cold_misses,
+        epochs=result.epochs,
         num_events=result.num_events,
         wall_s=result.wall_s,
         judging_s=time.perf_counter() - begun_s,

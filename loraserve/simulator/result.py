@@ -14,14 +14,15 @@ from traces.columns import TraceAdapter
 class EpochRecord:
     """What one epoch of the policy did, up to `time_ps`, its end.
 
-    `copies` counts the adapters that each replica of `SimulationResult.replica_ids` holds then. `loads` are
-    the copies that were begun in it, `bytes_moved` theirs, `cold_misses` the requests that had to wait for
-    one.
+    `copies` counts the adapters that each replica of `SimulationResult.replica_ids` holds then, and
+    `resident_bytes` are the bytes of all of them. `loads` are the copies that were begun in it, `bytes_moved`
+    theirs, `cold_misses` the requests that had to wait for one.
     """
 
     time_ps: int
     table_version: int
     copies: tuple[int, ...]
+    resident_bytes: int
     bytes_moved: int
     loads: int
     cold_misses: int

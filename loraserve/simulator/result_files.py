@@ -54,7 +54,7 @@ _RUN_COLUMNS = (
     "run_blocks",
 )
 _STRETCH_COLUMNS = ("stretch_request", "stretch_first", "stretch_last")
-_EPOCH_COLUMNS = ("time_ps", "table_version", "bytes_moved", "loads", "cold_misses")
+_EPOCH_COLUMNS = ("time_ps", "table_version", "resident_bytes", "bytes_moved", "loads", "cold_misses")
 _KEY = b"loraserve"
 
 

@@ -40,6 +40,7 @@ def result_of(made: MadeRun, *, policy: str = "made", seed: int = 0, wall_s: flo
                 time_ps=7,
                 table_version=2,
                 copies=(1,) * len(made.replicas),
+                resident_bytes=5,
                 bytes_moved=11,
                 loads=1,
                 cold_misses=3,
