@@ -15,10 +15,8 @@ Key = TypeVar("Key")
 
 
 class RankLoad(NamedTuple):
-    """A replica's requests for adapters of one rank, 0 for the base model.
-
-    `prefill_tokens` are prompt tokens of theirs that are still to be computed.
-    """
+    """A replica's requests for adapters of one rank, 0 for the base model: `running` have had their first
+    token, `waiting` have not, and `prefill_tokens` are the prompts of these."""
 
     rank: int
     running: int
@@ -77,35 +75,35 @@ class RouteRequest(NamedTuple):
 class OwnRequests:
     """What one router has at one replica, exactly known: state of the router, told of every change.
 
-    `ranks` and `adapters` count its requests in flight (rank 0 and None: the base model), without those
+    `ranks` and `versions` count its requests in flight (rank 0 and None: the base model), without those
     `leased` to clients that go there themselves. `reported` is `ranks` as it was when the last report came,
     `sent_tokens` the prompt tokens sent since then, by rank; `leased_tokens` those of the leases.
     `stamp` grows with every change, so that what follows from the rest can be kept until then.
     """
 
-    __slots__ = ("adapters", "leased", "leased_tokens", "ranks", "reported", "sent_tokens", "stamp")
+    __slots__ = ("leased", "leased_tokens", "ranks", "reported", "sent_tokens", "stamp", "versions")
 
     def __init__(self) -> None:
         self.stamp = 0
         self.ranks: dict[int, int] = {}
-        self.adapters: dict[AdapterName | None, int] = {}
+        self.versions: dict[VersionId | None, int] = {}
         self.reported: dict[int, int] = {}
         self.sent_tokens: dict[int, int] = {}
         self.leased: dict[int, int] = {}
         self.leased_tokens: dict[int, int] = {}
 
-    def send(self, adapter: AdapterName | None, rank: int, prompt_tokens: int) -> None:
+    def send(self, version: VersionId | None, rank: int, prompt_tokens: int) -> None:
         """A request goes there."""
         self.stamp += 1
         self.ranks[rank] = self.ranks.get(rank, 0) + 1
-        self.adapters[adapter] = self.adapters.get(adapter, 0) + 1
+        self.versions[version] = self.versions.get(version, 0) + 1
         self.sent_tokens[rank] = self.sent_tokens.get(rank, 0) + prompt_tokens
 
-    def end(self, adapter: AdapterName | None, rank: int) -> None:
+    def end(self, version: VersionId | None, rank: int) -> None:
         """One that went there has ended."""
         self.stamp += 1
         _take(self.ranks, rank, 1)
-        _take(self.adapters, adapter, 1)
+        _take(self.versions, version, 1)
 
     def lease(self, rank: int, prompt_tokens: int) -> None:
         """A client is told to go there itself."""
@@ -125,6 +123,13 @@ class OwnRequests:
         self.reported = self.ranks.copy()
         if self.sent_tokens:
             self.sent_tokens = {}
+
+    def clear(self) -> None:
+        """The replica has died, and all that was there with it."""
+        self.stamp += 1
+        for counts in (self.ranks, self.reported, self.sent_tokens):
+            counts.clear()
+        self.versions.clear()
 
 
 def _take(counts: dict[Key, int], key: Key, number: int) -> None:

@@ -8,7 +8,7 @@ from loraserve.simulator.agenda import Agenda
 from loraserve.simulator.ledger import FAILED, REFUSED, Ledger
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.site import Site
-from loraserve.simulator.views import InFlight, Loads, Router, Sight
+from loraserve.simulator.views import InFlight, Loads, Own, Router, Sight
 from placement.latency import PS_PER_S
 from placement.routing import Chooser, Decision, HoldersFullError, LoadView, RouteRequest, RoutingError
 from placement.table import RoutingTable
@@ -60,12 +60,13 @@ class Dispatch:
         """Requests without a holder, in the order in which they came, and until when each waits."""
 
     def _router(self, scenario: Scenario, index: int) -> Router:
+        chooser = Chooser(scenario.routing, scenario.seed + index)
         view = LoadView(
             loads=Loads(self._sites, index, self._sight),
             in_flight=InFlight(self._sites, index, self._sight),
             max_waiting=scenario.max_waiting,
+            own=Own(self._sites, index, self._sight) if chooser.wants_own else {},
         )
-        chooser = Chooser(scenario.routing, scenario.seed + index)
         return Router(chooser, view, has_peers=scenario.num_routers > 1)
 
     # -- requests ------------------------------------------------------------------------------
@@ -75,7 +76,9 @@ class Dispatch:
         self._sight.now_ps = now_ps
         router = self._routers[row % self._num_routers]
         request = self._requests[self._ledger.adapter[row]]
-        if self._gone:
+        if router.chooser.wants_own:
+            request = RouteRequest(request.adapter, self._ledger.prompt[row], 0, self._gone)
+        elif self._gone:
             request = request._replace(exclude=self._gone)
         try:
             decision = router.chooser.choose(request, self._table, router.view_at(now_ps))

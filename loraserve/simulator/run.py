@@ -22,6 +22,7 @@ from loraserve.simulator.scenario import Failure, Scenario
 from loraserve.simulator.shell import Shell
 from loraserve.simulator.site import Site, Timing
 from placement.latency import PS_PER_S
+from placement.routing import make_routing_policy
 
 CHUNK = 1 << 14
 """So many arrivals at a time are taken from their column; progress is told after each."""
@@ -166,6 +167,7 @@ def _sites(scenario: Scenario, ledger: Ledger) -> list[Site]:
         network_delay_ps=round(scenario.network_delay_s * PS_PER_S),
         num_routers=scenario.num_routers,
         on_demand=scenario.on_demand,
+        by_rank=make_routing_policy(scenario.routing).wants_own,
     )
     phases = Random(scenario.seed)
     return [

@@ -14,26 +14,49 @@ from loraserve.engines.replica_model.sequence import Sequence
 from loraserve.simulator.agenda import FAR_PS
 from loraserve.simulator.ledger import OK, Ledger
 from loraserve.simulator.scenario import ReplicaSetup
-from placement.routing import ReplicaLoad
+from placement.routing import OwnRequests, RankLoad, ReplicaLoad
 from placement.types import ReplicaId, VersionId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """What every replica's reports and messages take, in picoseconds, a report no less than a message; how
-    many routers it hears, and whether it fetches adapters on demand."""
+    many routers it hears, whether it fetches adapters on demand, and whether reports and books tell requests
+    of different ranks apart, which only some routing policies want."""
 
     report_interval_ps: int
     report_delay_ps: int
     network_delay_ps: int
     num_routers: int
     on_demand: bool
+    by_rank: bool
+
+
+OUTPUTS_REMEMBERED = 64
+"""As many as a live replica's meter averages over."""
+
+
+class Means:
+    """The mean lengths of the requests that ended lately."""
+
+    __slots__ = ("_number", "output_tokens", "prompt_tokens")
+
+    def __init__(self) -> None:
+        self._number = 0
+        self.prompt_tokens = 0.0
+        self.output_tokens = 0.0
+
+    def add(self, sequence: Sequence) -> None:
+        """One more has ended."""
+        self._number = min(self._number + 1, OUTPUTS_REMEMBERED)
+        self.prompt_tokens += (sequence.prompt_tokens - self.prompt_tokens) / self._number
+        self.output_tokens += (sequence.output_tokens - self.output_tokens) / self._number
 
 
 class Site:
     """A replica in all its lives. `own[r]` is what router r has in flight here, `loads[r]` the last report
-    that it has seen; both hold until `news_ps`, when somebody has to `look` again. `model` is None while
-    the replica is down.
+    that it has seen; both hold until `news_ps`, when somebody has to `look` again. `own_ranks[r]` is what
+    `own[r]` is made of, () if nobody wants that. `model` is None while the replica is down.
 
     `held` are the versions in its pool but for those that it is `dropping`, `fetching` those on their way.
     """
@@ -41,6 +64,7 @@ class Site:
     __slots__ = (
         "_interval_ps",
         "_ledger",
+        "_means",
         "_network_ps",
         "_num_routers",
         "_on_demand",
@@ -64,6 +88,7 @@ class Site:
         "news_ps",
         "num_sent",
         "own",
+        "own_ranks",
         "replica_id",
     )
 
@@ -84,8 +109,10 @@ class Site:
         self._phase_ps = phase_ps
         self._tick_ps = phase_ps
         self._reached_ps = -1
-        self._reports: deque[tuple[int, int, int, int, float]] = deque()
+        self._reports: deque[tuple[int, int, int, int, float, tuple[RankLoad, ...]]] = deque()
+        self._means = Means() if timing.by_rank else None
         self.own = [0] * timing.num_routers
+        self.own_ranks = tuple([OwnRequests() for _ in self.own]) if timing.by_rank else ()
         self.loads: list[ReplicaLoad | None] = [None] * timing.num_routers
         self.news_ps = -1
         self.num_sent = 0
@@ -104,6 +131,8 @@ class Site:
         log = ReplicaLog()
         self.logs.append(log)
         self.model = ReplicaModel(self._setup.limits, self._setup.cost, log=log)
+        if self._means is not None:
+            self._means = Means()
         self.life += 1
         periods = -(-(at_ps - self._phase_ps) // self._interval_ps)
         self._tick_ps = self._phase_ps + max(0, periods) * self._interval_ps
@@ -121,6 +150,8 @@ class Site:
         self.model = None
         self.own = [0] * self._num_routers
         self.loads = [None] * self._num_routers
+        for own_ranks in self.own_ranks:
+            own_ranks.clear()
         self._reports.clear()
         for versions in (self.held, self.dropping, self.fetching):
             versions.clear()
@@ -149,6 +180,8 @@ class Site:
         if answer_ps < self.news_ps:
             self.news_ps = answer_ps
         self.own[router] += 1
+        if self.own_ranks:
+            self.own_ranks[router].send(sequence.version, sequence.rank, sequence.prompt_tokens)
         self.num_sent += 1
 
     def look(self, now_ps: int) -> None:
@@ -203,17 +236,25 @@ class Site:
         while tick_ps <= until_ps:
             model.advance(tick_ps)
             self._reached_ps = tick_ps
-            self._reports.append((tick_ps + self._report_ps, *model.load()))
+            ranks = () if self._means is None else model.rank_loads()
+            self._reports.append((tick_ps + self._report_ps, *model.load(), ranks))
             tick_ps += interval_ps
         self._tick_ps = tick_ps
 
-    def _see(self, report: tuple[int, int, int, int, float]) -> None:
+    def _see(self, report: tuple[int, int, int, int, float, tuple[RankLoad, ...]]) -> None:
         """A report comes to the routers, each of which notes what it has here at this moment."""
-        _, running, waiting, tokens, usage = report
+        _, running, waiting, tokens, usage, ranks = report
         replica_id, loads, num_routers = self.replica_id, self.loads, self._num_routers
         for router, own in enumerate(self.own):
             # By position, which is much faster; the age is 0 at this moment.
             loads[router] = ReplicaLoad(replica_id, running, waiting, tokens, usage, 0.0, own, num_routers)
+        if self._means is not None:
+            prompt, output = self._means.prompt_tokens, self._means.output_tokens
+            for router, own_ranks in enumerate(self.own_ranks):
+                own_ranks.report()
+                known = loads[router]
+                assert known is not None
+                loads[router] = known._replace(ranks=ranks, prompt_tokens=prompt, output_tokens=output)
 
     def _hear(self, model: ReplicaModel, until_ps: int) -> None:
         """Routers hear the end of the streams that ended by `until_ps`."""
@@ -222,6 +263,7 @@ class Site:
         if finished and finished[-1].last_ps > until_ps:
             heard = [sequence for sequence in finished if sequence.last_ps <= until_ps]
         ledger, delay_ps, own, num_routers = self._ledger, self._network_ps, self.own, self._num_routers
+        means = self._means
         for sequence in heard:
             row = sequence.request
             if ledger.first_ps[row] < 0:
@@ -230,5 +272,8 @@ class Site:
             ledger.drawn[row] = sequence.drawn
             ledger.outcome[row] = OK
             own[row % num_routers] -= 1
+            if means is not None:
+                means.add(sequence)
+                self.own_ranks[row % num_routers].end(sequence.version, sequence.rank)
         ledger.num_ended += len(heard)
         del finished[: len(heard)]

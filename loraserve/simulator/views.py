@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from loraserve.simulator.site import Site
 from placement.latency import PS_PER_S
-from placement.routing import Chooser, LoadView, ReplicaLoad, active_peers
+from placement.routing import Chooser, LoadView, OwnRequests, ReplicaLoad, active_peers
 from placement.types import ReplicaId
 
 PEERS_PERIOD_PS = PS_PER_S // 100
@@ -64,6 +64,19 @@ class InFlight(_View[int]):
     __getitem__ = get
 
 
+class Own(_View[OwnRequests]):
+    """What this router's requests in flight at each replica are made of, if the sites keep that."""
+
+    def get(self, key: ReplicaId, default: object = None) -> OwnRequests:
+        site, sight = self._sites[key], self._sight
+        if sight.now_ps >= site.news_ps:
+            sight.has_looked = True
+            site.look(sight.now_ps)
+        return site.own_ranks[self._router]
+
+    __getitem__ = get
+
+
 class Router:
     """One router: the live router's chooser, and its own view.
 
@@ -94,5 +107,6 @@ class Router:
                     in_flight=view.in_flight,
                     max_waiting=view.max_waiting,
                     peers=active_peers(view.loads.values()),
+                    own=view.own,
                 )
         return self.view

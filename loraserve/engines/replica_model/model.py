@@ -6,12 +6,14 @@ what comes when, and move it on with `advance`. It owns no clock and sleeps nowh
 
 import math
 from collections import deque
+from itertools import chain
 
 from loraserve.engines.replica_model.batch import Batch, Run
 from loraserve.engines.replica_model.gate import AdapterGate
 from loraserve.engines.replica_model.log import ReplicaLog
 from loraserve.engines.replica_model.sequence import Phase, ReplicaLimits, Sequence
 from placement.latency import StepCost
+from placement.routing import RankLoad
 from placement.types import VersionId
 
 ENDLESS = 1 << 62
@@ -114,6 +116,21 @@ class ReplicaModel:
             waiting += len(self.gate)
             tokens += sum(one.output_tokens - one.drawn for one in self.gate.sequences())
         return len(batch.running), waiting, tokens, blocks / self.limits.kv_blocks
+
+    def rank_loads(self) -> tuple[RankLoad, ...]:
+        """The sequences in the batch or its queue by rank, the lowest first; takes time for each of them."""
+        by_rank: dict[int, list[int]] = {}
+        batch = self.batch
+        for sequence in chain(batch.running, batch.waiting, self.gate.sequences() if len(self.gate) else ()):
+            counts = by_rank.get(sequence.rank)
+            if counts is None:
+                counts = by_rank[sequence.rank] = [0, 0, 0]
+            if sequence.phase is Phase.DECODE:
+                counts[0] += 1
+            else:
+                counts[1] += 1
+                counts[2] += sequence.known
+        return tuple([RankLoad(rank, *by_rank[rank]) for rank in sorted(by_rank)])
 
     def drawn(self, sequence: Sequence) -> int:
         """The tokens that the sequence has drawn so far."""
