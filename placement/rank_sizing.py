@@ -38,6 +38,7 @@ class RankSizingLimits:
     margin: float = 2.0
     min_gain: float = 0.1
     min_holders: int = 1
+    kept: int = 0
     highest: int = RANK_STEPS[-1]
 
 
@@ -127,16 +128,19 @@ def holds_all(adapters: Iterable[AdapterVersion], specs: Iterable[ReplicaSpec]) 
     return _holds(_sorted_adapters(adapters), tuple(specs))
 
 
+def can_spare(adapters: Iterable[AdapterVersion], spec: ReplicaSpec, others: Sequence[ReplicaSpec]) -> bool:
+    """Whether the others can hold every adapter that any replica, this one included, admits."""
+    admitted = [one for one in adapters if spec.admits(one) or any(each.admits(one) for each in others)]
+    return _holds(_sorted_adapters(admitted), others)
+
+
 def _may_restart(fleet: "_Fleet", spec: ReplicaSpec, wanted: int) -> bool:
     others = [one for one in fleet.specs if one.replica_id != spec.replica_id]
-    if not others:
+    if not others or not can_spare(fleet.adapters, spec, others):
         return False
-    must = not fleet.holds_all(fleet.specs)
-    if must:
-        # What cannot be held now is no reason to lose what can: the others must hold the rest.
-        admitted = [one for one in fleet.adapters if any(each.admits(one) for each in fleet.specs)]
-        return _holds(admitted, others)
-    if not fleet.holds_all(others) or not fleet.holds_all([*others, replace(spec, max_lora_rank=wanted)]):
+    if not fleet.holds_all(fleet.specs):
+        return True
+    if not fleet.holds_all([*others, replace(spec, max_lora_rank=wanted)]):
         return False
     now = {one.replica_id: one.max_lora_rank for one in fleet.specs}
     without = {one.replica_id: one.max_lora_rank for one in others}
@@ -194,7 +198,8 @@ class _Fleet:
             if kernel_of(snapshot.profiles.get(spec.profile)) is RankKernel.PADDED_CONFIG
         ]
         self.adapters = _sorted_adapters(snapshot.adapters)
-        self.ranks = sorted({adapter.rank for adapter in self.adapters}, reverse=True)
+        ranks = {adapter.rank for adapter in self.adapters} | ({limits.kept} if limits.kept else set())
+        self.ranks = sorted(ranks, reverse=True)
         demand = dict.fromkeys(self.ranks, 0.0)
         for adapter in self.adapters:
             demand[adapter.rank] += snapshot.demand_tokens_per_s.get(adapter.version_id, 0.0)

@@ -229,6 +229,9 @@ def test_every_rank_keeps_as_many_replicas_as_asked_for() -> None:
     snapshot = _snapshot({8: 6000.0, 128: 10.0}, [128, 128, 128, 128])
     plan = size_ranks(snapshot, replace(EAGER, min_holders=2))
     assert sorted(plan.max_lora_ranks.values()) == [8, 8, 128, 128]
+    low = _snapshot({8: 6000.0}, [128, 128, 128, 128])
+    assert sorted(size_ranks(low, EAGER).max_lora_ranks.values()) == [8, 8, 8, 8]
+    assert sorted(size_ranks(low, replace(EAGER, kept=64)).max_lora_ranks.values()) == [8, 8, 8, 64]
     leaving = replace(snapshot, leaving=frozenset({ReplicaId("replica-3")}))
     assert sorted(size_ranks(leaving, EAGER).max_lora_ranks.items()) == [
         ("replica-0", 128),
