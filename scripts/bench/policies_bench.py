@@ -1,0 +1,211 @@
+"""Compares placement policies, each with the routing that its authors meant for it, over rates.
+
+In the simulator, 4 replicas of the profile a100-llama2-7b-bgmv-42 (4,123 tokens/s at rank 8, 2,434 at
+rank 128), 25 adapters of ranks 8 to 128, Poisson arrivals, 600 s, by default. A fleet is what ranks cost
+in a step: padded_batch, padded_config or sum. Workloads are LoRAServe's: skew (rank 128 four times as
+popular), slide (from that to rank 8), uniform. Every contender gets the same requests, and the same warm-up
+is left out. Rates are shares of the fluid rate, at which all replicas would be busy if ranks never met in a
+batch. With --live the emulated cluster serves such requests instead, see policies_live.py.
+
+  runs       per contender, rate and seed: TTFT p50, p95, p99, TBT p95, attainment, bytes moved, mean
+             resident bytes, cold misses
+  highest    the highest rate with TTFT p95 <= 2 s and TBT p95 <= 150 ms, to 2 %, by bisection, per seed
+  against_best   optimal's TTFT p95 over the best other's at each rate; `worse` if beyond noise: the lower
+             end of the paired seeds' ratio (one-sided 95 %, t of the logarithms) is above 1
+  rate_over  optimal's highest rate over each other's
+  beyond     TTFT p95 of both at 1.15 x loraserve's highest rate
+  bytes      moved over loraserve's, held over least-loaded's
+
+Goals: padded_batch: never worse than the best other; beyond >= 10; rate over loraserve >= 1.2, over
+least-loaded >= 1.1, with fewer bytes held; moved under slide <= 0.5. sum and padded_config: within 3 % of
+the best.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import bench_common as common
+import policies_cases as cases
+import policies_ratios as ratios
+import policies_report as report
+import policies_runs as runs
+from policies_cases import Case, Contender, Outcome, Setting, Workload
+
+from loraserve.errors import LoraServeError
+
+SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+BEYOND = 1.15
+
+
+def compare(
+    setting: Setting,
+    workload: Workload,
+    contenders: Sequence[Contender],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    runner: runs.Runner,
+    *,
+    searching: bool,
+) -> dict[str, Any]:
+    """Everything about one fleet and one workload; `rates` empty: shares of the fluid rate."""
+    what = f"{setting.fleet}, {workload.name}"
+    fluid = cases.fluid_rate_per_s(setting, workload)
+
+    def case(contender: Contender, rate: float, seed: int) -> Case:
+        return Case(contender=contender, workload=workload, rate_per_s=rate, seed=seed, setting=setting)
+
+    tried = list(rates) or [round(share * fluid, 1) for share in SHARES]
+    grid = [case(one, rate, seed) for rate in tried for seed in seeds for one in contenders]
+    outcomes = runner.all(what, cases.run_case, grid)
+    found: dict[str, Any] = {
+        "fluid_rate_per_s": fluid,
+        "runs": outcomes,
+        "against_best": ratios.against_best(outcomes),
+        "bytes": ratios.bytes_ratios(outcomes),
+    }
+    if searching:
+        searches = [case(one, fluid, seed) for seed in seeds for one in contenders]
+        highest: dict[str, dict[int, float]] = {}
+        for ended in runner.all(f"{what}, highest", runs.search, searches):
+            highest.setdefault(ended.case.contender.name, {})[ended.case.seed] = ended.held_per_s
+        found |= {"highest": highest, "rate_over": ratios.rate_ratios(highest)}
+        found["beyond"] = _beyond(what, case, contenders, highest, runner)
+    return found
+
+
+def _beyond(
+    what: str,
+    case: Callable[[Contender, float, int], Case],
+    contenders: Sequence[Contender],
+    highest: dict[str, dict[int, float]],
+    runner: runs.Runner,
+) -> dict[str, Any]:
+    rival = highest.get(cases.RIVAL, {})
+    both = [one for one in contenders if one.name in (cases.OURS, cases.RIVAL)]
+    if not rival or len(both) < 2:
+        return {}
+    rate = BEYOND * sum(rival.values()) / len(rival)
+    grid = [case(one, rate, seed) for one in both for seed in rival]
+    return ratios.ttft_ratio(runner.all(f"{what}, beyond", cases.run_case, grid))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    made = common.parser("policies", __doc__, quick="200 s at three rates with one seed")
+    made.add_argument("--live", action="store_true", help="on the emulated cluster instead of simulated")
+    made.add_argument("--fleet", default="", metavar="F,...", help=f"of {', '.join(cases.FLEETS)} (all)")
+    made.add_argument(
+        "--workload", default="", metavar="W,...", help=f"of {', '.join(cases.WORKLOADS)} (all)"
+    )
+    made.add_argument("--policy", default="", metavar="P,...", help="contenders, or POLICY/ROUTING (all)")
+    made.add_argument("--rates", default="", metavar="R,...", help="requests/s (shares of the fluid rate)")
+    made.add_argument("--seeds", default="0,1,2", metavar="N,...", help="(%(default)s)")
+    made.add_argument("--duration", type=common.seconds, metavar="S", help="of a run (600)")
+    made.add_argument("--warmup", type=common.seconds, metavar="S", help="left out of it (120)")
+    made.add_argument("--epoch", type=common.seconds, metavar="S", help="from plan to plan (60)")
+    made.add_argument("--pool-mib", type=common.at_least_one, metavar="N", help="adapters per replica (all)")
+    made.add_argument("--no-search", action="store_true", help="no search for the highest rate")
+    made.add_argument("--jobs", type=common.at_least_one, metavar="N", help="processes (one per core)")
+    made.add_argument("--out", type=Path, metavar="DIR", help="write runs and curves there")
+    return made.parse_args(arguments)
+
+
+def simulated(options: argparse.Namespace) -> dict[str, Any]:
+    """The comparison in the simulator: fleet, then workload."""
+    fleets = _chosen(options.fleet, cases.FLEETS, "--fleet")
+    workloads = _chosen(options.workload, cases.WORKLOADS, "--workload")
+    contenders = cases.available(_names(options.policy))
+    rates, seeds = [float(one) for one in _names(options.rates)], [int(one) for one in _names(options.seeds)]
+    made = _setting(options)
+    seeds = seeds[:1] if options.quick else seeds
+    found: dict[str, Any] = {}
+    with runs.runner(options.jobs, _note) as runner:
+        for fleet in fleets:
+            setting = replace(made, fleet=fleet)
+            for name in workloads:
+                workload = cases.WORKLOADS[name]
+                tried = rates
+                if options.quick and not tried:
+                    fluid = cases.fluid_rate_per_s(setting, workload)
+                    tried = [round(share * fluid, 1) for share in SHARES[::4]]
+                one = compare(
+                    setting,
+                    workload,
+                    contenders,
+                    tried,
+                    seeds,
+                    runner,
+                    searching=not (options.no_search or options.quick),
+                )
+                found.setdefault(fleet, {})[name] = one
+                if not options.json:
+                    report.print_one(fleet, name, one)
+    return found
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    duration_s, warmup_s, epoch_s = (200.0, 40.0, 20.0) if options.quick else (600.0, 120.0, 60.0)
+    return Setting(
+        duration_s=options.duration or duration_s,
+        warmup_s=options.warmup or warmup_s,
+        epoch_s=options.epoch or epoch_s,
+        pool_bytes=(options.pool_mib or 0) * 2**20,
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [one.strip() for one in text.split(",") if one.strip()]
+
+
+def _chosen(text: str, known: Sequence[str] | dict[str, Any], option: str) -> list[str]:
+    names = _names(text) or list(known)
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"policies: {option}: {name!r}; expected of {', '.join(known)}")
+    return names
+
+
+def _note(line: str) -> None:
+    print(f"policies: {line}", file=sys.stderr, flush=True)
+
+
+def outcomes_in(found: dict[str, Any]) -> list[Outcome]:
+    """Every run of a comparison."""
+    return [one for fleet in found.values() for workload in fleet.values() for one in workload["runs"]]
+
+
+def main() -> int:
+    """Compare, print, write."""
+    options = parse(sys.argv[1:])
+    common.end_in_order_when_told()
+    try:
+        if options.live:
+            import policies_live
+
+            found = policies_live.live(options, _note)
+        else:
+            found = simulated(options)
+    except LoraServeError as error:
+        _note(str(error))
+        return 2
+    if options.out is not None:
+        report.write(options.out, outcomes_in(found))
+    told = common.conditions("policies", profile=cases.PROFILE, live=options.live)
+    if options.json:
+        fleets = {
+            fleet: {
+                name: {**one, "runs": [asdict(run) for run in one["runs"]]} for name, one in by_name.items()
+            }
+            for fleet, by_name in found.items()
+        }
+        print(json.dumps(cases.plain({"fleets": fleets, "conditions": told})))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""What is compared: placement policies with their routing, workloads, fleets, and one run of each in the
+simulator."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from loraserve.errors import BadInputError
+from loraserve.profiling.files import find_simulatable
+from loraserve.simulator.figures import Judging, RunFigures, figures_of
+from loraserve.simulator.from_profile import ClusterOptions, scenario_of
+from loraserve.simulator.run import simulate
+from loraserve.simulator.scenario import Scenario
+from loraserve.simulator.workload import SimulatedWorkload
+from placement.policies import POLICIES
+from placement.profile import Profile
+from placement.routing import ROUTING_POLICIES
+from traces.columns import TraceColumns
+
+PROFILE = "a100-llama2-7b-bgmv-42"
+RANKS = "8,16,32,64,128"
+OURS, RIVAL, EVERYWHERE = "optimal", "loraserve", "least-loaded"
+"""The contenders that the goals name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A placement policy and the routing policy that its authors meant for it, under one name."""
+
+    name: str
+    policy: str
+    routing: str
+
+
+CONTENDERS = (
+    Contender(name=OURS, policy="optimal", routing="marginal-cost"),
+    Contender(name=RIVAL, policy="loraserve", routing="weighted-share"),
+    Contender(name=EVERYWHERE, policy="least-loaded", routing="least-outstanding"),
+    Contender(name="everywhere, marginal cost", policy="least-loaded", routing="marginal-cost"),
+    Contender(name="slora-random", policy="slora-random", routing="least-outstanding"),
+    Contender(name="slora-contiguous", policy="slora-contiguous", routing="least-outstanding"),
+    Contender(name="rendezvous", policy="rendezvous", routing="least-outstanding"),
+    Contender(name="dlora", policy="dlora", routing="dlora"),
+    Contender(name="toppings", policy="toppings", routing="toppings"),
+    Contender(name="rank-backlog", policy="rank-backlog", routing="rank-backlog"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A named preset; `slides` if what is popular changes from its start to its end."""
+
+    name: str
+    preset: str
+    slides: bool = False
+
+
+WORKLOADS = {
+    one.name: one
+    for one in (
+        Workload(name="skew", preset="preset:loraserve-skew"),
+        Workload(name="slide", preset="preset:loraserve-skewslide", slides=True),
+        Workload(name="uniform", preset="preset:loraserve-uniform"),
+    )
+}
+FLEETS = ("padded_batch", "padded_config", "sum")
+"""What an adapter's rank costs in a step, see `placement.latency.RankKernel`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is the same for every contender; `pool_bytes` 0 holds everything."""
+
+    fleet: str = "padded_batch"
+    profile: str = PROFILE
+    replicas: int = 4
+    adapters: int = 25
+    duration_s: float = 600.0
+    warmup_s: float = 120.0
+    epoch_s: float = 60.0
+    pool_bytes: int = 0
+    routers: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One run."""
+
+    contender: Contender
+    workload: Workload
+    rate_per_s: float
+    seed: int
+    setting: Setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of one run, warm-up excluded everywhere. `resident_bytes` is the mean over epochs of the
+    adapters that all replicas hold; `in_slo`: TTFT p95 and TBT p95 are both within their targets."""
+
+    fleet: str
+    workload: str
+    contender: str
+    policy: str
+    routing: str
+    rate_per_s: float
+    seed: int
+    requests: int
+    failed: int
+    ttft_p50_ms: float
+    ttft_p95_ms: float
+    ttft_p99_ms: float
+    tbt_p95_ms: float
+    attainment: float
+    in_slo: bool
+    utilisation: float
+    bytes_moved: int
+    resident_bytes: float
+    cold_misses: int
+
+
+def available(names: Iterable[str] = ()) -> tuple[Contender, ...]:
+    """The contenders asked for, or all whose policies are there; `POLICY/ROUTING` makes one.
+
+    BadInputError lists those there are.
+    """
+    known = {
+        one.name: one for one in CONTENDERS if one.policy in POLICIES and one.routing in ROUTING_POLICIES
+    }
+    chosen = []
+    for name in names:
+        policy, _, routing = name.partition("/")
+        if name in known:
+            chosen.append(known[name])
+        elif policy in POLICIES and routing in ROUTING_POLICIES:
+            chosen.append(Contender(name=name, policy=policy, routing=routing))
+        else:
+            there = ", ".join([*known, "or POLICY/ROUTING as loraserve simulate takes them"])
+            raise BadInputError(f"--policy: {name!r}; expected of {there}")
+    return tuple(chosen) if chosen else tuple(known.values())
+
+
+def fluid_rate_per_s(setting: Setting, workload: Workload) -> float:
+    """Requests per second that would keep every replica exactly busy if ranks never met in a batch: an
+    upper bound for fleets that pad a batch, used to lay out rates."""
+    trace = draw(workload, 10.0, 0, 200.0, setting.adapters)
+    profile = find_simulatable(setting.profile)
+    ranks = [adapter.rank or 0 for adapter in trace.adapters]
+    padded = setting.fleet == "padded_config"
+    busy_s = sum(
+        float(tokens) / profile.operating_point(profile.engine.max_lora_rank if padded else ranks[place])
+        for place, tokens in zip(
+            trace.adapter.tolist(), (trace.prompt_tokens + trace.output_tokens).tolist(), strict=True
+        )
+    )
+    return setting.replicas * len(trace) / busy_s
+
+
+@lru_cache(maxsize=4)
+def draw(workload: Workload, rate_per_s: float, seed: int, duration_s: float, adapters: int) -> TraceColumns:
+    """The requests of a workload, Poisson; the same for every contender."""
+    return SimulatedWorkload(
+        source=workload.preset,
+        rate_per_s=rate_per_s,
+        duration_s=duration_s,
+        adapters=adapters,
+        ranks=RANKS,
+    ).draw(seed)
+
+
+def scenario(case: Case) -> Scenario:
+    """What the simulator is to run."""
+    setting = case.setting
+    trace = draw(case.workload, case.rate_per_s, case.seed, setting.duration_s, setting.adapters)
+    options = ClusterOptions(
+        num_replicas=setting.replicas,
+        policy=case.contender.policy,
+        routing=case.contender.routing,
+        kernel=_kernel(setting),
+        num_routers=setting.routers,
+        epoch_s=setting.epoch_s,
+        pool_bytes=setting.pool_bytes or None,
+    )
+    return scenario_of(_profile(setting), trace, options, seed=case.seed)
+
+
+def run_case(case: Case) -> Outcome:
+    """Simulate and judge one run."""
+    result = simulate(scenario(case))
+    return outcome_of(case, figures_of(result, Judging(warmup_s=case.setting.warmup_s)))
+
+
+def outcome_of(case: Case, figures: RunFigures) -> Outcome:
+    """The figures that are compared."""
+    overall = figures.summary.overall
+    warmup_ps = round(case.setting.warmup_s * 1e12)
+    epochs = [epoch for epoch in figures.epochs if epoch.time_ps > warmup_ps] or list(figures.epochs)
+    return Outcome(
+        fleet=case.setting.fleet,
+        workload=case.workload.name,
+        contender=case.contender.name,
+        policy=case.contender.policy,
+        routing=case.contender.routing,
+        rate_per_s=case.rate_per_s,
+        seed=case.seed,
+        requests=overall.requests,
+        failed=overall.requests - overall.completed,
+        ttft_p50_ms=_number(overall.ttft_ms.median),
+        ttft_p95_ms=_number(overall.ttft_ms.p95),
+        ttft_p99_ms=_number(overall.ttft_ms.p99),
+        tbt_p95_ms=_number(overall.itl_ms.p95),
+        attainment=overall.attainment or 0.0,
+        in_slo=overall.slo_met,
+        utilisation=figures.utilisation,
+        bytes_moved=sum(epoch.bytes_moved for epoch in epochs),
+        resident_bytes=sum(epoch.resident_bytes for epoch in epochs) / max(1, len(epochs)),
+        cold_misses=sum(epoch.cold_misses for epoch in epochs),
+    )
+
+
+def _kernel(setting: Setting) -> str | None:
+    own = _profile(setting).latency
+    return None if own is not None and own.kernel == setting.fleet else setting.fleet
+
+
+def _profile(setting: Setting) -> Profile:
+    return find_simulatable(setting.profile)
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def with_rate(case: Case, rate_per_s: float) -> Case:
+    """The same at another rate."""
+    return replace(case, rate_per_s=rate_per_s)
+
+
+def plain(value: Any) -> Any:
+    """The same for JSON: infinite figures as text, floats of six digits."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return value
