@@ -53,6 +53,12 @@ def simulate(
     ] = "refuse",
     routers: Annotated[int, typer.Option(help="How many routers share the requests.")] = 1,
     epoch: Annotated[float, typer.Option(help="Seconds from one plan to the next.")] = 60.0,
+    window: Annotated[
+        Number, typer.Option(help="Seconds that demand is measured over. [default: an epoch]")
+    ] = None,
+    forecast: Annotated[
+        Text, typer.Option(help="Who forecasts demand, see loraserve forecast. [default: trend]")
+    ] = None,
     report_interval: Annotated[float, typer.Option(help="Seconds between a replica's reports.")] = 0.1,
     network_delay: Annotated[float, typer.Option(help="Seconds from router to replica.")] = 0.0005,
     max_waiting: Annotated[int, typer.Option(help="A replica with so many waiting is full.")] = 256,
@@ -90,6 +96,7 @@ def simulate(
     from loraserve.cli.simulate_runs import SimulateOptions
     from loraserve.simulator.from_profile import ClusterOptions, parse_failures
     from loraserve.simulator.workload import SimulatedWorkload
+    from placement.demand import DEFAULT_FORECASTER
 
     options = SimulateOptions(
         workload=SimulatedWorkload(
@@ -112,6 +119,8 @@ def simulate(
             kernel=kernel,
             num_routers=routers,
             epoch_s=epoch,
+            window_s=window,
+            forecast=forecast or DEFAULT_FORECASTER,
             report_interval_s=report_interval,
             network_delay_s=network_delay,
             max_waiting=max_waiting,

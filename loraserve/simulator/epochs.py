@@ -1,6 +1,7 @@
-"""The controller's epochs in simulated time: the demand it plans for, and a record of what came of each."""
+"""The controller's epochs in simulated time: demand, its forecast, and a record of what came of each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import fsum
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.shell import Shell
 from loraserve.simulator.site import Site
 from placement.cluster_messages import EpochElapsed
+from placement.demand import ForecastOptions, forecaster
 from placement.latency import PS_PER_S
 from placement.types import VersionId
 from traces.columns import BASE
@@ -30,12 +32,21 @@ class Epochs:
         self._ledger = ledger
         self.period_ps = round(scenario.epoch_s * PS_PER_S)
         self._totals = (0, 0, 0)
+        options = ForecastOptions(
+            epoch_s=scenario.epoch_s, window_s=scenario.window_s, history_s=scenario.history_s
+        )
+        self._forecaster = forecaster(scenario.forecast, options)
+        self._forecast_tokens_per_s = 0.0
         self._size_bytes = {adapter.version_id: adapter.size_bytes for adapter in scenario.adapters}
 
     def elapse(self, now_ps: int) -> None:
-        """One epoch is over: the controller plans the next."""
-        self._record(now_ps)
-        self._shell.dispatch(EpochElapsed(self.demand(now_ps)), now_ps)
+        """One epoch is over: the controller plans the next for what it forecasts."""
+        demand = self.demand(now_ps)
+        self._record(now_ps, demand)
+        self._forecaster.observe(demand)
+        forecast = self._forecaster.forecast()
+        self._forecast_tokens_per_s = fsum(forecast.values())
+        self._shell.dispatch(EpochElapsed(forecast), now_ps)
 
     def demand(self, now_ps: int) -> dict[VersionId, float]:
         """Tokens per second, prompt and output, of the requests of the last window, by version."""
@@ -57,13 +68,14 @@ class Epochs:
         last_ps = self.records[-1].time_ps if self.records else -1
         # Even at the very end of an epoch something may have happened after it.
         if end_ps > last_ps or self._now() != self._totals:
-            self._record(max(end_ps, last_ps))
+            time_ps = max(end_ps, last_ps)
+            self._record(time_ps, self.demand(time_ps))
 
     def _now(self) -> tuple[int, int, int]:
         transfers = self._shell.transfers
         return transfers.bytes_moved, transfers.num_begun, self._dispatch.cold_misses
 
-    def _record(self, now_ps: int) -> None:
+    def _record(self, now_ps: int, demand: Mapping[VersionId, float]) -> None:
         totals = self._now()
         bytes_moved, loads, cold_misses = (
             now - before for now, before in zip(totals, self._totals, strict=True)
@@ -78,5 +90,7 @@ class Epochs:
                 bytes_moved=bytes_moved,
                 loads=loads,
                 cold_misses=cold_misses,
+                demand_tokens_per_s=fsum(demand.values()),
+                forecast_tokens_per_s=self._forecast_tokens_per_s,
             )
         )

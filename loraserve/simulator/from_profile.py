@@ -8,6 +8,7 @@ from loraserve.engines.replica_model.sequence import ReplicaLimits
 from loraserve.errors import BadInputError
 from loraserve.simulator.links import LinkSpeed
 from loraserve.simulator.scenario import Failure, ReplicaSetup, Scenario, versions_of
+from placement.demand import DEFAULT_FORECASTER
 from placement.latency import COEFFICIENTS, LatencyModel, RankKernel, StepCost
 from placement.profile import Profile
 from placement.steady_load import SteadyLoad, steady_tokens_per_s
@@ -15,6 +16,9 @@ from placement.types import ReplicaId, ReplicaSpec
 from traces.columns import TraceColumns
 
 MAX_REPLICAS = 100_000
+HISTORY_EPOCHS = 5
+"""LoRAServe's own: five windows of a minute each."""
+
 _ENDLESS = 2**62
 _FAILURE = re.compile(
     r"(?P<replica>\S+)@(?P<at>[0-9.]+)s?\s+for\s+(?P<down>[0-9.]+)s?", re.ASCII | re.IGNORECASE
@@ -25,9 +29,9 @@ _FAILURE = re.compile(
 class ClusterOptions:
     """The cluster around the profile's replicas, see `Scenario`.
 
-    A replica's host pool holds at most `pool_adapters` and `pool_bytes`, None: no limit. `kernel` charges
-    ranks otherwise than the profile's; `speed` 2 halves every step. Peers copy from each other at the
-    profile's speed unless `from_origin_only`.
+    Demand is measured over `window_s`, None: an epoch. A replica's host pool holds at most `pool_adapters`
+    and `pool_bytes`, None: no limit. `kernel` charges ranks otherwise than the profile's; `speed` 2 halves
+    every step. Peers copy from each other at the profile's speed unless `from_origin_only`.
     """
 
     num_replicas: int = 4
@@ -37,6 +41,8 @@ class ClusterOptions:
     speed: float = 1.0
     num_routers: int = 1
     epoch_s: float = 60.0
+    window_s: float | None = None
+    forecast: str = DEFAULT_FORECASTER
     report_interval_s: float = 0.1
     network_delay_s: float = 0.0005
     max_waiting: int = 256
@@ -79,7 +85,9 @@ def scenario_of(
         report_delay_s=max(0.001, 2 * options.network_delay_s),
         max_waiting=options.max_waiting,
         epoch_s=options.epoch_s,
-        window_s=options.epoch_s,
+        window_s=options.epoch_s if options.window_s is None else options.window_s,
+        history_s=HISTORY_EPOCHS * options.epoch_s,
+        forecast=options.forecast,
         origin=origin,
         peer=None if options.from_origin_only else peer,
         on_demand=options.on_demand,

@@ -16,7 +16,9 @@ class EpochRecord:
 
     `copies` counts the adapters that each replica of `SimulationResult.replica_ids` holds then, and
     `resident_bytes` are the bytes of all of them. `loads` are the copies that were begun in it, `bytes_moved`
-    theirs, `cold_misses` the requests that had to wait for one.
+    theirs, `cold_misses` the requests that had to wait for one. Of all adapters together,
+    `demand_tokens_per_s` is what came in the last window, by when requests arrived, and
+    `forecast_tokens_per_s` what this epoch was planned for, 0 in the first.
     """
 
     time_ps: int
@@ -26,6 +28,8 @@ class EpochRecord:
     bytes_moved: int
     loads: int
     cold_misses: int
+    demand_tokens_per_s: float = 0.0
+    forecast_tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -55,6 +55,7 @@ _RUN_COLUMNS = (
 )
 _STRETCH_COLUMNS = ("stretch_request", "stretch_first", "stretch_last")
 _EPOCH_COLUMNS = ("time_ps", "table_version", "resident_bytes", "bytes_moved", "loads", "cold_misses")
+_EPOCH_RATES = ("demand_tokens_per_s", "forecast_tokens_per_s")
 _KEY = b"loraserve"
 
 
@@ -152,6 +153,8 @@ def _epochs_table(result: SimulationResult) -> "pa.Table":
         name: pa.array([getattr(epoch, name) for epoch in result.epochs], pa.int64())
         for name in _EPOCH_COLUMNS
     }
+    for name in _EPOCH_RATES:
+        columns[name] = pa.array([getattr(epoch, name) for epoch in result.epochs], pa.float64())
     columns["copies"] = pa.array([list(epoch.copies) for epoch in result.epochs], pa.list_(pa.int64()))
     return pa.table(columns)
 

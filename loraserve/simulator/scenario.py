@@ -10,6 +10,7 @@ import numpy as np
 from loraserve.engines.replica_model.sequence import ReplicaLimits
 from loraserve.errors import BadInputError
 from loraserve.simulator.links import LinkSpeed
+from placement.demand import DEFAULT_FORECASTER, FORECASTERS
 from placement.latency import StepCost
 from placement.policies import POLICIES
 from placement.profile import Profile
@@ -53,9 +54,10 @@ class Scenario:
     reaches the routers after `table_delay_s`. A replica with `max_waiting` requests waiting is full, as in
     the live router. A request without a holder waits `holder_wait_s` for one.
 
-    Every `epoch_s` the policy plans again, by the demand of the last `window_s`. Copies come from
-    another holder over its `peer` link if there is one, else over the one `origin` link; `on_demand` fetches
-    them when a request needs them, else they are loaded as planned and published when they are there.
+    Every `epoch_s` the policy plans again, for what `forecast`, a forecaster of `placement.demand`, makes of
+    the demand of the last `window_s` and before. Copies come from another holder over its `peer` link if
+    there is one, else over the one `origin` link; `on_demand` fetches them when a request needs them, else
+    they are loaded as planned and published when they are there.
     `profiles` are what policies know of the kinds of replicas, by `ReplicaSpec.profile`.
     `warm`: the first plan is loaded at the start. The controller hears of a failure `detection_s` after it.
 
@@ -76,6 +78,8 @@ class Scenario:
     holder_wait_s: float = 30.0
     epoch_s: float = 60.0
     window_s: float = 60.0
+    forecast: str = DEFAULT_FORECASTER
+    history_s: float = 300.0
     origin: LinkSpeed = field(default_factory=lambda: LinkSpeed(bytes_per_s=1e9, latency_s=0.01))
     peer: LinkSpeed | None = None
     on_demand: bool = False
@@ -115,10 +119,11 @@ class Scenario:
         return described | {name: getattr(self, name) for name in _PLAIN}
 
 
-_DURATIONS = ("report_interval_s", "epoch_s", "window_s")
+_DURATIONS = ("report_interval_s", "epoch_s", "window_s", "history_s")
 _DELAYS = ("network_delay_s", "report_delay_s", "table_delay_s", "holder_wait_s", "detection_s")
 _PLAIN = (
-    *("policy", "routing", "num_routers", "max_waiting", "on_demand", "warm", "max_restarts", "seed"),
+    *("policy", "routing", "forecast"),
+    *("num_routers", "max_waiting", "on_demand", "warm", "max_restarts", "seed"),
     *_DURATIONS,
     *_DELAYS,
 )
@@ -160,6 +165,8 @@ def _check_names(scenario: Scenario) -> None:
         _refuse("policy", repr(scenario.policy), f"one of {', '.join(sorted(POLICIES))}")
     if scenario.routing not in ROUTING_POLICIES:
         _refuse("routing", repr(scenario.routing), f"one of {', '.join(sorted(ROUTING_POLICIES))}")
+    if scenario.forecast not in FORECASTERS:
+        _refuse("forecast", repr(scenario.forecast), f"one of {', '.join(sorted(FORECASTERS))}")
 
 
 def _check_numbers(scenario: Scenario) -> None:

@@ -15,7 +15,7 @@ FORECASTERS: Mapping[str, MakeForecaster] = MappingProxyType(
     {maker.name: maker for maker in (Last, LoraServe, Ema, Trend, Seasonal, Quantile)}
 )
 
-DEFAULT_FORECASTER = "ema"
+DEFAULT_FORECASTER = "trend"
 
 
 def forecaster(name: str, options: ForecastOptions | None = None) -> DemandForecaster:

@@ -17,8 +17,8 @@ from placement.demand.rows import Floats
 
 LEVEL_WEIGHT = 0.3
 VARIANCE_WEIGHT = 0.1
-POOLED_WINDOWS = 5.0
-"""The variance of all is worth so many windows of an adapter's own."""
+POOLED_WINDOWS = 1.0
+"""How many of its own windows the dispersion of all is worth; with more, steady adapters get too much."""
 
 _NOTHING = 1e-9
 
