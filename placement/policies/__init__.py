@@ -5,10 +5,11 @@ from types import MappingProxyType
 
 from placement.policies.base import PlacementPolicy
 from placement.policies.least_loaded import LeastLoaded
+from placement.policies.optimal import Optimal
 from placement.policies.slora_random import SloraRandom
 
 POLICIES: Mapping[str, PlacementPolicy] = MappingProxyType(
-    {policy.name: policy for policy in (LeastLoaded(), SloraRandom())}
+    {policy.name: policy for policy in (LeastLoaded(), Optimal(), SloraRandom())}
 )
 
 

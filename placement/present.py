@@ -1,0 +1,135 @@
+"""What a placement comes to on a fleet: who holds what, loads, and what may be kept of it.
+
+Adapters that share one tuple of holders are looked at together, as `optimal` makes such plans.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from placement.fleet import Fleet, Floats, Ints
+from placement.types import Holder, Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Present:
+    """`groups` are the different tuples of holders, by replica's place; `of_adapter` says which is an
+    adapter's, -1 for none. `whole` is False if a holder is no replica of the fleet."""
+
+    groups: tuple[tuple[tuple[int, float, bool], ...], ...]
+    of_adapter: Ints
+    whole: bool
+
+    @property
+    def num_placed(self) -> int:
+        """Adapters with at least one holder."""
+        return int(np.count_nonzero(self.of_adapter >= 0))
+
+    @property
+    def num_single(self) -> int:
+        """Adapters with exactly one holder."""
+        single = np.array([len(group) == 1 for group in self.groups], dtype=bool)
+        return int(np.count_nonzero(single[self.of_adapter[self.of_adapter >= 0]])) if len(single) else 0
+
+    @property
+    def spills(self) -> bool:
+        """Whether any holder is marked to take what would wait elsewhere."""
+        return any(spill for group in self.groups for _, _, spill in group)
+
+
+def present_of(fleet: Fleet, placement: Placement) -> Present:
+    """The placement on the fleet; holders that are not of the fleet are left out."""
+    place_of = {spec.replica_id: place for place, spec in enumerate(fleet.replicas)}
+    by_object: dict[int, int] = {}
+    by_value: dict[tuple[tuple[int, float, bool], ...], int] = {}
+    of_adapter, whole, get = [], True, placement.holders.get
+    for version in fleet.ids:
+        holders = get(version)
+        if holders is None:
+            of_adapter.append(-1)
+            continue
+        group = by_object.get(id(holders))
+        if group is None:
+            known = _known(holders, place_of)
+            whole = whole and len(known) == len(holders)
+            group = by_value.setdefault(known, len(by_value)) if known else -1
+            by_object[id(holders)] = group
+        of_adapter.append(group)
+    return Present(groups=tuple(by_value), of_adapter=np.array(of_adapter, dtype=np.int64), whole=whole)
+
+
+def _known(holders: tuple[Holder, ...], place_of: dict[str, int]) -> tuple[tuple[int, float, bool], ...]:
+    return tuple(
+        [
+            (place_of[holder.replica_id], holder.share, holder.spill)
+            for holder in holders
+            if holder.replica_id in place_of
+        ]
+    )
+
+
+def _by_group(present: Present, weights: Floats) -> Floats:
+    placed = present.of_adapter >= 0
+    return np.bincount(present.of_adapter[placed], weights=weights[placed], minlength=len(present.groups))
+
+
+def tiers_of(fleet: Fleet, present: Present) -> Ints:
+    """Each replica's tier: the highest level that it has a share of, -1 if it has none."""
+    top = np.full(len(present.groups), -1, dtype=np.int64)
+    placed = present.of_adapter >= 0
+    np.maximum.at(top, present.of_adapter[placed], fleet.level[placed])
+    tiers = np.full(len(fleet.replicas), -1, dtype=np.int64)
+    for group, highest in zip(present.groups, top.tolist(), strict=True):
+        for place, share, _ in group:
+            if share > 0 and highest > tiers[place]:
+                tiers[place] = highest
+    return tiers
+
+
+def utilisation_of_shares(fleet: Fleet, present: Present) -> float:
+    """The highest utilisation of any replica if requests follow the shares."""
+    work = _by_group(present, fleet.work)
+    loads = np.zeros(len(fleet.replicas))
+    for group, asked in zip(present.groups, work.tolist(), strict=True):
+        for place, share, _ in group:
+            loads[place] += share * asked
+    tiers = tiers_of(fleet, present)
+    able = np.where(tiers >= 0, fleet.capacity[fleet.kind, tiers], 1.0)
+    if np.any((able <= 0) & (loads > 0)):
+        return float("inf")
+    return float(np.max(np.divide(loads, able, out=np.zeros_like(loads), where=able > 0), initial=0.0))
+
+
+def fits(fleet: Fleet, present: Present) -> bool:
+    """Whether every replica has room for what it is to hold and admits its ranks."""
+    size, number = _by_group(present, fleet.size_bytes), _by_group(present, np.ones(len(fleet.ids)))
+    rank = np.zeros(len(present.groups), dtype=np.int64)
+    placed = present.of_adapter >= 0
+    np.maximum.at(rank, present.of_adapter[placed], fleet.rank[placed])
+    bytes_, places = np.zeros(len(fleet.replicas)), np.zeros(len(fleet.replicas))
+    for group, highest, own_bytes, own_places in zip(
+        present.groups, rank.tolist(), size.tolist(), number.tolist(), strict=True
+    ):
+        for place, _, _ in group:
+            bytes_[place] += own_bytes
+            places[place] += own_places
+            if highest > fleet.replicas[place].max_lora_rank:
+                return False
+    return all(
+        used <= spec.pool_bytes and many <= spec.pool_adapters
+        for spec, used, many in zip(fleet.replicas, bytes_.tolist(), places.tolist(), strict=True)
+    )
+
+
+def bytes_by_level(fleet: Fleet, present: Present) -> Floats:
+    """Bytes of each level's adapters (column) that each replica (row) holds."""
+    levels = fleet.num_levels
+    placed = present.of_adapter >= 0
+    key = present.of_adapter[placed] * levels + fleet.level[placed]
+    sums = np.bincount(key, weights=fleet.size_bytes[placed], minlength=len(present.groups) * levels)
+    by_group = sums.reshape(len(present.groups), levels)
+    held = np.zeros((len(fleet.replicas), levels))
+    for group, row in zip(present.groups, by_group, strict=True):
+        for place, _, _ in group:
+            held[place] += row
+    return held

@@ -1,0 +1,212 @@
+"""How many replicas serve which ranks at most, so that the highest utilisation is as low as can be.
+
+A replica of a tier serves requests of its level and of lower ones, at its own level's capacity. For a given
+utilisation the highest tiers take the fewest replicas that cover what is asked of them and above; more would
+only be slower replicas for those below. So the smallest utilisation is found by bisection. With several
+kinds of replicas that is a start, bettered by moving and exchanging single replicas.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from placement.fleet import Fleet, Floats, Ints
+
+_BISECTIONS = 40
+_MAX_STEPS = 200
+_EPS = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiers:
+    """Replicas by kind and level, and the highest utilisation that a fluid allocation over them has."""
+
+    counts: Ints
+    utilisation: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What each level and those above it need in all, lowest level first: work, bytes and places."""
+
+    work: Floats
+    bytes: Floats
+    places: Floats
+
+
+def size_tiers(fleet: Fleet) -> Tiers:
+    """The tier counts with the smallest utilisation that also give every level's adapters room.
+
+    Where no counts give them room, memory is left out of account; infinite utilisation without replicas.
+    """
+    number = np.bincount(fleet.kind, minlength=len(fleet.kinds))
+    needs = _Needs(
+        _from_top(fleet.totals(fleet.work)),
+        _from_top(fleet.totals(fleet.size_bytes)),
+        _from_top(fleet.totals()),
+    )
+    if not len(fleet.ids):
+        return Tiers(counts=np.zeros_like(fleet.capacity, dtype=np.int64), utilisation=0.0)
+    without_room = _Needs(needs.work, np.zeros_like(needs.bytes), np.zeros_like(needs.places))
+    for need in (needs, without_room):
+        starts = [
+            counts
+            for order in _orders(fleet)
+            if (counts := _smallest(fleet, number, need, order)) is not None
+        ]
+        if starts:
+            best = min(starts, key=lambda counts: _highest(fleet, counts, need))
+            if len(fleet.kinds) > 1:
+                best = _bettered(fleet, best, need)
+            return Tiers(counts=best, utilisation=_highest(fleet, best, need))
+    raise ValueError("no replica admits an adapter that was to be placed")
+
+
+def utilisation_of(fleet: Fleet, counts: Ints) -> float:
+    """The highest utilisation of a fluid allocation over these tiers, memory aside."""
+    work = _from_top(fleet.totals(fleet.work))
+    given = _from_top((fleet.capacity * counts).sum(axis=0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.max(np.where(work > 0, work / given, 0.0), initial=0.0))
+
+
+def flows(fleet: Fleet, counts: Ints) -> Floats:
+    """How much of each level's work (row) each tier (column) does, the utilisations as even as can be.
+
+    From the top, the run of tiers that has to work hardest is evened out, then the rest below it; inside a
+    run what a tier cannot do goes to the next higher ones.
+    """
+    work = fleet.totals(fleet.work)
+    given = (fleet.capacity * counts).sum(axis=0)
+    flow = np.zeros((len(work), len(work)))
+    last = len(work) - 1
+    while last >= 0:
+        asked, able = np.cumsum(work[last::-1]), np.cumsum(given[last::-1])
+        ratio = np.divide(asked, able, out=np.where(asked > 0, np.inf, 0.0), where=able > 0)
+        first = last - int(np.flatnonzero(ratio >= ratio.max() * (1 - _EPS))[-1])
+        left = given * float(ratio.max())
+        for level in range(last, first - 1, -1):
+            todo = float(work[level])
+            for tier in range(level, last + 1):
+                taken = min(todo, float(left[tier]))
+                flow[level, tier] = taken
+                left[tier] -= taken
+                todo -= taken
+        last = first - 1
+    return flow
+
+
+def _from_top(values: Floats) -> Floats:
+    sums: Floats = np.cumsum(values[::-1])[::-1]
+    return sums
+
+
+def _orders(fleet: Fleet) -> Iterator[Ints]:
+    """Orders in which kinds may be taken for high tiers: those that lose least by it first, those that
+    give most, those that give least."""
+    low = fleet.capacity.max(axis=1)
+    high = np.where(fleet.capacity > 0, fleet.capacity, np.inf).min(axis=1)
+    if len(fleet.kinds) == 1:
+        yield np.zeros(1, dtype=np.int64)
+        return
+    yield np.lexsort((-low, np.round(low / np.where(np.isfinite(high), high, 1.0), 6)))
+    yield np.argsort(-high, kind="stable")
+    yield np.argsort(high, kind="stable")
+
+
+def _smallest(fleet: Fleet, number: Ints, needs: _Needs, order: Ints) -> Ints | None:
+    best = _cover(fleet, number, needs, order, np.inf)
+    if best is None:
+        return None
+    high = _highest(fleet, best, needs)
+    low = float(needs.work[0]) / float((fleet.capacity.max(axis=1) * number).sum())
+    for _ in range(_BISECTIONS):
+        if high - low <= 1e-6 * high:
+            break
+        middle = (low + high) / 2
+        counts = _cover(fleet, number, needs, order, middle)
+        if counts is None:
+            low = middle
+        else:
+            best, high = counts, min(middle, _highest(fleet, counts, needs))
+    return best
+
+
+def _cover(fleet: Fleet, number: Ints, needs: _Needs, order: Ints, utilisation: float) -> Ints | None:
+    """The fewest replicas per tier, highest first, that keep to `utilisation`; None if there are too few.
+    What is left over joins the lowest tier."""
+    capacity, kinds = fleet.capacity, order.tolist()
+    counts = np.zeros_like(capacity, dtype=np.int64)
+    left = number.tolist()
+    given = held = places = 0.0
+    for tier in range(capacity.shape[1] - 1, -1, -1):
+        asked, size, many = needs.work[tier] / utilisation * (1 - _EPS), needs.bytes[tier], needs.places[tier]
+        for kind in kinds:
+            able, spec = float(capacity[kind, tier]), fleet.kinds[kind]
+            if able <= 0 or not left[kind]:
+                continue
+            # A tier without any capacity above it needs at least one replica, however cold it is.
+            least = 1e-12 if given == 0 else 0.0
+            short = max(
+                max(asked - given, least) / able,
+                (size - held) / max(spec.pool_bytes, 1),
+                (many - places) / max(spec.pool_adapters, 1e-9),
+            )
+            taken = min(left[kind], max(0, int(np.ceil(short))))
+            counts[kind, tier] += taken
+            left[kind] -= taken
+            given += taken * able
+            held += taken * float(spec.pool_bytes)
+            places += taken * float(spec.pool_adapters)
+        if given < asked or given == 0 or held < size or places < many:
+            return None
+    counts[:, 0] += np.array(left, dtype=np.int64)
+    return counts
+
+
+def _highest(fleet: Fleet, counts: Ints, needs: _Needs) -> float:
+    given = np.cumsum((fleet.capacity * counts).sum(axis=0)[::-1])[::-1]
+    bytes_, places = _rooms(fleet, counts)
+    if np.any(bytes_ < needs.bytes) or np.any(places < needs.places) or np.any(given <= 0):
+        return float("inf")
+    return float(np.max(needs.work / given))
+
+
+def _rooms(fleet: Fleet, counts: Ints) -> tuple[Floats, Floats]:
+    pool_bytes = np.array([float(spec.pool_bytes) for spec in fleet.kinds])
+    pool_adapters = np.array([float(spec.pool_adapters) for spec in fleet.kinds])
+    return _from_top(pool_bytes @ counts), _from_top(pool_adapters @ counts)
+
+
+def _bettered(fleet: Fleet, counts: Ints, needs: _Needs) -> Ints:
+    """Moves of one replica to another tier and exchanges between two kinds, for as long as one helps."""
+    best, lowest = counts, _highest(fleet, counts, needs)
+    for _ in range(_MAX_STEPS):
+        found = None
+        for tried in _neighbours(fleet, best):
+            value = _highest(fleet, tried, needs)
+            if value < lowest * (1 - 1e-6):
+                found, lowest = tried, value
+        if found is None:
+            break
+        best = found
+    return best
+
+
+def _neighbours(fleet: Fleet, counts: Ints) -> Iterator[Ints]:
+    kinds, levels = counts.shape
+    for kind, start in np.argwhere(counts > 0).tolist():
+        for end in range(levels):
+            if end == start or fleet.capacity[kind, end] <= 0:
+                continue
+            moved = counts.copy()
+            moved[kind, start] -= 1
+            moved[kind, end] += 1
+            yield moved
+            for other in range(kinds):
+                if other != kind and counts[other, end] and fleet.capacity[other, start] > 0:
+                    exchanged = moved.copy()
+                    exchanged[other, end] -= 1
+                    exchanged[other, start] += 1
+                    yield exchanged
