@@ -186,5 +186,5 @@ def test_slora_random_depends_on_its_seed() -> None:
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(KeyError, match="least-loaded, slora-random"):
+    with pytest.raises(KeyError, match="known: dlora, least-loaded"):
         policy("best")
