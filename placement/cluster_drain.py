@@ -11,10 +11,11 @@ from placement.cluster_messages import (
     Command,
     DrainReplica,
     SaveDrain,
+    SaveMaxLoraRank,
     StartReplica,
     StopReplica,
 )
-from placement.cluster_records import DrainOrder, Holdings, ReplicaPhase, ReplicaRecord
+from placement.cluster_records import DrainOrder, Holdings, ReplicaPhase, ReplicaRecord, ResizeOrder
 from placement.table import RoutingTable
 from placement.types import AdapterName, VersionId
 
@@ -91,11 +92,16 @@ def leave(records: Iterable[ReplicaRecord], table: RoutingTable) -> list[Command
     """Have the draining replicas that the table does without finish their work."""
     commands: list[Command] = []
     for record in records:
-        if record.phase is not ReplicaPhase.DRAINING or record.leaving or record.drain is None:
+        order = record.drain or record.resize
+        if record.phase is not ReplicaPhase.DRAINING or record.leaving or order is None:
             continue
         if record.replica_id not in table.replicas:
             record.leaving = True
-            commands.append(DrainReplica(record.replica_id, record.drain.deadline_s))
+            if isinstance(order, ResizeOrder):
+                # Before the drain, which cannot be taken back: however its process ends, the next has it.
+                record.max_lora_rank = order.max_lora_rank
+                commands.append(SaveMaxLoraRank(record.replica_id, order.max_lora_rank))
+            commands.append(DrainReplica(record.replica_id, order.deadline_s))
     return commands
 
 

@@ -194,6 +194,14 @@ class SaveDrain:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveMaxLoraRank:
+    """Remember durably with which setting the replica starts from now on; None: the configuration's."""
+
+    replica_id: ReplicaId
+    max_lora_rank: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class DrainReplica:
     """Have this replica refuse new work and finish what it has, aborting what is left after
     `deadline_s`, and answer with ReplicaDrained."""
@@ -220,4 +228,5 @@ Command = (
     | DeleteAdapter
     | SavePlan
     | SaveDrain
+    | SaveMaxLoraRank
 )

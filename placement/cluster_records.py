@@ -46,13 +46,26 @@ class DrainOrder:
     done: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResizeOrder:
+    """That a replica be drained and started again with another engine setting: which, the one that was
+    remembered `before` (None: the configuration's), what running work gets, and whether it has come to the
+    start with the new one."""
+
+    max_lora_rank: int
+    before: int | None
+    deadline_s: float
+    is_started: bool = False
+
+
 @dataclass(slots=True)
 class ReplicaRecord:
     """What is known of one replica. `spec` is None and `address` empty until it was ready once.
 
     `refused` holds the versions that it would not load, with the reason, until the next epoch. `drain`
     is set from the request to drain until it is taken back; `leaving` once the replica is out of the
-    table for it and finishes its work; `gone` if its process ended in the middle.
+    table for it and finishes its work; `gone` if its process ended in the middle. It starts with
+    `max_lora_rank`, None: the configuration's; `resize` is set until it is up with another one.
     """
 
     replica_id: ReplicaId
@@ -66,6 +79,8 @@ class ReplicaRecord:
     drain: DrainOrder | None = None
     leaving: bool = False
     gone: bool = False
+    max_lora_rank: int | None = None
+    resize: ResizeOrder | None = None
 
     @property
     def is_serving(self) -> bool:

@@ -67,7 +67,8 @@ def _check_drain(state: ClusterState, record: ReplicaRecord) -> None:
     _require(done == (record.phase is ReplicaPhase.DRAINED), f"{replica}: its drain and its phase disagree")
     if not is_draining:
         return
-    _require(record.leaving or record.drain is not None, f"{replica} drains for nobody")
+    is_wanted = record.drain is not None or record.resize is not None
+    _require(record.leaving or is_wanted, f"{replica} drains for nobody")
     if not state.published:
         return
     _require(record.leaving != (replica in state.table.replicas), f"{replica} neither serves nor leaves")

@@ -20,7 +20,13 @@ logger = logging.getLogger(__name__)
 FIRST_RETRY_S = 1.0
 MAX_RETRY_S = 10.0
 
-Durable = messages.SavePlan | messages.DeleteAdapter | messages.SaveDrain | messages.PublishTable
+Durable = (
+    messages.SavePlan
+    | messages.DeleteAdapter
+    | messages.SaveDrain
+    | messages.SaveMaxLoraRank
+    | messages.PublishTable
+)
 Dependent = messages.UnloadAdapter | messages.DrainReplica
 
 
@@ -74,6 +80,8 @@ class Journal:
                 self._changes.deleted.add(version)
             case messages.SaveDrain(replica_id=replica, order=order):
                 self._changes.drains[replica] = order
+            case messages.SaveMaxLoraRank(replica_id=replica, max_lora_rank=rank):
+                self._changes.max_lora_ranks[replica] = rank
             case messages.PublishTable(table=table):
                 self._changes.table_version, self._table = table.version, table
             case messages.UnloadAdapter() | messages.DrainReplica():

@@ -7,7 +7,7 @@ was told. Every row carries a checksum, because SQLite itself does not notice da
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,9 +64,12 @@ class Changes:
     table_version: int | None = None
     deleted: set[VersionId] = field(default_factory=set)
     drains: dict[ReplicaId, DrainOrder | None] = field(default_factory=dict)
+    max_lora_ranks: dict[ReplicaId, int | None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return self.plan is not None or self.table_version is not None or bool(self.deleted or self.drains)
+        if self.plan is not None or self.table_version is not None:
+            return True
+        return bool(self.deleted or self.drains or self.max_lora_ranks)
 
 
 class Store:
@@ -146,7 +149,7 @@ class Store:
 
     def begin_life(self, run_id: str, base_model: str) -> bool:
         """Note that a controller starts; True if an earlier one of the same run has been here, whose
-        replicas may still be running. A new run forgets the drains of the one before.
+        replicas may still be running. A new run forgets the drains and settings of the one before.
 
         BadInputError if the store belongs to another base model.
         """
@@ -158,6 +161,7 @@ class Store:
             self._set("base_model", base_model)
             self._set("run_id", run_id)
             self._db.execute("DELETE FROM drains")
+            self._db.execute("DELETE FROM meta WHERE key = 'max_lora_ranks'")
         return False
 
     def check_base_model(self, base_model: str) -> None:
@@ -186,6 +190,8 @@ class Store:
                 self._set("table_version", str(changes.table_version))
             for replica, order in changes.drains.items():
                 self._put_drain(replica, order)
+            if changes.max_lora_ranks:
+                self._put_max_lora_ranks(changes.max_lora_ranks)
 
     def adapters(self) -> list[StoredRegistration]:
         """All registrations in their order."""
@@ -225,6 +231,11 @@ class Store:
         rows = self._db.execute("SELECT replica_id, value FROM drains")
         return {ReplicaId(replica): DrainOrder(**json.loads(value)) for replica, value in rows}
 
+    def max_lora_ranks(self) -> dict[ReplicaId, int]:
+        """The replicas of this run that start with another setting than the configuration's."""
+        tree: dict[str, int] = json.loads(self._get("max_lora_ranks") or "{}")
+        return {ReplicaId(replica): rank for replica, rank in tree.items()}
+
     def table_version(self) -> int:
         """The highest table version that any router may have seen; 0 if none was published."""
         return int(self._get("table_version") or "0")
@@ -249,6 +260,11 @@ class Store:
             " ON CONFLICT (version_id) DO UPDATE SET checksum = excluded.checksum",
             (*row, _checksum(row)),
         )
+
+    def _put_max_lora_ranks(self, changed: Mapping[ReplicaId, int | None]) -> None:
+        known: dict[ReplicaId, int | None] = {**self.max_lora_ranks(), **changed}
+        kept = {replica: rank for replica, rank in sorted(known.items()) if rank is not None}
+        self._set("max_lora_ranks", json.dumps(kept))
 
     def _put_drain(self, replica: ReplicaId, order: DrainOrder | None) -> None:
         if order is None:
