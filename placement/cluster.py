@@ -1,57 +1,45 @@
 """The cluster's state machine: events in, commands out, no I/O and no clock.
 
 It knows which adapters are registered, which copies each replica holds, and what the routers have been
-told. The live controller and the simulator run this same object. How tables follow from copies is in
-`cluster_table`, how replicas are drained in `cluster_drain`.
+told. The live controller and the simulator run this same object. What an event does to one replica is in
+`cluster_replicas` and `cluster_drain`, how tables follow from copies in `cluster_table`, how copies follow
+from the plan in `cluster_settle`; which plan is in force, and was before, in `plan_book`.
 
 A copy's life: (none) → LOADING → HELD → RETIRING → (none). A copy is in the routing table only while it
 is HELD; it is retired only after a table without it was published; the last copy of a version that the
-table still names is never retired.
+table still names is never retired. A plan is checked before it is adopted (`veto`).
 """
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from placement import cluster_drain
-from placement.cluster_messages import (
-    AdapterLoaded,
-    AdapterLoadFailed,
-    AdapterRegistered,
-    AdapterRemoved,
-    AdapterUnloaded,
-    AdapterWithdrawn,
-    Command,
-    DeleteAdapter,
-    DrainRequested,
-    EpochElapsed,
-    Event,
-    LoadAdapter,
-    PublishTable,
-    ReplicaDrained,
-    ReplicaGivenUp,
-    ReplicaLost,
-    ReplicaReady,
-    SaveAdapter,
-    SavePlan,
-    StartReplica,
-    StopReplica,
-    UndrainRequested,
-    UnloadAdapter,
-)
-from placement.cluster_records import Copy, CopyPhase, DrainOrder, Holdings, ReplicaPhase, ReplicaRecord
+from placement import cluster_drain, cluster_replicas, cluster_settle
+from placement import cluster_messages as messages
+from placement.cluster_messages import Command, DeleteAdapter, Event, PublishTable, SaveAdapter
+from placement.cluster_records import CopyPhase, DrainOrder, Holdings, ReplicaPhase, ReplicaRecord
+from placement.cluster_resize import Resizer
 from placement.cluster_table import table_of
+from placement.plan_book import EarlierPlan, PlanBook
+from placement.plan_repair import repaired
 from placement.policies.base import PlacementPolicy
 from placement.profile import Profile
 from placement.table import RoutingTable, TableEntry
-from placement.types import (
-    AdapterName,
-    AdapterVersion,
-    Placement,
-    ReplicaId,
-    Snapshot,
-    VersionId,
+from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, Snapshot, VersionId
+from placement.veto import veto
+
+_Planless = messages.AdapterLoaded | messages.AdapterUnloaded | messages.AdapterLoadFailed
+"""What changes nothing that a plan is made from."""
+
+_Lasting = (
+    messages.EpochElapsed
+    | messages.ReplicaReady
+    | messages.ReplicaLost
+    | messages.FreezeRequested
+    | messages.DrainRequested
+    | messages.UndrainRequested
 )
+"""What a plan can be rolled back over; one for an adapter that comes or goes is part of the plan before."""
 
 
 class ClusterState:
@@ -72,6 +60,11 @@ class ClusterState:
         recovering: bool = False,
         profiles: Mapping[str, Profile] = MappingProxyType({}),
         epoch_s: float = 60.0,
+        earlier_plans: Iterable[EarlierPlan] = (),
+        frozen_plan: Placement | None = None,
+        max_loads: int = cluster_settle.MAX_LOADS,
+        resizer: Resizer | None = None,
+        max_lora_ranks: Mapping[ReplicaId, int] = MappingProxyType({}),
     ) -> None:
         """Start empty, or from what a store remembers (`adapters` in order of registration).
 
@@ -83,7 +76,9 @@ class ClusterState:
         self.max_restarts = max_restarts
         self.profiles = profiles
         self.epoch_s = epoch_s
-        self.plan = plan if plan is not None else Placement()
+        self.max_loads = max_loads
+        self.resizer = resizer or Resizer()
+        self.book = PlanBook(plan, earlier=earlier_plans, frozen=frozen_plan)
         self.table = RoutingTable(version=table_version, base_model=base_model)
         self.published = False
         self._recovering = recovering
@@ -106,49 +101,71 @@ class ClusterState:
             record.drain = drains[replica]
             if record.drain.done:
                 record.phase = ReplicaPhase.DRAINED
+        for replica in max_lora_ranks.keys() & self.replicas.keys():
+            self.replicas[replica].max_lora_rank = max_lora_ranks[replica]
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event in and say what is to be done about it."""
         commands = self._take_in(event)
         if self._is_starting():
             return commands
-        if not isinstance(event, AdapterLoaded | AdapterUnloaded):
-            commands += self._replan()
+        commands += self.resizer.take_in(event, self.replicas, self.snapshot, self.book.frozen)
+        is_chosen = isinstance(event, messages.PlanGiven) and self.book.frozen is None
+        if not is_chosen and not isinstance(event, _Planless):
+            commands += self._replan(event)
         return commands + self._settle()
 
     def _take_in(self, event: Event) -> list[Command]:
         match event:
-            case ReplicaReady():
-                return self._on_replica_ready(event)
-            case ReplicaLost():
-                return self._on_replica_lost(event)
-            case ReplicaGivenUp(replica_id=replica_id, reason=reason):
-                record = self.replicas[replica_id]
-                if record.phase in (ReplicaPhase.STARTING, ReplicaPhase.UNKNOWN):
-                    record.phase, record.reason = ReplicaPhase.FAILED, reason
-            case AdapterRegistered(adapter=adapter):
+            case messages.ReplicaReady(spec=spec):
+                replica_id = spec.replica_id
+                first = ReplicaRecord(replica_id, ReplicaPhase.READY)
+                record = self.replicas.setdefault(replica_id, first)
+                return cluster_replicas.ready(record, event, self.adapters)
+            case messages.ReplicaLost(replica_id=replica_id, reason=reason):
+                return cluster_replicas.lost(self.replicas[replica_id], reason, self.max_restarts)
+            case messages.ReplicaGivenUp(replica_id=replica_id, reason=reason):
+                cluster_replicas.given_up(self.replicas[replica_id], reason)
+            case messages.AdapterRegistered(adapter=adapter):
                 self._adopt(adapter)
                 return [SaveAdapter(adapter)]
-            case AdapterRemoved(name=name):
+            case messages.AdapterRemoved(name=name):
                 return self._on_adapter_removed(name)
-            case AdapterWithdrawn(version_id=version):
+            case messages.AdapterWithdrawn(version_id=version):
                 return self._on_adapter_withdrawn(version)
-            case AdapterLoaded(replica_id=replica_id, version_id=version):
+            case messages.AdapterLoaded(replica_id=replica_id, version_id=version):
                 self.replicas[replica_id].move(version, CopyPhase.LOADING, CopyPhase.HELD)
-            case AdapterLoadFailed(replica_id=replica_id, version_id=version, reason=reason):
+            case messages.AdapterLoadFailed(replica_id=replica_id, version_id=version, reason=reason):
                 if self.replicas[replica_id].move(version, CopyPhase.LOADING, None):
                     self.replicas[replica_id].refused[version] = reason
-            case AdapterUnloaded(replica_id=replica_id, version_id=version):
+            case messages.AdapterUnloaded(replica_id=replica_id, version_id=version):
                 self.replicas[replica_id].move(version, CopyPhase.RETIRING, None)
-            case EpochElapsed(demand_tokens_per_s=demand):
+            case messages.EpochElapsed(demand_tokens_per_s=demand):
                 self.demand_tokens_per_s = demand
-                return self._on_epoch_elapsed()
-            case DrainRequested(replica_id=replica_id, order=order):
+                return cluster_replicas.epoch_elapsed(self.replicas.values())
+            case messages.DrainRequested(replica_id=replica_id, order=order):
                 return cluster_drain.request(self.replicas[replica_id], order)
-            case ReplicaDrained(replica_id=replica_id):
+            case messages.ReplicaDrained(replica_id=replica_id):
                 return cluster_drain.drained(self.replicas[replica_id])
-            case UndrainRequested(replica_id=replica_id):
+            case messages.UndrainRequested(replica_id=replica_id):
                 return cluster_drain.take_back(self.replicas[replica_id])
+            case messages.PlanGiven() | messages.FreezeRequested() | messages.RollbackRequested():
+                return self._on_plan_wish(event)
+        return []
+
+    def _on_plan_wish(
+        self, event: messages.PlanGiven | messages.FreezeRequested | messages.RollbackRequested
+    ) -> list[Command]:
+        """What an operator wants of the plan; `_replan` follows from what is frozen then."""
+        match event:
+            case messages.PlanGiven(plan=plan, frozen=frozen) if self.plan_problem(plan) is None:
+                kept = self.book.freeze(plan) if frozen else []
+                return kept + self.book.adopt(plan, "a plan was applied")
+            case messages.FreezeRequested(frozen=frozen):
+                return self.book.freeze(self.plan if frozen else None)
+            case messages.RollbackRequested() if not self._is_starting():
+                before, commands = self.book.go_back()
+                return commands if before is None else commands + self.book.freeze(before)
         return []
 
     # -- what others ask -----------------------------------------------------------------------
@@ -162,6 +179,43 @@ class ClusterState:
             active=self.active,
             superseded=self.superseded,
             plan=self.plan,
+        )
+
+    @property
+    def plan(self) -> Placement:
+        """The plan in force."""
+        return self.book.plan
+
+    def proposed(self, snapshot: Snapshot | None = None) -> tuple[Placement, str | None]:
+        """The plan that the policy would make now, or of another snapshot, and why it would be refused, if
+        it would."""
+        snapshot = self.snapshot() if snapshot is None else snapshot
+        try:
+            plan = self.resizer.named(self.policy.plan(snapshot), snapshot)
+        except (ValueError, ArithmeticError, LookupError) as error:
+            return self.plan, f"it failed: {type(error).__name__}: {error}"
+        return plan, veto(snapshot, plan)
+
+    def plan_problem(self, plan: Placement) -> str | None:
+        """Why this plan cannot be adopted now, or None."""
+        if self._is_starting():
+            return "the replicas are not all there yet"
+        return veto(self.snapshot(), plan)
+
+    def snapshot(self, records: Iterable[ReplicaRecord] | None = None) -> Snapshot:
+        """What a plan for these replicas, by default the ready ones, is made from; draining ones are never
+        among them."""
+        records = self._ready() if records is None else records
+        adapters = tuple(self.adapters[version] for _, version in sorted(self.active.items()))
+        specs = (record.spec for record in records if record.spec is not None)
+        return Snapshot(
+            adapters=adapters,
+            replicas=self.resizer.lowered(specs, adapters),
+            current=self.plan,
+            demand_tokens_per_s=self.demand_tokens_per_s,
+            seed=self.seed,
+            profiles=self.profiles,
+            epoch_s=self.epoch_s,
         )
 
     def holders(self, version: VersionId) -> tuple[ReplicaId, ...]:
@@ -193,7 +247,7 @@ class ClusterState:
         staying = [record for record in self._ready() if record.replica_id not in leaving]
         if not staying:
             return "no replica would be left that is ready"
-        names = cluster_drain.homeless(self.holdings, self._planned_on(staying).holders)
+        names = cluster_drain.homeless(self.holdings, self._planned_on(self.snapshot(staying)).holders)
         return None if names is None else f"no other replica has room for {names}"
 
     def drain_waits_for(self, replica: ReplicaId) -> tuple[VersionId, ...]:
@@ -211,50 +265,6 @@ class ClusterState:
 
     # -- events --------------------------------------------------------------------------------
 
-    def _on_replica_ready(self, event: ReplicaReady) -> list[Command]:
-        replica_id = event.spec.replica_id
-        record = self.replicas.setdefault(replica_id, ReplicaRecord(replica_id, ReplicaPhase.READY))
-        if record.phase is ReplicaPhase.DRAINED:
-            return [StopReplica(replica_id)]
-        record.phase, record.spec, record.address = ReplicaPhase.READY, event.spec, event.address
-        record.reason, record.leaving, record.gone = "", False, False
-        record.copies = {
-            version: Copy(CopyPhase.HELD, self._size_bytes(version)) for version in sorted(event.resident)
-        }
-        record.refused.clear()
-        return self._resume(record, event) + cluster_drain.ready(record, is_draining=event.draining)
-
-    def _resume(self, record: ReplicaRecord, event: ReplicaReady) -> list[Command]:
-        """Ask again for what an earlier controller had asked for, to hear how it ends."""
-        commands: list[Command] = []
-        for version in sorted(event.loading | event.dropping):
-            adapter = self.adapters.get(version)
-            record.copies[version] = Copy(CopyPhase.RETIRING, self._size_bytes(version))
-            if adapter is None or version in event.dropping:
-                commands.append(UnloadAdapter(record.replica_id, version))
-            else:
-                record.copies[version].phase = CopyPhase.LOADING
-                commands.append(LoadAdapter(record.replica_id, adapter))
-        return commands
-
-    def _on_replica_lost(self, event: ReplicaLost) -> list[Command]:
-        record = self.replicas[event.replica_id]
-        if record.phase is ReplicaPhase.DRAINED:
-            return []
-        record.copies.clear()
-        record.refused.clear()
-        record.reason = event.reason
-        if record.drain is not None:
-            cluster_drain.lost(record)
-            return []
-        record.leaving = False
-        if record.restarts >= self.max_restarts:
-            record.phase = ReplicaPhase.FAILED
-            return []
-        record.phase = ReplicaPhase.STARTING
-        record.restarts += 1
-        return [StartReplica(record.replica_id, record.restarts)]
-
     def _on_adapter_removed(self, name: AdapterName) -> list[Command]:
         version = self.active.pop(name, None)
         gone = self.superseded.pop(name, [])
@@ -271,21 +281,6 @@ class ClusterState:
         else:
             del self.active[adapter.name]
         return self._forget([version])
-
-    def _on_epoch_elapsed(self) -> list[Command]:
-        """Give refused loads another chance, ask again for drops that nobody confirmed, and let a
-        replica that lasted an epoch earn one restart back."""
-        commands: list[Command] = []
-        for record in self.replicas.values():
-            record.refused.clear()
-            if record.phase is ReplicaPhase.READY:
-                record.restarts = max(0, record.restarts - 1)
-                commands += [
-                    UnloadAdapter(record.replica_id, version)
-                    for version, copy in sorted(record.copies.items())
-                    if copy.phase is CopyPhase.RETIRING
-                ]
-        return commands
 
     def _adopt(self, adapter: AdapterVersion) -> None:
         before = self.active.get(adapter.name)
@@ -316,97 +311,86 @@ class ClusterState:
             waiting_for.add(ReplicaPhase.STARTING)
         return any(record.phase in waiting_for for record in self.replicas.values())
 
-    def _replan(self) -> list[Command]:
-        plan = self._planned_on(self._ready())
-        if plan == self.plan:
-            return []
-        self.plan = plan
-        return [SavePlan(plan)]
+    def _replan(self, event: Event) -> list[Command]:
+        plan = self._planned_on(self.snapshot(), is_final=True)
+        return self.book.adopt(plan, _words(event) if isinstance(event, _Lasting) else None)
 
-    def _planned_on(self, records: Iterable[ReplicaRecord]) -> Placement:
-        """What the policy makes of these replicas; draining ones are never among them."""
-        return self.policy.plan(
-            Snapshot(
-                adapters=tuple(self.adapters[version] for _, version in sorted(self.active.items())),
-                replicas=tuple(record.spec for record in records if record.spec is not None),
-                current=self.plan,
-                demand_tokens_per_s=self.demand_tokens_per_s,
-                seed=self.seed,
-                profiles=self.profiles,
-                epoch_s=self.epoch_s,
-            )
-        )
+    def _planned_on(self, snapshot: Snapshot, *, is_final: bool = False) -> Placement:
+        """What is to be in force with these replicas; `is_final` notes what the policy got wrong."""
+        frozen, plan, problem = self.book.frozen, self.plan, None
+        if frozen is None:
+            plan, problem = self.proposed(snapshot)
+        if is_final:
+            self.book.problem = problem and f"the plan of policy {self.policy.name} is refused: {problem}"
+        if frozen is None and problem is None:
+            return plan
+        return repaired(snapshot, frozen or self.plan, self.holdings.all_holders())
 
     def _settle(self) -> list[Command]:
         """Publish what is true now, let go of what nobody is sent to, load what is planned."""
-        commands = self._forget_superseded()
-        table = self._next_table()
-        if table is not None:
-            self.table, self.published = table, True
-            commands.append(PublishTable(table))
-        commands += cluster_drain.leave(self.replicas.values(), self.table)
-        commands += cluster_drain.close(self.holdings)
-        commands += self._retire()
-        commands += self._load()
+        commands: list[Command] = []
+        for _ in range(2):
+            holdings = self.holdings
+            waiting = cluster_settle.waiting_copies(holdings)
+            full = cluster_settle.crowded(holdings, waiting)
+            commands += self._publish(holdings, full) + self._forget_superseded()
+            commands += cluster_drain.leave(self.replicas.values(), self.table)
+            commands += cluster_drain.close(holdings)
+            commands += cluster_settle.retire(holdings, self.table)
+            commands += cluster_settle.load(holdings, waiting, self.max_loads)
+            if not cluster_settle.is_stuck(holdings, waiting):
+                break
+            way = cluster_settle.make_way(holdings, full)
+            if way:
+                return commands + way
+            plan = cluster_settle.possible(holdings, waiting)
+            if plan == self.plan:
+                break
+            self.book.problem = (
+                "no replica has a free place to exchange copies over: some stay where they are"
+            )
+            commands += self.book.adopt(plan, None)
         return commands
 
-    def _next_table(self) -> RoutingTable | None:
-        """The table that follows from the copies held now, or None if it is the one published."""
-        table = table_of(self.holdings, self.table)
-        return None if self.published and table.same_content(self.table) else table
+    def _publish(self, holdings: Holdings, full: Collection[ReplicaId]) -> list[Command]:
+        """The table that follows from the copies held now, unless it is the one published."""
+        table = table_of(holdings, self.table, full)
+        if self.published and table.same_content(self.table):
+            return []
+        self.table, self.published = table, True
+        return [PublishTable(table)]
 
     def _forget_superseded(self) -> list[Command]:
-        """Drop from the registry the old versions that a newer one with a holder has replaced."""
+        """Drop from the registry the old versions that the published table has a newer one of, held by
+        somebody, in place of."""
         commands: list[Command] = []
         for name, older in self.superseded.items():
-            if not older:
+            entry = self.table.entries.get(name)
+            if not older or entry is None or not entry.holders:
                 continue
-            chain = [*older, self.active[name]] if name in self.active else older
-            served = next((i for i in reversed(range(len(chain))) if self.holders(chain[i])), 0)
-            obsolete = min(served, len(older))
+            chain = [*older, self.active[name]]
+            obsolete = chain.index(entry.version_id)
             commands += self._forget(older[:obsolete])
             del older[:obsolete]
         return commands
 
-    def _retire(self) -> list[Command]:
-        """Drop the held copies that the published table sends nobody to."""
-        commands: list[Command] = []
-        active = set(self.active.values())
-        needed = {
-            (entry.version_id, holder.replica_id)
-            for entry in self.table.entries.values()
-            for holder in entry.holders
-        }
-        needed.update(
-            (version, holder.replica_id)
-            for version, holders in self.plan.holders.items()
-            if version in active
-            for holder in holders
-        )
-        for record in self._ready():
-            for version in sorted(record.copies):
-                if (version, record.replica_id) not in needed and record.holds(version):
-                    record.copies[version].phase = CopyPhase.RETIRING
-                    commands.append(UnloadAdapter(record.replica_id, version))
-        return commands
-
-    def _load(self) -> list[Command]:
-        """Load what is planned and absent, where there is room now; the rest waits for an unload."""
-        commands: list[Command] = []
-        for version in sorted(self.active.values()):
-            adapter = self.adapters[version]
-            for replica in sorted(self.plan.replicas_of(version)):
-                record = self.replicas[replica]
-                if version in record.copies or version in record.refused or not record.has_room(adapter):
-                    continue
-                record.copies[version] = Copy(CopyPhase.LOADING, adapter.size_bytes)
-                commands.append(LoadAdapter(replica, adapter))
-        return commands
-
-    def _size_bytes(self, version: VersionId) -> int:
-        """What is registered; nothing for a stray version, which is dropped at once."""
-        adapter = self.adapters.get(version)
-        return adapter.size_bytes if adapter is not None else 0
-
     def _ready(self) -> list[ReplicaRecord]:
         return [record for record in self.replicas.values() if record.phase is ReplicaPhase.READY]
+
+
+def _words(event: Event) -> str:
+    """Why a plan was changed, in words."""
+    match event:
+        case messages.EpochElapsed():
+            return "an epoch"
+        case messages.ReplicaReady(spec=spec):
+            return f"{spec.replica_id} came"
+        case messages.ReplicaLost(replica_id=replica_id):
+            return f"{replica_id} was lost"
+        case messages.DrainRequested(replica_id=replica_id):
+            return f"{replica_id} is drained"
+        case messages.UndrainRequested(replica_id=replica_id):
+            return f"{replica_id} is undrained"
+        case messages.FreezeRequested():
+            return "it was unfrozen"
+    return "an adapter came or went"

@@ -116,6 +116,27 @@ class UndrainRequested:
     replica_id: ReplicaId
 
 
+@dataclass(frozen=True, slots=True)
+class PlanGiven:
+    """An operator wants this plan, now; with `frozen` it stays. One that `ClusterState.plan_problem` refuses
+    is not adopted."""
+
+    plan: Placement
+    frozen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeRequested:
+    """An operator wants the plan to stay as it is but for losses, or to be the policy's again."""
+
+    frozen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackRequested:
+    """An operator wants the plan before the present one, and that it stays; without one nothing is done."""
+
+
 Event = (
     ReplicaReady
     | ReplicaLost
@@ -130,6 +151,9 @@ Event = (
     | DrainRequested
     | ReplicaDrained
     | UndrainRequested
+    | PlanGiven
+    | FreezeRequested
+    | RollbackRequested
 )
 
 
@@ -186,6 +210,22 @@ class SavePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepPlan:
+    """Remember durably a plan that was in force, and why the next one took its place; None: forget it."""
+
+    number: int
+    plan: Placement | None
+    ended_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFreeze:
+    """Remember durably that this plan is to stay; None: that none is."""
+
+    plan: Placement | None
+
+
+@dataclass(frozen=True, slots=True)
 class SaveDrain:
     """Remember durably that the replica is to drain or has drained; None: that it is not to."""
 
@@ -227,6 +267,8 @@ Command = (
     | SaveAdapter
     | DeleteAdapter
     | SavePlan
+    | KeepPlan
+    | SaveFreeze
     | SaveDrain
     | SaveMaxLoraRank
 )

@@ -1,6 +1,6 @@
 """The routing table that follows from what the replicas hold."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from placement.cluster_records import Holdings, ReplicaPhase
@@ -10,15 +10,18 @@ from placement.types import AdapterName, Holder, ReplicaId, VersionId
 _Held = Mapping[VersionId, tuple[ReplicaId, ...]]
 
 
-def table_of(holdings: Holdings, before: RoutingTable) -> RoutingTable:
+def table_of(
+    holdings: Holdings, before: RoutingTable, full: Collection[ReplicaId] = frozenset()
+) -> RoutingTable:
     """The table of what is held now, to follow `before`: names by the newest version that somebody
-    holds, and the ready replicas with the draining ones that a name still depends on."""
+    holds, and the ready replicas with the draining ones that a name still depends on. What is not planned
+    on `full` replicas leaves the table there if another holds it, to make room for what is."""
     # Gathered once: to look through all replicas for each name takes seconds with a thousand of them.
     held = holdings.all_holders()
     entries = {
         name: entry
         for name in sorted(holdings.active)
-        if (entry := _entry(holdings, held, name) or _waiting(holdings, name, before)) is not None
+        if (entry := _entry(holdings, held, name, full) or _waiting(holdings, name, before)) is not None
     }
     needed = {holder.replica_id for entry in entries.values() for holder in entry.holders}
     replicas = {
@@ -39,11 +42,13 @@ def table_of(holdings: Holdings, before: RoutingTable) -> RoutingTable:
     )
 
 
-def _entry(holdings: Holdings, held: _Held, name: AdapterName) -> TableEntry | None:
+def _entry(
+    holdings: Holdings, held: _Held, name: AdapterName, full: Collection[ReplicaId]
+) -> TableEntry | None:
     for version in holdings.versions_of(name):
         if version not in held:
             continue
-        holders = _shares(holdings, held[version], version)
+        holders = _holders(holdings, held[version], version, full)
         if holders:
             rank = holdings.adapters[version].rank
             return TableEntry(name=name, version_id=version, rank=rank, holders=holders)
@@ -60,23 +65,63 @@ def _waiting(holdings: Holdings, name: AdapterName, before: RoutingTable) -> Tab
     return TableEntry(name=name, version_id=version, rank=holdings.adapters[version].rank, holders=())
 
 
-def _shares(holdings: Holdings, held: tuple[ReplicaId, ...], version: VersionId) -> tuple[Holder, ...]:
-    """The planned shares of those that hold it already; equal ones if none of them is planned; a
+def _holders(
+    holdings: Holdings, held: tuple[ReplicaId, ...], version: VersionId, full: Collection[ReplicaId]
+) -> tuple[Holder, ...]:
+    """The planned shares of those that hold it already, and what is meant for those that are yet to load it
+    with the holders that the plan does without; equal shares if no planned one with a share holds it. A
     draining replica's only where no other holds it."""
-    shares = {
-        holder.replica_id: holder.share
+    planned = {
+        holder.replica_id: holder
         for holder in holdings.plan.holders.get(version, ())
-        if holder.replica_id in held
-        and holder.share > 0
-        and holdings.replicas[holder.replica_id].phase is ReplicaPhase.READY
+        if _is_ready(holdings, holder.replica_id)
     }
-    if not shares:
-        released = _released_for_newer(holdings, held, version)
+    shares = {key: one.share for key, one in planned.items() if key in held and one.share > 0}
+    if shares:
+        # Without a share they stand by.
+        shares |= {key: 0.0 for key in planned if key in held and key not in shares}
+        shares |= _lent(holdings, held, version, full, planned)
+    else:
+        released = _released(holdings, held, version, full)
         kept = [replica for replica in held if replica not in released]
-        ready = [replica for replica in kept if holdings.replicas[replica].phase is ReplicaPhase.READY]
+        ready = [replica for replica in kept if _is_ready(holdings, replica)]
         shares = dict.fromkeys(ready or [one for one in kept if _must_stay(holdings, one, version)], 1.0)
     total = sum(shares.values())
-    return tuple(Holder(replica_id=key, share=share / total) for key, share in sorted(shares.items()))
+    return tuple(
+        Holder(
+            replica_id=key,
+            share=share / total,
+            spill=share == 0 and planned[key].spill,
+        )
+        for key, share in sorted(shares.items())
+    )
+
+
+def _lent(
+    holdings: Holdings,
+    held: tuple[ReplicaId, ...],
+    version: VersionId,
+    full: Collection[ReplicaId],
+    planned: Mapping[ReplicaId, Holder],
+) -> dict[ReplicaId, float]:
+    """The shares of planned holders that may load it yet, for as long with those that the plan does without:
+    the others would have to carry it all meanwhile."""
+    coming = sum(
+        holder.share
+        for replica, holder in planned.items()
+        if replica not in held and version not in holdings.replicas[replica].refused
+    )
+    old = [
+        replica
+        for replica in held
+        if replica not in planned and replica not in full and _is_ready(holdings, replica)
+    ]
+    return dict.fromkeys(old, coming / len(old)) if coming > 0 and old else {}
+
+
+def _is_ready(holdings: Holdings, replica: ReplicaId) -> bool:
+    record = holdings.replicas.get(replica)
+    return record is not None and record.phase is ReplicaPhase.READY
 
 
 def _must_stay(holdings: Holdings, replica: ReplicaId, version: VersionId) -> bool:
@@ -86,18 +131,23 @@ def _must_stay(holdings: Holdings, replica: ReplicaId, version: VersionId) -> bo
     return order is None or not order.force or holdings.may_come(version)
 
 
-def _released_for_newer(
-    holdings: Holdings, held: tuple[ReplicaId, ...], version: VersionId
+def _released(
+    holdings: Holdings, held: tuple[ReplicaId, ...], version: VersionId, full: Collection[ReplicaId]
 ) -> frozenset[ReplicaId]:
-    """The holders of an old version that must give up its slot for the new one, never all of them."""
+    """The holders that must give up their room for what is planned there, never all of them: an old version
+    for the new one, and whatever is not planned on a full replica."""
     newer = holdings.adapters[holdings.active[holdings.adapters[version].name]]
-    if newer.version_id == version:
-        return frozenset()
-    full = [
+    is_old = newer.version_id != version
+    planned = holdings.plan.replicas_of(newer.version_id)
+    giving = [
         replica
         for replica in held
-        if replica in holdings.plan.replicas_of(newer.version_id)
-        and newer.version_id not in holdings.replicas[replica].copies
-        and not holdings.replicas[replica].has_room(newer)
+        if (
+            is_old
+            and replica in planned
+            and newer.version_id not in holdings.replicas[replica].copies
+            and not holdings.replicas[replica].has_room(newer)
+        )
+        or (not is_old and replica in full and replica not in planned)
     ]
-    return frozenset(full[: len(held) - 1])
+    return frozenset(giving[: len(held) - 1])

@@ -9,7 +9,9 @@ import logging
 from collections.abc import Callable
 
 from loraserve.adapters import AdapterStore
+from loraserve.clock import Clock, WallClock
 from loraserve.config import Config
+from loraserve.controller.demand import DemandBook
 from loraserve.controller.fleet import Fleet
 from loraserve.controller.journal import Dependent, Journal
 from loraserve.controller.keeper import LOAD_TIMEOUT_S, ReplicaKeeper
@@ -59,6 +61,7 @@ class Controller:
         seed: int = 0,
         first_backoff_s: float = 0.25,
         on_step: Checkpoint = _pass,
+        clock: Clock | None = None,
     ) -> None:
         self.config = config
         self.fleet = fleet
@@ -71,16 +74,20 @@ class Controller:
         self._num_storing = 0
         self._recovering = recovering
         self._journal = Journal(store, publish=self._publish, release=self._release)
+        registrations = store.adapters()
+        self.demand = DemandBook(
+            config.placement, store, clock or WallClock(), [entry.adapter for entry in registrations]
+        )
         self.keeper = ReplicaKeeper(
             config,
             fleet=fleet,
             library=library,
             dispatch=self.dispatch,
+            heard=self.demand.heard,
             starting=lambda: sized(config, library.base, self.state.adapters.values()),
             seed=seed,
             first_backoff_s=first_backoff_s,
         )
-        registrations = store.adapters()
         self.registrations = {entry.adapter.version_id: entry for entry in registrations}
         self.state = ClusterState(
             replica_ids=[ReplicaId(f"replica-{index}") for index in range(config.cluster.replicas)],
@@ -90,10 +97,13 @@ class Controller:
             max_restarts=config.replica.max_restarts,
             adapters=[entry.adapter for entry in registrations],
             plan=store.plan(),
+            frozen_plan=store.frozen_plan(),
+            earlier_plans=store.earlier_plans(),
             table_version=store.table_version(),
             drains=store.drains(),
             recovering=recovering,
         )
+        self.state.demand_tokens_per_s = self.demand.forecast
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -348,7 +358,12 @@ class Controller:
             return False
         return True
 
+    def end_epoch(self) -> None:
+        """Plan the next epoch, for the demand that is forecast for it."""
+        self.dispatch(messages.EpochElapsed(self.demand.end_epoch(self.state.adapters.values())))
+
     async def _epochs(self) -> None:
         while True:
             await asyncio.sleep(self.config.placement.epoch_s)
-            self.dispatch(messages.EpochElapsed())
+            await self.refresh_reports()
+            self.end_epoch()

@@ -3,7 +3,8 @@
 A table is given out only once its version is on the disk, and copies are dropped and replicas drained only
 after the table that does without them. While writes fail, what is to be written is merged into one
 write, which is tried again with every new one and by itself; loads and starts are not the journal's and
-go on. What waits is bounded: one plan, one table, and at most one command per copy and replica.
+go on. What waits is bounded: one plan with those before it, one table, and at most one command per copy
+and replica.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from loraserve.controller.store import Changes, Store, StoredRegistration
 from loraserve.errors import WorkFailedError
 from placement import cluster_messages as messages
+from placement.plan_book import EarlierPlan
 from placement.table import RoutingTable
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ MAX_RETRY_S = 10.0
 
 Durable = (
     messages.SavePlan
+    | messages.KeepPlan
+    | messages.SaveFreeze
     | messages.DeleteAdapter
     | messages.SaveDrain
     | messages.SaveMaxLoraRank
@@ -76,6 +80,11 @@ class Journal:
         match command:
             case messages.SavePlan(plan=plan):
                 self._changes.plan = plan
+            case messages.KeepPlan(number=number, plan=plan, ended_by=why):
+                kept = None if plan is None else EarlierPlan(number=number, plan=plan, ended_by=why)
+                self._changes.earlier_plans[number] = kept
+            case messages.SaveFreeze(plan=frozen):
+                self._changes.frozen = [frozen]
             case messages.DeleteAdapter(version_id=version):
                 self._changes.deleted.add(version)
             case messages.SaveDrain(replica_id=replica, order=order):

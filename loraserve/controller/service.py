@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
-from loraserve.controller import drains
+from loraserve.controller import drains, plans
 from loraserve.controller.controller import Controller
 from loraserve.errors import LoraServeError, WorkFailedError
 from loraserve.rpc import server as rpc_server
 from loraserve.rpc.codec import check_protocol
 from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
+from loraserve.rpc.plan_codec import decode_plan, encode_holder
 from loraserve.rpc.status import abort_with
 from loraserve.rpc.table_codec import encode_table
 from loraserve.rpc.v1 import management_pb2, management_pb2_grpc
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 TABLE_POLL_S = 3600.0
 PROGRESS_S = 0.5
 REMOVE_TIMEOUT_S = 30.0
+
+Answer = TypeVar("Answer")
 
 
 class ControlService(internal_pb2_grpc.ControlServicer):
@@ -153,6 +156,37 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
         except LoraServeError as error:
             await abort_with(context, error)
 
+    async def GetPlan(
+        self, request: management_pb2.GetPlanRequest, context: Any
+    ) -> management_pb2.GetPlanResponse:
+        """The plan in force, and the policy's."""
+        return await self._plan(lambda: plans.show_plan(self._controller, propose=request.propose), context)
+
+    async def ApplyPlan(
+        self, request: management_pb2.ApplyPlanRequest, context: Any
+    ) -> management_pb2.PlanChanged:
+        """Adopt a plan; copies follow."""
+        given = decode_plan(request.plan) if request.HasField("plan") else None
+        return await self._plan(lambda: plans.apply_plan(self._controller, given), context)
+
+    async def FreezePlan(
+        self, request: management_pb2.FreezePlanRequest, context: Any
+    ) -> management_pb2.PlanChanged:
+        """Freeze or unfreeze."""
+        return await self._plan(lambda: plans.freeze_plan(self._controller, frozen=request.frozen), context)
+
+    async def RollbackPlan(
+        self, request: management_pb2.RollbackPlanRequest, context: Any
+    ) -> management_pb2.PlanChanged:
+        """Back to the plan before."""
+        return await self._plan(lambda: plans.roll_back_plan(self._controller), context)
+
+    async def _plan(self, act: Callable[[], Answer], context: Any) -> Answer:
+        try:
+            return act()
+        except LoraServeError as error:
+            await abort_with(context, error)
+
     async def _progress(
         self, replicas: Sequence[ReplicaId], is_done: Callable[[Controller, Sequence[ReplicaId]], bool]
     ) -> AsyncIterator[management_pb2.DrainProgress]:
@@ -191,9 +225,7 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             sha256=adapter.sha256,
             source=registration.source,
             target_modules=registration.target_modules,
-            holders=[
-                management_pb2.Holder(replica_id=holder.replica_id, share=holder.share) for holder in holders
-            ],
+            holders=[encode_holder(holder) for holder in holders],
         )
 
     def _replica(self, record: ReplicaRecord) -> management_pb2.Replica:

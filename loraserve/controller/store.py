@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from urllib.parse import quote
 
 from loraserve.errors import BadInputError, WorkFailedError
 from placement.cluster_records import DrainOrder
-from placement.types import AdapterName, AdapterVersion, Holder, Placement, ReplicaId, VersionId
+from placement.plan_book import EarlierPlan
+from placement.plan_text import parse_plan, plan_text
+from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, VersionId
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, SCHEMA_VERSION)
@@ -44,6 +45,9 @@ ALTER TABLE meta ADD COLUMN checksum TEXT NOT NULL DEFAULT '';
 CREATE TABLE drains (replica_id TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) STRICT;
 """
 
+_EARLIER = "plan/"
+"""What the keys of earlier plans begin with; their number follows."""
+
 _ADAPTER_COLUMNS = "version_id, name, sha256, rank, size_bytes, source, target_modules"
 
 
@@ -58,18 +62,22 @@ class StoredRegistration:
 
 @dataclass(slots=True, kw_only=True)
 class Changes:
-    """What is to be written at once: the last plan, the table's version, what is forgotten, drains."""
+    """What is to be written at once: the last plan and those before it, the table's version, what is
+    forgotten, drains."""
 
     plan: Placement | None = None
     table_version: int | None = None
     deleted: set[VersionId] = field(default_factory=set)
     drains: dict[ReplicaId, DrainOrder | None] = field(default_factory=dict)
     max_lora_ranks: dict[ReplicaId, int | None] = field(default_factory=dict)
+    earlier_plans: dict[int, EarlierPlan | None] = field(default_factory=dict)
+    # Empty, or the one that is frozen from now on, None for none.
+    frozen: list[Placement | None] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         if self.plan is not None or self.table_version is not None:
             return True
-        return bool(self.deleted or self.drains or self.max_lora_ranks)
+        return bool(self.deleted or self.drains or self.max_lora_ranks or self.earlier_plans or self.frozen)
 
 
 class Store:
@@ -185,7 +193,11 @@ class Store:
             for version in sorted(changes.deleted):
                 self._db.execute("DELETE FROM adapters WHERE version_id = ?", (version,))
             if changes.plan is not None:
-                self._set("plan", _dump_plan(changes.plan))
+                self._set("plan", plan_text(changes.plan))
+            for frozen in changes.frozen:
+                self._set("frozen_plan", "" if frozen is None else plan_text(frozen))
+            for number, earlier in changes.earlier_plans.items():
+                self._put_earlier(number, earlier)
             if changes.table_version is not None:
                 self._set("table_version", str(changes.table_version))
             for replica, order in changes.drains.items():
@@ -213,18 +225,23 @@ class Store:
 
     def plan(self) -> Placement:
         """The last plan, or an empty one."""
-        tree: dict[str, dict[str, float]] = json.loads(self._get("plan") or "{}")
-        return Placement(
-            MappingProxyType(
-                {
-                    VersionId(version): tuple(
-                        Holder(replica_id=ReplicaId(replica), share=share)
-                        for replica, share in sorted(holders.items())
-                    )
-                    for version, holders in tree.items()
-                }
-            )
-        )
+        return parse_plan(self._get("plan") or "{}")
+
+    def frozen_plan(self) -> Placement | None:
+        """The plan that is to stay, if one is."""
+        text = self._get("frozen_plan")
+        return parse_plan(text) if text else None
+
+    def earlier_plans(self) -> list[EarlierPlan]:
+        """The plans before the last one, the oldest first."""
+        rows = self._db.execute("SELECT key, value FROM meta WHERE key LIKE ?", (f"{_EARLIER}%",)).fetchall()
+        found = []
+        for key, value in rows:
+            tree = json.loads(value)
+            plan = parse_plan(tree["plan"])
+            number = int(key.removeprefix(_EARLIER))
+            found.append(EarlierPlan(number=number, plan=plan, ended_by=tree["ended_by"]))
+        return sorted(found, key=lambda one: one.number)
 
     def drains(self) -> dict[ReplicaId, DrainOrder]:
         """The replicas of this run that are to drain or have drained."""
@@ -239,6 +256,15 @@ class Store:
     def table_version(self) -> int:
         """The highest table version that any router may have seen; 0 if none was published."""
         return int(self._get("table_version") or "0")
+
+    def save_demand(self, text: str) -> None:
+        """Remember what `loraserve.controller.demand` has measured instead of what it had before."""
+        with self._transaction():
+            self._set("demand", text)
+
+    def demand(self) -> str | None:
+        """What `save_demand` was given last."""
+        return self._get("demand")
 
     def close(self) -> None:
         """Close the file."""
@@ -259,6 +285,15 @@ class Store:
             f"INSERT INTO adapters ({_ADAPTER_COLUMNS}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (version_id) DO UPDATE SET checksum = excluded.checksum",
             (*row, _checksum(row)),
+        )
+
+    def _put_earlier(self, number: int, earlier: EarlierPlan | None) -> None:
+        if earlier is None:
+            self._db.execute("DELETE FROM meta WHERE key = ?", (f"{_EARLIER}{number}",))
+            return
+        self._set(
+            f"{_EARLIER}{number}",
+            json.dumps({"ended_by": earlier.ended_by, "plan": plan_text(earlier.plan)}),
         )
 
     def _put_max_lora_ranks(self, changed: Mapping[ReplicaId, int | None]) -> None:
@@ -302,15 +337,6 @@ def _open_unchanged(path: Path) -> sqlite3.Connection:
     is_whole = not log.exists() or log.stat().st_size == 0
     mode = "immutable=1" if is_whole else "mode=ro"
     return sqlite3.connect(f"file:{quote(str(path))}?{mode}", uri=True)
-
-
-def _dump_plan(plan: Placement) -> str:
-    return json.dumps(
-        {
-            version: {holder.replica_id: holder.share for holder in holders}
-            for version, holders in plan.holders.items()
-        }
-    )
 
 
 def _checksum(row: tuple[object, ...]) -> str:

@@ -13,10 +13,10 @@ from loraserve.router.leases import LeaseCounter
 from loraserve.router.ledger import Ledger
 from loraserve.router.loads import LoadBook
 from loraserve.router.tables import TableFollower
+from loraserve.rpc.plan_codec import encode_holder
 from loraserve.rpc.status import abort_with, error_of
 from loraserve.rpc.v1 import management_pb2, management_pb2_grpc
 from placement.table import RoutingTable
-from placement.types import Holder
 
 SERVICE = "loraserve.v1.Management"
 STATUS_TIMEOUT_S = 2.0
@@ -97,6 +97,30 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
         """Forwarded."""
         async for message in self._forward_stream(self._controller.UndrainReplicas, request, context):
             yield message
+
+    async def GetPlan(
+        self, request: management_pb2.GetPlanRequest, context: Context
+    ) -> management_pb2.GetPlanResponse:
+        """Forwarded."""
+        return await self._forward(self._controller.GetPlan, request, context)
+
+    async def ApplyPlan(
+        self, request: management_pb2.ApplyPlanRequest, context: Context
+    ) -> management_pb2.PlanChanged:
+        """Forwarded."""
+        return await self._forward(self._controller.ApplyPlan, request, context)
+
+    async def FreezePlan(
+        self, request: management_pb2.FreezePlanRequest, context: Context
+    ) -> management_pb2.PlanChanged:
+        """Forwarded."""
+        return await self._forward(self._controller.FreezePlan, request, context)
+
+    async def RollbackPlan(
+        self, request: management_pb2.RollbackPlanRequest, context: Context
+    ) -> management_pb2.PlanChanged:
+        """Forwarded."""
+        return await self._forward(self._controller.RollbackPlan, request, context)
 
     async def _forward_stream(
         self,
@@ -188,10 +212,6 @@ class LocalStatus:
                 name=entry.name,
                 version=entry.version_id,
                 rank=entry.rank,
-                holders=[_holder(holder) for holder in entry.holders],
+                holders=[encode_holder(holder) for holder in entry.holders],
             )
         return answer
-
-
-def _holder(holder: Holder) -> management_pb2.Holder:
-    return management_pb2.Holder(replica_id=holder.replica_id, share=holder.share)

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dloraserve/v1/management.proto\x12\x0cloraserve.v1\"G\n\x16RegisterAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"X\n\x17RegisterAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.loraserve.v1.Adapter\x12\x15\n\rtable_version\x18\x02 \x01(\x04\"$\n\x14RemoveAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x15RemoveAdapterResponse\x12\x15\n\rtable_version\x18\x01 \x01(\x04\"\x15\n\x13ListAdaptersRequest\"?\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.loraserve.v1.Adapter\"\xa9\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12%\n\x07holders\x18\x08 \x03(\x0b\x32\x14.loraserve.v1.Holder\"+\n\x06Holder\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\"\x12\n\x10GetStatusRequest\"\x8c\x02\n\x11GetStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x15\n\rtable_version\x18\x04 \x01(\x04\x12\'\n\x08replicas\x18\x05 \x03(\x0b\x32\x15.loraserve.v1.Replica\x12\'\n\x08\x61\x64\x61pters\x18\x06 \x03(\x0b\x32\x15.loraserve.v1.Adapter\x12)\n\x06router\x18\x07 \x01(\x0b\x32\x19.loraserve.v1.RouterStats\x12\x1c\n\x14\x63ontroller_reachable\x18\x08 \x01(\x08\x12\x10\n\x08problems\x18\t \x03(\t\"\xa1\x03\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x15\n\rmax_lora_rank\x18\x04 \x01(\r\x12\x15\n\radapter_slots\x18\x05 \x01(\r\x12\x10\n\x08resident\x18\x06 \x03(\t\x12\x16\n\x0eresident_bytes\x18\x07 \x01(\x04\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0f\n\x07waiting\x18\t \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\n \x01(\x01\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\x0b\n\x03pid\x18\x0c \x01(\r\x12\x10\n\x08restarts\x18\r \x01(\r\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x0f\n\x07node_id\x18\x0f \x01(\t\x12\x15\n\rpool_adapters\x18\x10 \x01(\r\x12\x17\n\x0f\x61\x63tive_adapters\x18\x11 \x01(\r\x12\x1c\n\x14slot_allocated_bytes\x18\x12 \x01(\x04\x12\x17\n\x0fslot_used_bytes\x18\x13 \x01(\x04\x12\x19\n\x11slot_padded_bytes\x18\x14 \x01(\x04\"\xae\x01\n\x0bRouterStats\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x11\n\tcompleted\x18\x03 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x04\x12\x0f\n\x07refused\x18\x05 \x01(\x04\x12\x11\n\tcancelled\x18\x06 \x01(\x04\x12\x11\n\tin_flight\x18\x07 \x01(\r\x12\r\n\x05picks\x18\x08 \x01(\x04\x12\x11\n\tfailovers\x18\t \x01(\x04\"s\n\x14\x44rainReplicasRequest\x12\x13\n\x0breplica_ids\x18\x01 \x03(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x17\n\ndeadline_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x42\r\n\x0b_deadline_s\">\n\x16UndrainReplicasRequest\x12\x13\n\x0breplica_ids\x18\x01 \x03(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\"=\n\rDrainProgress\x12,\n\x08replicas\x18\x01 \x03(\x0b\x32\x1a.loraserve.v1.ReplicaDrain\"v\n\x0cReplicaDrain\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x13\n\x0bwaiting_for\x18\x03 \x03(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\r\n\x05moved\x18\x05 \x01(\r\x12\x0e\n\x06reason\x18\x06 \x01(\t2\x97\x04\n\nManagement\x12^\n\x0fRegisterAdapter\x12$.loraserve.v1.RegisterAdapterRequest\x1a%.loraserve.v1.RegisterAdapterResponse\x12X\n\rRemoveAdapter\x12\".loraserve.v1.RemoveAdapterRequest\x1a#.loraserve.v1.RemoveAdapterResponse\x12U\n\x0cListAdapters\x12!.loraserve.v1.ListAdaptersRequest\x1a\".loraserve.v1.ListAdaptersResponse\x12L\n\tGetStatus\x12\x1e.loraserve.v1.GetStatusRequest\x1a\x1f.loraserve.v1.GetStatusResponse\x12R\n\rDrainReplicas\x12\".loraserve.v1.DrainReplicasRequest\x1a\x1b.loraserve.v1.DrainProgress0\x01\x12V\n\x0fUndrainReplicas\x12$.loraserve.v1.UndrainReplicasRequest\x1a\x1b.loraserve.v1.DrainProgress0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dloraserve/v1/management.proto\x12\x0cloraserve.v1\"G\n\x16RegisterAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"X\n\x17RegisterAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.loraserve.v1.Adapter\x12\x15\n\rtable_version\x18\x02 \x01(\x04\"$\n\x14RemoveAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x15RemoveAdapterResponse\x12\x15\n\rtable_version\x18\x01 \x01(\x04\"\x15\n\x13ListAdaptersRequest\"?\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.loraserve.v1.Adapter\"\xe5\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\t\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12%\n\x07holders\x18\x08 \x03(\x0b\x32\x14.loraserve.v1.Holder\x12\x1b\n\x13\x64\x65mand_tokens_per_s\x18\t \x01(\x01\x12\x1d\n\x15\x66orecast_tokens_per_s\x18\n \x01(\x01\":\n\x06Holder\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\x12\r\n\x05spill\x18\x03 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xc3\x02\n\x11GetStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x15\n\rtable_version\x18\x04 \x01(\x04\x12\'\n\x08replicas\x18\x05 \x03(\x0b\x32\x15.loraserve.v1.Replica\x12\'\n\x08\x61\x64\x61pters\x18\x06 \x03(\x0b\x32\x15.loraserve.v1.Adapter\x12)\n\x06router\x18\x07 \x01(\x0b\x32\x19.loraserve.v1.RouterStats\x12\x1c\n\x14\x63ontroller_reachable\x18\x08 \x01(\x08\x12\x10\n\x08problems\x18\t \x03(\t\x12\x13\n\x0bplan_frozen\x18\n \x01(\x08\x12 \n\x04skew\x18\x0b \x01(\x0b\x32\x12.loraserve.v1.Skew\"1\n\x04Skew\x12\r\n\x05total\x18\x01 \x01(\x01\x12\x0c\n\x04load\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\x01\"\xbd\x04\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x15\n\rmax_lora_rank\x18\x04 \x01(\r\x12\x15\n\radapter_slots\x18\x05 \x01(\r\x12\x10\n\x08resident\x18\x06 \x03(\t\x12\x16\n\x0eresident_bytes\x18\x07 \x01(\x04\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0f\n\x07waiting\x18\t \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\n \x01(\x01\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\x0b\n\x03pid\x18\x0c \x01(\r\x12\x10\n\x08restarts\x18\r \x01(\r\x12\x0e\n\x06reason\x18\x0e \x01(\t\x12\x0f\n\x07node_id\x18\x0f \x01(\t\x12\x15\n\rpool_adapters\x18\x10 \x01(\r\x12\x17\n\x0f\x61\x63tive_adapters\x18\x11 \x01(\r\x12\x1c\n\x14slot_allocated_bytes\x18\x12 \x01(\x04\x12\x17\n\x0fslot_used_bytes\x18\x13 \x01(\x04\x12\x19\n\x11slot_padded_bytes\x18\x14 \x01(\x04\x12\x1d\n\x15highest_resident_rank\x18\x15 \x01(\r\x12\x1b\n\x13\x64\x65mand_tokens_per_s\x18\x16 \x01(\x01\x12$\n\x1coperating_point_tokens_per_s\x18\x17 \x01(\x01\x12\x13\n\x0butilisation\x18\x18 \x01(\x01\x12\x12\n\npool_bytes\x18\x19 \x01(\x04\x12\x0f\n\x07profile\x18\x1a \x01(\t\"\xae\x01\n\x0bRouterStats\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x11\n\tcompleted\x18\x03 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x04\x12\x0f\n\x07refused\x18\x05 \x01(\x04\x12\x11\n\tcancelled\x18\x06 \x01(\x04\x12\x11\n\tin_flight\x18\x07 \x01(\r\x12\r\n\x05picks\x18\x08 \x01(\x04\x12\x11\n\tfailovers\x18\t \x01(\x04\"s\n\x14\x44rainReplicasRequest\x12\x13\n\x0breplica_ids\x18\x01 \x03(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x17\n\ndeadline_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x42\r\n\x0b_deadline_s\">\n\x16UndrainReplicasRequest\x12\x13\n\x0breplica_ids\x18\x01 \x03(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\"=\n\rDrainProgress\x12,\n\x08replicas\x18\x01 \x03(\x0b\x32\x1a.loraserve.v1.ReplicaDrain\"v\n\x0cReplicaDrain\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x13\n\x0bwaiting_for\x18\x03 \x03(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\r\n\x05moved\x18\x05 \x01(\r\x12\x0e\n\x06reason\x18\x06 \x01(\t\"\xa9\x01\n\x04Plan\x12.\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1c.loraserve.v1.PlannedAdapter\x12<\n\x0emax_lora_ranks\x18\x02 \x03(\x0b\x32$.loraserve.v1.Plan.MaxLoraRanksEntry\x1a\x33\n\x11MaxLoraRanksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"H\n\x0ePlannedAdapter\x12\x0f\n\x07version\x18\x01 \x01(\t\x12%\n\x07holders\x18\x02 \x03(\x0b\x32\x14.loraserve.v1.Holder\"/\n\x0b\x45\x61rlierPlan\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x10\n\x08\x65nded_by\x18\x02 \x01(\t\"\xfa\x01\n\x08PlanDiff\x12-\n\x08replicas\x18\x01 \x03(\x0b\x32\x1b.loraserve.v1.ReplicaChange\x12\x15\n\rbytes_to_move\x18\x02 \x01(\x04\x12\"\n\x1ahighest_utilisation_before\x18\x03 \x01(\x01\x12!\n\x19highest_utilisation_after\x18\x04 \x01(\x01\x12\'\n\x0bskew_before\x18\x05 \x01(\x0b\x32\x12.loraserve.v1.Skew\x12&\n\nskew_after\x18\x06 \x01(\x0b\x32\x12.loraserve.v1.Skew\x12\x10\n\x08unplaced\x18\x07 \x03(\t\"\x8c\x02\n\rReplicaChange\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x03(\t\x12\x13\n\x0b\x61\x64\x64\x65\x64_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x04 \x03(\t\x12\x15\n\rdropped_bytes\x18\x05 \x01(\x04\x12)\n\x06shares\x18\x06 \x03(\x0b\x32\x19.loraserve.v1.ShareChange\x12\x1c\n\x14max_lora_rank_before\x18\x07 \x01(\r\x12\x1b\n\x13max_lora_rank_after\x18\x08 \x01(\r\x12\x1a\n\x12utilisation_before\x18\t \x01(\x01\x12\x19\n\x11utilisation_after\x18\n \x01(\x01\"=\n\x0bShareChange\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x01\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x01\"!\n\x0eGetPlanRequest\x12\x0f\n\x07propose\x18\x01 \x01(\x08\"\xe0\x01\n\x0fGetPlanResponse\x12#\n\x07\x63urrent\x18\x01 \x01(\x0b\x32\x12.loraserve.v1.Plan\x12\x0e\n\x06\x66rozen\x18\x02 \x01(\x08\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12*\n\x07\x65\x61rlier\x18\x04 \x03(\x0b\x32\x19.loraserve.v1.EarlierPlan\x12$\n\x08proposed\x18\x05 \x01(\x0b\x32\x12.loraserve.v1.Plan\x12$\n\x04\x64iff\x18\x06 \x01(\x0b\x32\x16.loraserve.v1.PlanDiff\x12\x0f\n\x07refusal\x18\x07 \x01(\t\"B\n\x10\x41pplyPlanRequest\x12%\n\x04plan\x18\x01 \x01(\x0b\x32\x12.loraserve.v1.PlanH\x00\x88\x01\x01\x42\x07\n\x05_plan\"#\n\x11\x46reezePlanRequest\x12\x0e\n\x06\x66rozen\x18\x01 \x01(\x08\"\x15\n\x13RollbackPlanRequest\"C\n\x0bPlanChanged\x12$\n\x04\x64iff\x18\x01 \x01(\x0b\x32\x16.loraserve.v1.PlanDiff\x12\x0e\n\x06\x66rozen\x18\x02 \x01(\x08\x32\xbf\x06\n\nManagement\x12^\n\x0fRegisterAdapter\x12$.loraserve.v1.RegisterAdapterRequest\x1a%.loraserve.v1.RegisterAdapterResponse\x12X\n\rRemoveAdapter\x12\".loraserve.v1.RemoveAdapterRequest\x1a#.loraserve.v1.RemoveAdapterResponse\x12U\n\x0cListAdapters\x12!.loraserve.v1.ListAdaptersRequest\x1a\".loraserve.v1.ListAdaptersResponse\x12L\n\tGetStatus\x12\x1e.loraserve.v1.GetStatusRequest\x1a\x1f.loraserve.v1.GetStatusResponse\x12R\n\rDrainReplicas\x12\".loraserve.v1.DrainReplicasRequest\x1a\x1b.loraserve.v1.DrainProgress0\x01\x12V\n\x0fUndrainReplicas\x12$.loraserve.v1.UndrainReplicasRequest\x1a\x1b.loraserve.v1.DrainProgress0\x01\x12\x46\n\x07GetPlan\x12\x1c.loraserve.v1.GetPlanRequest\x1a\x1d.loraserve.v1.GetPlanResponse\x12\x46\n\tApplyPlan\x12\x1e.loraserve.v1.ApplyPlanRequest\x1a\x19.loraserve.v1.PlanChanged\x12H\n\nFreezePlan\x12\x1f.loraserve.v1.FreezePlanRequest\x1a\x19.loraserve.v1.PlanChanged\x12L\n\x0cRollbackPlan\x12!.loraserve.v1.RollbackPlanRequest\x1a\x19.loraserve.v1.PlanChangedb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraserve.rpc.v1.management_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PLAN_MAXLORARANKSENTRY']._loaded_options = None
+  _globals['_PLAN_MAXLORARANKSENTRY']._serialized_options = b'8\001'
   _globals['_REGISTERADAPTERREQUEST']._serialized_start=47
   _globals['_REGISTERADAPTERREQUEST']._serialized_end=118
   _globals['_REGISTERADAPTERRESPONSE']._serialized_start=120
@@ -44,25 +46,53 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTADAPTERSRESPONSE']._serialized_start=319
   _globals['_LISTADAPTERSRESPONSE']._serialized_end=382
   _globals['_ADAPTER']._serialized_start=385
-  _globals['_ADAPTER']._serialized_end=554
-  _globals['_HOLDER']._serialized_start=556
-  _globals['_HOLDER']._serialized_end=599
-  _globals['_GETSTATUSREQUEST']._serialized_start=601
-  _globals['_GETSTATUSREQUEST']._serialized_end=619
-  _globals['_GETSTATUSRESPONSE']._serialized_start=622
-  _globals['_GETSTATUSRESPONSE']._serialized_end=890
-  _globals['_REPLICA']._serialized_start=893
-  _globals['_REPLICA']._serialized_end=1310
-  _globals['_ROUTERSTATS']._serialized_start=1313
-  _globals['_ROUTERSTATS']._serialized_end=1487
-  _globals['_DRAINREPLICASREQUEST']._serialized_start=1489
-  _globals['_DRAINREPLICASREQUEST']._serialized_end=1604
-  _globals['_UNDRAINREPLICASREQUEST']._serialized_start=1606
-  _globals['_UNDRAINREPLICASREQUEST']._serialized_end=1668
-  _globals['_DRAINPROGRESS']._serialized_start=1670
-  _globals['_DRAINPROGRESS']._serialized_end=1731
-  _globals['_REPLICADRAIN']._serialized_start=1733
-  _globals['_REPLICADRAIN']._serialized_end=1851
-  _globals['_MANAGEMENT']._serialized_start=1854
-  _globals['_MANAGEMENT']._serialized_end=2389
+  _globals['_ADAPTER']._serialized_end=614
+  _globals['_HOLDER']._serialized_start=616
+  _globals['_HOLDER']._serialized_end=674
+  _globals['_GETSTATUSREQUEST']._serialized_start=676
+  _globals['_GETSTATUSREQUEST']._serialized_end=694
+  _globals['_GETSTATUSRESPONSE']._serialized_start=697
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1020
+  _globals['_SKEW']._serialized_start=1022
+  _globals['_SKEW']._serialized_end=1071
+  _globals['_REPLICA']._serialized_start=1074
+  _globals['_REPLICA']._serialized_end=1647
+  _globals['_ROUTERSTATS']._serialized_start=1650
+  _globals['_ROUTERSTATS']._serialized_end=1824
+  _globals['_DRAINREPLICASREQUEST']._serialized_start=1826
+  _globals['_DRAINREPLICASREQUEST']._serialized_end=1941
+  _globals['_UNDRAINREPLICASREQUEST']._serialized_start=1943
+  _globals['_UNDRAINREPLICASREQUEST']._serialized_end=2005
+  _globals['_DRAINPROGRESS']._serialized_start=2007
+  _globals['_DRAINPROGRESS']._serialized_end=2068
+  _globals['_REPLICADRAIN']._serialized_start=2070
+  _globals['_REPLICADRAIN']._serialized_end=2188
+  _globals['_PLAN']._serialized_start=2191
+  _globals['_PLAN']._serialized_end=2360
+  _globals['_PLAN_MAXLORARANKSENTRY']._serialized_start=2309
+  _globals['_PLAN_MAXLORARANKSENTRY']._serialized_end=2360
+  _globals['_PLANNEDADAPTER']._serialized_start=2362
+  _globals['_PLANNEDADAPTER']._serialized_end=2434
+  _globals['_EARLIERPLAN']._serialized_start=2436
+  _globals['_EARLIERPLAN']._serialized_end=2483
+  _globals['_PLANDIFF']._serialized_start=2486
+  _globals['_PLANDIFF']._serialized_end=2736
+  _globals['_REPLICACHANGE']._serialized_start=2739
+  _globals['_REPLICACHANGE']._serialized_end=3007
+  _globals['_SHARECHANGE']._serialized_start=3009
+  _globals['_SHARECHANGE']._serialized_end=3070
+  _globals['_GETPLANREQUEST']._serialized_start=3072
+  _globals['_GETPLANREQUEST']._serialized_end=3105
+  _globals['_GETPLANRESPONSE']._serialized_start=3108
+  _globals['_GETPLANRESPONSE']._serialized_end=3332
+  _globals['_APPLYPLANREQUEST']._serialized_start=3334
+  _globals['_APPLYPLANREQUEST']._serialized_end=3400
+  _globals['_FREEZEPLANREQUEST']._serialized_start=3402
+  _globals['_FREEZEPLANREQUEST']._serialized_end=3437
+  _globals['_ROLLBACKPLANREQUEST']._serialized_start=3439
+  _globals['_ROLLBACKPLANREQUEST']._serialized_end=3460
+  _globals['_PLANCHANGED']._serialized_start=3462
+  _globals['_PLANCHANGED']._serialized_end=3529
+  _globals['_MANAGEMENT']._serialized_start=3532
+  _globals['_MANAGEMENT']._serialized_end=4363
 # @@protoc_insertion_point(module_scope)

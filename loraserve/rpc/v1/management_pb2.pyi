@@ -153,12 +153,17 @@ class Adapter(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
     HOLDERS_FIELD_NUMBER: _builtins.int
+    DEMAND_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    FORECAST_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     rank: _builtins.int
     size_bytes: _builtins.int
     sha256: _builtins.str
     source: _builtins.str
+    demand_tokens_per_s: _builtins.float
+    """Prompt and output tokens per second: as counted lately, and as expected for the next epoch."""
+    forecast_tokens_per_s: _builtins.float
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -174,10 +179,12 @@ class Adapter(_message.Message):
         source: _builtins.str = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
         holders: _abc.Iterable[Global___Holder] | None = ...,
+        demand_tokens_per_s: _builtins.float = ...,
+        forecast_tokens_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holders", b"holders", "name", b"name", "rank", b"rank", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_tokens_per_s", b"demand_tokens_per_s", "forecast_tokens_per_s", b"forecast_tokens_per_s", "holders", b"holders", "name", b"name", "rank", b"rank", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -189,17 +196,21 @@ class Holder(_message.Message):
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
+    SPILL_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     share: _builtins.float
+    spill: _builtins.bool
+    """May take requests although it has no share, where waiting at the others would cost more."""
     def __init__(
         self,
         *,
         replica_id: _builtins.str = ...,
         share: _builtins.float = ...,
+        spill: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id", "share", b"share", "spill", b"spill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -233,12 +244,16 @@ class GetStatusResponse(_message.Message):
     ROUTER_FIELD_NUMBER: _builtins.int
     CONTROLLER_REACHABLE_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
+    PLAN_FROZEN_FIELD_NUMBER: _builtins.int
+    SKEW_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     base_model: _builtins.str
     policy: _builtins.str
     table_version: _builtins.int
     controller_reachable: _builtins.bool
     """False when the router answers from its last table because the controller is away."""
+    plan_frozen: _builtins.bool
+    """Whether the plan stays as it is until it is unfrozen."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
     @_builtins.property
@@ -249,6 +264,8 @@ class GetStatusResponse(_message.Message):
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What keeps the controller from its work, one line each: a full disk, for one."""
 
+    @_builtins.property
+    def skew(self) -> Global___Skew: ...
     def __init__(
         self,
         *,
@@ -261,14 +278,43 @@ class GetStatusResponse(_message.Message):
         router: Global___RouterStats | None = ...,
         controller_reachable: _builtins.bool = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
+        plan_frozen: _builtins.bool = ...,
+        skew: Global___Skew | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["router", b"router"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["router", b"router", "skew", b"skew"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_model", b"base_model", "cluster", b"cluster", "controller_reachable", b"controller_reachable", "policy", b"policy", "problems", b"problems", "replicas", b"replicas", "router", b"router", "table_version", b"table_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_model", b"base_model", "cluster", b"cluster", "controller_reachable", b"controller_reachable", "plan_frozen", b"plan_frozen", "policy", b"policy", "problems", b"problems", "replicas", b"replicas", "router", b"router", "skew", b"skew", "table_version", b"table_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class Skew(_message.Message):
+    """How unevenly the forecast uses the replicas: 1 is even. `total` is the product of the other two."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    total: _builtins.float
+    load: _builtins.float
+    rank: _builtins.float
+    def __init__(
+        self,
+        *,
+        total: _builtins.float = ...,
+        load: _builtins.float = ...,
+        rank: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "rank", b"rank", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Skew: _TypeAlias = Skew  # noqa: Y015
 
 @_typing.final
 class Replica(_message.Message):
@@ -294,6 +340,12 @@ class Replica(_message.Message):
     SLOT_ALLOCATED_BYTES_FIELD_NUMBER: _builtins.int
     SLOT_USED_BYTES_FIELD_NUMBER: _builtins.int
     SLOT_PADDED_BYTES_FIELD_NUMBER: _builtins.int
+    HIGHEST_RESIDENT_RANK_FIELD_NUMBER: _builtins.int
+    DEMAND_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    OPERATING_POINT_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    UTILISATION_FIELD_NUMBER: _builtins.int
+    POOL_BYTES_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     state: _builtins.str
     address: _builtins.str
@@ -319,6 +371,17 @@ class Replica(_message.Message):
     slot_allocated_bytes: _builtins.int
     slot_used_bytes: _builtins.int
     slot_padded_bytes: _builtins.int
+    highest_resident_rank: _builtins.int
+    """The highest rank among what is resident."""
+    demand_tokens_per_s: _builtins.float
+    """What the forecast asks of it by the plan's shares; of the operating point of that mix of ranks,
+    which is 0 where no profile says it; and the part of it.
+    """
+    operating_point_tokens_per_s: _builtins.float
+    utilisation: _builtins.float
+    pool_bytes: _builtins.int
+    profile: _builtins.str
+    """The profile that its operating points come from; empty for none."""
     @_builtins.property
     def resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -344,10 +407,16 @@ class Replica(_message.Message):
         slot_allocated_bytes: _builtins.int = ...,
         slot_used_bytes: _builtins.int = ...,
         slot_padded_bytes: _builtins.int = ...,
+        highest_resident_rank: _builtins.int = ...,
+        demand_tokens_per_s: _builtins.float = ...,
+        operating_point_tokens_per_s: _builtins.float = ...,
+        utilisation: _builtins.float = ...,
+        pool_bytes: _builtins.int = ...,
+        profile: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_adapters", b"active_adapters", "adapter_slots", b"adapter_slots", "address", b"address", "engine", b"engine", "kv_cache_usage", b"kv_cache_usage", "max_lora_rank", b"max_lora_rank", "node_id", b"node_id", "pid", b"pid", "pool_adapters", b"pool_adapters", "reason", b"reason", "replica_id", b"replica_id", "resident", b"resident", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "running", b"running", "slot_allocated_bytes", b"slot_allocated_bytes", "slot_padded_bytes", b"slot_padded_bytes", "slot_used_bytes", b"slot_used_bytes", "state", b"state", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_adapters", b"active_adapters", "adapter_slots", b"adapter_slots", "address", b"address", "demand_tokens_per_s", b"demand_tokens_per_s", "engine", b"engine", "highest_resident_rank", b"highest_resident_rank", "kv_cache_usage", b"kv_cache_usage", "max_lora_rank", b"max_lora_rank", "node_id", b"node_id", "operating_point_tokens_per_s", b"operating_point_tokens_per_s", "pid", b"pid", "pool_adapters", b"pool_adapters", "pool_bytes", b"pool_bytes", "profile", b"profile", "reason", b"reason", "replica_id", b"replica_id", "resident", b"resident", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "running", b"running", "slot_allocated_bytes", b"slot_allocated_bytes", "slot_padded_bytes", b"slot_padded_bytes", "slot_used_bytes", b"slot_used_bytes", "state", b"state", "utilisation", b"utilisation", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -514,3 +583,360 @@ class ReplicaDrain(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaDrain: _TypeAlias = ReplicaDrain  # noqa: Y015
+
+@_typing.final
+class Plan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MaxLoraRanksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    MAX_LORA_RANKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedAdapter]: ...
+    @_builtins.property
+    def max_lora_ranks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Engine settings that the plan asks for; a replica without an entry keeps its own."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___PlannedAdapter] | None = ...,
+        max_lora_ranks: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "max_lora_ranks", b"max_lora_ranks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class PlannedAdapter(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Holder]: ...
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        holders: _abc.Iterable[Global___Holder] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holders", b"holders", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedAdapter: _TypeAlias = PlannedAdapter  # noqa: Y015
+
+@_typing.final
+class EarlierPlan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ENDED_BY_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    ended_by: _builtins.str
+    """Why the next plan took its place."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        ended_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_by", b"ended_by", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EarlierPlan: _TypeAlias = EarlierPlan  # noqa: Y015
+
+@_typing.final
+class PlanDiff(_message.Message):
+    """What a plan changes against another, only the replicas where something does."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    BYTES_TO_MOVE_FIELD_NUMBER: _builtins.int
+    HIGHEST_UTILISATION_BEFORE_FIELD_NUMBER: _builtins.int
+    HIGHEST_UTILISATION_AFTER_FIELD_NUMBER: _builtins.int
+    SKEW_BEFORE_FIELD_NUMBER: _builtins.int
+    SKEW_AFTER_FIELD_NUMBER: _builtins.int
+    UNPLACED_FIELD_NUMBER: _builtins.int
+    bytes_to_move: _builtins.int
+    highest_utilisation_before: _builtins.float
+    """Of one replica, 1 is its operating point, if a profile says it."""
+    highest_utilisation_after: _builtins.float
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaChange]: ...
+    @_builtins.property
+    def skew_before(self) -> Global___Skew: ...
+    @_builtins.property
+    def skew_after(self) -> Global___Skew: ...
+    @_builtins.property
+    def unplaced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Registered versions that the plan has no place for."""
+
+    def __init__(
+        self,
+        *,
+        replicas: _abc.Iterable[Global___ReplicaChange] | None = ...,
+        bytes_to_move: _builtins.int = ...,
+        highest_utilisation_before: _builtins.float = ...,
+        highest_utilisation_after: _builtins.float = ...,
+        skew_before: Global___Skew | None = ...,
+        skew_after: Global___Skew | None = ...,
+        unplaced: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["skew_after", b"skew_after", "skew_before", b"skew_before"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_move", b"bytes_to_move", "highest_utilisation_after", b"highest_utilisation_after", "highest_utilisation_before", b"highest_utilisation_before", "replicas", b"replicas", "skew_after", b"skew_after", "skew_before", b"skew_before", "unplaced", b"unplaced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanDiff: _TypeAlias = PlanDiff  # noqa: Y015
+
+@_typing.final
+class ReplicaChange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    ADDED_FIELD_NUMBER: _builtins.int
+    ADDED_BYTES_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    DROPPED_BYTES_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    MAX_LORA_RANK_BEFORE_FIELD_NUMBER: _builtins.int
+    MAX_LORA_RANK_AFTER_FIELD_NUMBER: _builtins.int
+    UTILISATION_BEFORE_FIELD_NUMBER: _builtins.int
+    UTILISATION_AFTER_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    added_bytes: _builtins.int
+    dropped_bytes: _builtins.int
+    max_lora_rank_before: _builtins.int
+    max_lora_rank_after: _builtins.int
+    utilisation_before: _builtins.float
+    utilisation_after: _builtins.float
+    @_builtins.property
+    def added(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def dropped(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShareChange]: ...
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        added: _abc.Iterable[_builtins.str] | None = ...,
+        added_bytes: _builtins.int = ...,
+        dropped: _abc.Iterable[_builtins.str] | None = ...,
+        dropped_bytes: _builtins.int = ...,
+        shares: _abc.Iterable[Global___ShareChange] | None = ...,
+        max_lora_rank_before: _builtins.int = ...,
+        max_lora_rank_after: _builtins.int = ...,
+        utilisation_before: _builtins.float = ...,
+        utilisation_after: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "added_bytes", b"added_bytes", "dropped", b"dropped", "dropped_bytes", b"dropped_bytes", "max_lora_rank_after", b"max_lora_rank_after", "max_lora_rank_before", b"max_lora_rank_before", "replica_id", b"replica_id", "shares", b"shares", "utilisation_after", b"utilisation_after", "utilisation_before", b"utilisation_before"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaChange: _TypeAlias = ReplicaChange  # noqa: Y015
+
+@_typing.final
+class ShareChange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    before: _builtins.float
+    after: _builtins.float
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        before: _builtins.float = ...,
+        after: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareChange: _TypeAlias = ShareChange  # noqa: Y015
+
+@_typing.final
+class GetPlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROPOSE_FIELD_NUMBER: _builtins.int
+    propose: _builtins.bool
+    """Let the policy plan, too, and say what that would change; nothing is."""
+    def __init__(
+        self,
+        *,
+        propose: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["propose", b"propose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPlanRequest: _TypeAlias = GetPlanRequest  # noqa: Y015
+
+@_typing.final
+class GetPlanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CURRENT_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    EARLIER_FIELD_NUMBER: _builtins.int
+    PROPOSED_FIELD_NUMBER: _builtins.int
+    DIFF_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    frozen: _builtins.bool
+    problem: _builtins.str
+    """Why the last plan that a policy made was refused or could not be carried out."""
+    refusal: _builtins.str
+    @_builtins.property
+    def current(self) -> Global___Plan: ...
+    @_builtins.property
+    def earlier(self) -> _containers.RepeatedCompositeFieldContainer[Global___EarlierPlan]:
+        """The oldest first."""
+
+    @_builtins.property
+    def proposed(self) -> Global___Plan:
+        """With `propose`: what the policy would make now, what that changes, and why it would be refused."""
+
+    @_builtins.property
+    def diff(self) -> Global___PlanDiff: ...
+    def __init__(
+        self,
+        *,
+        current: Global___Plan | None = ...,
+        frozen: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+        earlier: _abc.Iterable[Global___EarlierPlan] | None = ...,
+        proposed: Global___Plan | None = ...,
+        diff: Global___PlanDiff | None = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "diff", b"diff", "proposed", b"proposed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["current", b"current", "diff", b"diff", "earlier", b"earlier", "frozen", b"frozen", "problem", b"problem", "proposed", b"proposed", "refusal", b"refusal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPlanResponse: _TypeAlias = GetPlanResponse  # noqa: Y015
+
+@_typing.final
+class ApplyPlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def plan(self) -> Global___Plan: ...
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_plan", b"_plan", "plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_plan", b"_plan", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__plan: _TypeAlias = _typing.Literal["plan"]  # noqa: Y015
+    _WhichOneofArgType__plan: _TypeAlias = _typing.Literal["_plan", b"_plan"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__plan) -> _WhichOneofReturnType__plan | None: ...
+
+Global___ApplyPlanRequest: _TypeAlias = ApplyPlanRequest  # noqa: Y015
+
+@_typing.final
+class FreezePlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROZEN_FIELD_NUMBER: _builtins.int
+    frozen: _builtins.bool
+    def __init__(
+        self,
+        *,
+        frozen: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frozen", b"frozen"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FreezePlanRequest: _TypeAlias = FreezePlanRequest  # noqa: Y015
+
+@_typing.final
+class RollbackPlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackPlanRequest: _TypeAlias = RollbackPlanRequest  # noqa: Y015
+
+@_typing.final
+class PlanChanged(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIFF_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
+    frozen: _builtins.bool
+    @_builtins.property
+    def diff(self) -> Global___PlanDiff: ...
+    def __init__(
+        self,
+        *,
+        diff: Global___PlanDiff | None = ...,
+        frozen: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["diff", b"diff", "frozen", b"frozen"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanChanged: _TypeAlias = PlanChanged  # noqa: Y015

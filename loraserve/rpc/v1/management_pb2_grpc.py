@@ -64,6 +64,26 @@ class ManagementStub:
                 request_serializer=loraserve_dot_v1_dot_management__pb2.UndrainReplicasRequest.SerializeToString,
                 response_deserializer=loraserve_dot_v1_dot_management__pb2.DrainProgress.FromString,
                 _registered_method=True)
+        self.GetPlan = channel.unary_unary(
+                '/loraserve.v1.Management/GetPlan',
+                request_serializer=loraserve_dot_v1_dot_management__pb2.GetPlanRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_management__pb2.GetPlanResponse.FromString,
+                _registered_method=True)
+        self.ApplyPlan = channel.unary_unary(
+                '/loraserve.v1.Management/ApplyPlan',
+                request_serializer=loraserve_dot_v1_dot_management__pb2.ApplyPlanRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_management__pb2.PlanChanged.FromString,
+                _registered_method=True)
+        self.FreezePlan = channel.unary_unary(
+                '/loraserve.v1.Management/FreezePlan',
+                request_serializer=loraserve_dot_v1_dot_management__pb2.FreezePlanRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_management__pb2.PlanChanged.FromString,
+                _registered_method=True)
+        self.RollbackPlan = channel.unary_unary(
+                '/loraserve.v1.Management/RollbackPlan',
+                request_serializer=loraserve_dot_v1_dot_management__pb2.RollbackPlanRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_management__pb2.PlanChanged.FromString,
+                _registered_method=True)
 
 
 class ManagementServicer:
@@ -112,6 +132,35 @@ class ManagementServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPlan(self, request, context):
+        """The plan in force, the plans before it, and what the policy would make of the present demand.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyPlan(self, request, context):
+        """Adopts a plan at once: the one given, which is frozen then, or what the policy makes now.
+        FAILED_PRECONDITION, and nothing is changed, for a plan that may not be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FreezePlan(self, request, context):
+        """Frozen, the plan stays but for what replica losses and new adapters make necessary.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackPlan(self, request, context):
+        """Back to the plan before, frozen. FAILED_PRECONDITION if there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ManagementServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -144,6 +193,26 @@ def add_ManagementServicer_to_server(servicer, server):
                     servicer.UndrainReplicas,
                     request_deserializer=loraserve_dot_v1_dot_management__pb2.UndrainReplicasRequest.FromString,
                     response_serializer=loraserve_dot_v1_dot_management__pb2.DrainProgress.SerializeToString,
+            ),
+            'GetPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlan,
+                    request_deserializer=loraserve_dot_v1_dot_management__pb2.GetPlanRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_management__pb2.GetPlanResponse.SerializeToString,
+            ),
+            'ApplyPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplyPlan,
+                    request_deserializer=loraserve_dot_v1_dot_management__pb2.ApplyPlanRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_management__pb2.PlanChanged.SerializeToString,
+            ),
+            'FreezePlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.FreezePlan,
+                    request_deserializer=loraserve_dot_v1_dot_management__pb2.FreezePlanRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_management__pb2.PlanChanged.SerializeToString,
+            ),
+            'RollbackPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackPlan,
+                    request_deserializer=loraserve_dot_v1_dot_management__pb2.RollbackPlanRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_management__pb2.PlanChanged.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -308,6 +377,114 @@ class Management:
             '/loraserve.v1.Management/UndrainReplicas',
             loraserve_dot_v1_dot_management__pb2.UndrainReplicasRequest.SerializeToString,
             loraserve_dot_v1_dot_management__pb2.DrainProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.Management/GetPlan',
+            loraserve_dot_v1_dot_management__pb2.GetPlanRequest.SerializeToString,
+            loraserve_dot_v1_dot_management__pb2.GetPlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.Management/ApplyPlan',
+            loraserve_dot_v1_dot_management__pb2.ApplyPlanRequest.SerializeToString,
+            loraserve_dot_v1_dot_management__pb2.PlanChanged.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FreezePlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.Management/FreezePlan',
+            loraserve_dot_v1_dot_management__pb2.FreezePlanRequest.SerializeToString,
+            loraserve_dot_v1_dot_management__pb2.PlanChanged.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.Management/RollbackPlan',
+            loraserve_dot_v1_dot_management__pb2.RollbackPlanRequest.SerializeToString,
+            loraserve_dot_v1_dot_management__pb2.PlanChanged.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,16 @@ class ManagementStub:
     """
     UndrainReplicas: _grpc.UnaryStreamMultiCallable[_management_pb2.UndrainReplicasRequest, _management_pb2.DrainProgress]
     """Takes a drain back: replicas that were ended are started again. Ends when all are ready."""
+    GetPlan: _grpc.UnaryUnaryMultiCallable[_management_pb2.GetPlanRequest, _management_pb2.GetPlanResponse]
+    """The plan in force, the plans before it, and what the policy would make of the present demand."""
+    ApplyPlan: _grpc.UnaryUnaryMultiCallable[_management_pb2.ApplyPlanRequest, _management_pb2.PlanChanged]
+    """Adopts a plan at once: the one given, which is frozen then, or what the policy makes now.
+    FAILED_PRECONDITION, and nothing is changed, for a plan that may not be.
+    """
+    FreezePlan: _grpc.UnaryUnaryMultiCallable[_management_pb2.FreezePlanRequest, _management_pb2.PlanChanged]
+    """Frozen, the plan stays but for what replica losses and new adapters make necessary."""
+    RollbackPlan: _grpc.UnaryUnaryMultiCallable[_management_pb2.RollbackPlanRequest, _management_pb2.PlanChanged]
+    """Back to the plan before, frozen. FAILED_PRECONDITION if there is none."""
 
 @_typing.type_check_only
 class ManagementAsyncStub(ManagementStub):
@@ -63,6 +73,16 @@ class ManagementAsyncStub(ManagementStub):
     """
     UndrainReplicas: _aio.UnaryStreamMultiCallable[_management_pb2.UndrainReplicasRequest, _management_pb2.DrainProgress]  # type: ignore[assignment]
     """Takes a drain back: replicas that were ended are started again. Ends when all are ready."""
+    GetPlan: _aio.UnaryUnaryMultiCallable[_management_pb2.GetPlanRequest, _management_pb2.GetPlanResponse]  # type: ignore[assignment]
+    """The plan in force, the plans before it, and what the policy would make of the present demand."""
+    ApplyPlan: _aio.UnaryUnaryMultiCallable[_management_pb2.ApplyPlanRequest, _management_pb2.PlanChanged]  # type: ignore[assignment]
+    """Adopts a plan at once: the one given, which is frozen then, or what the policy makes now.
+    FAILED_PRECONDITION, and nothing is changed, for a plan that may not be.
+    """
+    FreezePlan: _aio.UnaryUnaryMultiCallable[_management_pb2.FreezePlanRequest, _management_pb2.PlanChanged]  # type: ignore[assignment]
+    """Frozen, the plan stays but for what replica losses and new adapters make necessary."""
+    RollbackPlan: _aio.UnaryUnaryMultiCallable[_management_pb2.RollbackPlanRequest, _management_pb2.PlanChanged]  # type: ignore[assignment]
+    """Back to the plan before, frozen. FAILED_PRECONDITION if there is none."""
 
 class ManagementServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -114,5 +134,39 @@ class ManagementServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_management_pb2.DrainProgress], _abc.AsyncIterator[_management_pb2.DrainProgress]]:
         """Takes a drain back: replicas that were ended are started again. Ends when all are ready."""
+
+    @_abc_1.abstractmethod
+    def GetPlan(
+        self,
+        request: _management_pb2.GetPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_management_pb2.GetPlanResponse, _abc.Awaitable[_management_pb2.GetPlanResponse]]:
+        """The plan in force, the plans before it, and what the policy would make of the present demand."""
+
+    @_abc_1.abstractmethod
+    def ApplyPlan(
+        self,
+        request: _management_pb2.ApplyPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_management_pb2.PlanChanged, _abc.Awaitable[_management_pb2.PlanChanged]]:
+        """Adopts a plan at once: the one given, which is frozen then, or what the policy makes now.
+        FAILED_PRECONDITION, and nothing is changed, for a plan that may not be.
+        """
+
+    @_abc_1.abstractmethod
+    def FreezePlan(
+        self,
+        request: _management_pb2.FreezePlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_management_pb2.PlanChanged, _abc.Awaitable[_management_pb2.PlanChanged]]:
+        """Frozen, the plan stays but for what replica losses and new adapters make necessary."""
+
+    @_abc_1.abstractmethod
+    def RollbackPlan(
+        self,
+        request: _management_pb2.RollbackPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_management_pb2.PlanChanged, _abc.Awaitable[_management_pb2.PlanChanged]]:
+        """Back to the plan before, frozen. FAILED_PRECONDITION if there is none."""
 
 def add_ManagementServicer_to_server(servicer: ManagementServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

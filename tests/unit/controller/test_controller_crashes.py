@@ -11,7 +11,7 @@ import pytest
 
 from loraserve.clock import WallClock
 from loraserve.config import Config
-from loraserve.controller import drains
+from loraserve.controller import drains, plans
 from loraserve.controller.controller import Checkpoint, Controller
 from loraserve.engines.base import EngineInfo
 from loraserve.errors import AdapterRejectedError, AlreadyExistsError, NotFoundError, WorkFailedError
@@ -19,7 +19,7 @@ from loraserve.samples import SampleSet
 from placement import cluster_messages as messages
 from placement.cluster_records import CopyPhase, DrainOrder, ReplicaPhase
 from placement.invariants import check_cluster
-from placement.types import AdapterName, ReplicaId
+from placement.types import AdapterName, Holder, Placement, ReplicaId
 from tests.support.controller_kit import TIMEOUT_S, RefusingEngine, Setup, small_config
 
 R0, R1, R2 = (ReplicaId(f"replica-{index}") for index in range(3))
@@ -98,6 +98,7 @@ class Scenario:
             lambda: self.remove("b"),
             self.lose,
             self.epoch,
+            self.change_plan,
             lambda: self.undrain(R2),
             self.drain,
             lambda: self.undrain(R0),
@@ -131,6 +132,15 @@ class Scenario:
 
     async def epoch(self) -> None:
         self.controller.dispatch(messages.EpochElapsed())
+
+    async def change_plan(self) -> None:
+        """Everything on one replica, back again, and as the policy wants it."""
+        holders = (Holder(replica_id=R0, share=1.0),)
+        state = self.controller.state
+        plans.apply_plan(self.controller, Placement(dict.fromkeys(state.active.values(), holders)))
+        assert all(state.plan.holders[version] == holders for version in state.active.values())
+        plans.roll_back_plan(self.controller)
+        plans.freeze_plan(self.controller, frozen=False)
 
     async def drain(self) -> None:
         drains.begin_drain(self.controller, [R0], ORDER)

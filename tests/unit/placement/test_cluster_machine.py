@@ -4,7 +4,9 @@ The model does what commands say and keeps what a controller's death leaves behi
 checked against what replicas really hold and not against what the state machine believes.
 """
 
-from dataclasses import dataclass, field
+import random
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,19 +15,73 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from placement import cluster_messages as messages
 from placement.cluster import ClusterState
 from placement.cluster_records import CopyPhase, DrainOrder, ReplicaPhase
+from placement.cluster_resize import Resizer
 from placement.invariants import check_cluster
+from placement.latency import LatencyModel, RankKernel
+from placement.plan_book import MAX_EARLIER, EarlierPlan
 from placement.policies import POLICIES, policy
+from placement.policies.base import PlacementPolicy, Room
+from placement.profile import EngineFacts, OperatingPoint, Profile
+from placement.rank_sizing import RankSizingLimits
 from placement.table import RoutingTable
-from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, VersionId
+from placement.types import AdapterName, AdapterVersion, Holder, Placement, ReplicaId, Snapshot, VersionId
+from placement.veto import veto
 from tests.support.cluster_kit import adapter, spec
 
+MAX_LOADS = 2
+PROFILES = {
+    "": Profile(
+        name="kind",
+        source="made up",
+        engine=EngineFacts(kind="vllm", model="m", kv_blocks=1000),
+        latency=LatencyModel(kernel=RankKernel.PADDED_CONFIG),
+        latency_basis="derived",
+        operating_points=tuple(
+            OperatingPoint(rank=rank, tokens_per_s=20 - rank / 16) for rank in (8, 64, 128)
+        ),
+    )
+}
 NAMES = tuple(AdapterName(f"a{index}") for index in range(4))
+
+
+@dataclass(frozen=True, slots=True)
+class Wild:
+    """Puts everything elsewhere whenever the demand changes, and every fourth time as nobody may."""
+
+    name: str = "wild"
+
+    def plan(self, snapshot: Snapshot) -> Placement:
+        # Placement is a Mapping's value here: its order is no part of the seed.
+        draw = random.Random(repr(sorted(snapshot.demand_tokens_per_s.items())))
+        is_bad = draw.random() < 0.25
+        rooms = list(Room.of(snapshot.replicas).values())
+        placed: dict[VersionId, tuple[Holder, ...]] = {}
+        for one in sorted(snapshot.adapters, key=lambda one: (draw.random(), one.version_id)):
+            fitting = [room for room in rooms if is_bad or room.fits(one)]
+            chosen = draw.sample(fitting, draw.randint(0 if is_bad else min(1, len(fitting)), len(fitting)))
+            for room in chosen:
+                if room.fits(one):
+                    room.put(one)
+            # One has a share at least.
+            weights = [1.0, *(draw.choice([0.0, 0.5, 1.0]) for _ in chosen)][: len(chosen)]
+            shares = [weight / sum(weights) for weight in weights]
+            if chosen:
+                placed[one.version_id] = tuple(
+                    Holder(replica_id=room.spec.replica_id, share=share, spill=share == 0)
+                    for room, share in zip(chosen, shares, strict=True)
+                )
+        return Placement(MappingProxyType(placed))
+
+
+def policy_of(name: str) -> PlacementPolicy:
+    return Wild() if name == "wild" else policy(name)
 
 
 @dataclass(slots=True)
 class Process:
-    """What one replica's process really has: versions by `loading`, `held` or `dropping`."""
+    """What one replica's process really has: versions by `loading`, `held` or `dropping`; and its setting."""
 
+    max_lora_rank: int
     copies: dict[VersionId, str] = field(default_factory=dict)
     draining: bool = False
 
@@ -39,7 +95,10 @@ class Disk:
 
     adapters: dict[VersionId, AdapterVersion] = field(default_factory=dict)
     drains: dict[ReplicaId, DrainOrder] = field(default_factory=dict)
+    max_lora_ranks: dict[ReplicaId, int | None] = field(default_factory=dict)
     plan: Placement = field(default_factory=Placement)
+    frozen: Placement | None = None
+    earlier: dict[int, EarlierPlan] = field(default_factory=dict)
     table_version: int = 0
 
 
@@ -79,11 +138,21 @@ class ClusterMachine(RuleBasedStateMachine):
                 self.disk.adapters.pop(version, None)
             case messages.SavePlan(plan=plan):
                 self.disk.plan = plan
+            case messages.KeepPlan(number=number, plan=None):
+                del self.disk.earlier[number]
+            case messages.KeepPlan(number=number, plan=plan, ended_by=why):
+                assert plan is not None
+                assert number not in self.disk.earlier
+                self.disk.earlier[number] = EarlierPlan(number=number, plan=plan, ended_by=why)
+            case messages.SaveFreeze(plan=plan):
+                self.disk.frozen = plan
             case messages.SaveDrain(replica_id=replica, order=None):
                 self.disk.drains.pop(replica, None)
             case messages.SaveDrain(replica_id=replica, order=order):
                 assert order is not None
                 self.disk.drains[replica] = order
+            case messages.SaveMaxLoraRank(replica_id=replica, max_lora_rank=rank):
+                self.disk.max_lora_ranks[replica] = rank
             case messages.PublishTable(table=table):
                 assert table.version == self.disk.table_version + 1
                 self.disk.table_version, self.table = table.version, table
@@ -92,6 +161,7 @@ class ClusterMachine(RuleBasedStateMachine):
                     self.processes[replica].copies.get(wanted.version_id) == "loading"
                 ), "a replica that drains gets no new copies"
                 self.processes[replica].copies.setdefault(wanted.version_id, "loading")
+                assert len(self.processes[replica].of("loading")) <= MAX_LOADS
                 self.pending.append(command)
             case messages.UnloadAdapter(replica_id=replica, version_id=version):
                 if version in self.processes[replica].copies:
@@ -101,6 +171,8 @@ class ClusterMachine(RuleBasedStateMachine):
                     self.pending.append(command)
             case messages.DrainReplica(replica_id=replica):
                 assert replica not in self.table.replicas
+                resized = [one for one in self.state.replicas.values() if one.resize is not None]
+                assert len(resized) <= 1, "one restarts at a time"
                 self.processes[replica].draining = True
                 self.pending.append(command)
             case messages.StopReplica(replica_id=replica):
@@ -114,9 +186,11 @@ class ClusterMachine(RuleBasedStateMachine):
         self.pending = [command for command in self.pending if getattr(command, "replica_id", "") != replica]
 
     def ready(self, replica: ReplicaId) -> messages.ReplicaReady:
-        process = self.processes.setdefault(replica, Process())
+        assert self.state is not None
+        setting = self.state.replicas[replica].max_lora_rank or self.specs[replica].max_lora_rank
+        process = self.processes.setdefault(replica, Process(setting))
         return messages.ReplicaReady(
-            self.specs[replica],
+            replace(self.specs[replica], max_lora_rank=process.max_lora_rank),
             f"{replica}:1",
             resident=process.of("held"),
             loading=process.of("loading"),
@@ -142,19 +216,29 @@ class ClusterMachine(RuleBasedStateMachine):
     # -- what happens --------------------------------------------------------------------------
 
     @initialize(
-        policy_name=st.sampled_from(sorted(POLICIES)),
+        policy_name=st.sampled_from([*sorted(POLICIES), *["wild"] * len(POLICIES)]),
         slots=st.lists(st.integers(1, 4), min_size=1, max_size=3),
         ranks=st.lists(st.sampled_from([8, 64, 128]), min_size=3, max_size=3),
         shapes=st.lists(st.integers(1, 3), max_size=4),
+        resizing=st.booleans(),
     )
-    def begin(self, policy_name: str, slots: list[int], ranks: list[int], shapes: list[int]) -> None:
+    def begin(
+        self, policy_name: str, slots: list[int], ranks: list[int], shapes: list[int], resizing: bool
+    ) -> None:
         ids = [ReplicaId(f"replica-{index}") for index in range(len(slots))]
         self.specs = {
             key: spec(key, slots=count, max_rank=rank, pool_bytes=45)
             for key, count, rank in zip(ids, slots, ranks, strict=False)
         }
-        self.policy = policy(policy_name)
-        self.state = ClusterState(replica_ids=ids, policy=self.policy)
+        self.policy = policy_of(policy_name)
+        self.limits = RankSizingLimits(restart_s=1.0, min_gain=0.01) if resizing else None
+        self.state = ClusterState(
+            replica_ids=ids,
+            policy=self.policy,
+            max_loads=MAX_LOADS,
+            resizer=Resizer(self.limits),
+            profiles=PROFILES,
+        )
         if not shapes:
             return
         for replica in ids:
@@ -255,9 +339,45 @@ class ClusterMachine(RuleBasedStateMachine):
         forced = [one for one in self.state.replicas.values() if one.drain is not None and one.drain.force]
         return frozenset(name for one in forced for name in self.lost_with(one.replica_id))
 
+    @rule(demand=st.lists(st.integers(0, 9), min_size=4, max_size=4))
+    def epoch(self, demand: list[int]) -> None:
+        assert self.state is not None
+        active, frozen = self.state.active, self.state.book.frozen
+        rates = {
+            active[name]: float(rate) for name, rate in zip(NAMES, demand, strict=True) if name in active
+        }
+        before = self.state.plan
+        self.tell(messages.EpochElapsed(rates))
+        if frozen is not None and veto(self.state.snapshot(), before) is None:
+            unplaced = set(active.values()) - set(before.holders)
+            assert unplaced or self.state.plan == before or self.state.book.problem, "a frozen plan moves"
+
+    @rule(frozen=st.booleans())
+    def freeze(self, frozen: bool) -> None:
+        assert self.state is not None
+        self.tell(messages.FreezeRequested(frozen))
+        assert (self.state.book.frozen is not None) == frozen
+
+    @precondition(lambda self: bool(self.state.book.earlier))
     @rule()
-    def epoch(self) -> None:
-        self.tell(messages.EpochElapsed())
+    def roll_back(self) -> None:
+        assert self.state is not None
+        last = self.state.book.earlier[-1].plan
+        self.tell(messages.RollbackRequested())
+        assert self.state.book.frozen in (last, None)
+
+    @rule(seed=st.integers(0, 9), frozen=st.booleans())
+    def apply(self, seed: int, frozen: bool) -> None:
+        """A plan made for another demand, good or bad."""
+        assert self.state is not None
+        made_for = {version: float(seed) for version in self.state.active.values()}
+        snapshot = replace(self.state.snapshot(), demand_tokens_per_s=made_for)
+        plan, before = Wild().plan(snapshot), self.state.book.frozen
+        problem = self.state.plan_problem(plan)
+        self.tell(messages.PlanGiven(plan, frozen))
+        assert self.state.book.frozen == (plan if frozen and problem is None else before)
+        if problem is None:
+            assert self.state.plan == plan or self.state.book.frozen is not None or self.state.book.problem
 
     @precondition(lambda self: self.state.published)
     @rule()
@@ -269,9 +389,15 @@ class ClusterMachine(RuleBasedStateMachine):
             policy=self.policy,
             adapters=list(self.disk.adapters.values()),
             plan=self.disk.plan,
+            frozen_plan=self.disk.frozen,
+            earlier_plans=self.disk.earlier.values(),
             drains=dict(self.disk.drains),
             table_version=self.disk.table_version,
             recovering=True,
+            max_loads=MAX_LOADS,
+            resizer=Resizer(self.limits),
+            profiles=PROFILES,
+            max_lora_ranks={key: rank for key, rank in self.disk.max_lora_ranks.items() if rank is not None},
         )
         for replica in self.in_phase(ReplicaPhase.UNKNOWN):
             if replica in self.processes:
@@ -286,6 +412,9 @@ class ClusterMachine(RuleBasedStateMachine):
         if self.state is None:
             return
         check_cluster(self.state)
+        assert list(self.disk.earlier.values()) == self.state.book.earlier
+        assert len(self.state.book.earlier) <= MAX_EARLIER
+        assert (self.disk.plan, self.disk.frozen) == (self.state.plan, self.state.book.frozen)
         if not self.state.published:
             return
         for entry in self.table.entries.values():
@@ -295,6 +424,11 @@ class ClusterMachine(RuleBasedStateMachine):
                 assert not process.draining
         for replica, process in self.processes.items():
             assert len(process.copies) <= self.specs[replica].pool_adapters
+            for version in process.of("held"):
+                known = self.state.adapters.get(version)
+                assert known is None or known.rank <= process.max_lora_rank
+        for record in self.state.replicas.values():
+            assert record.max_lora_rank == self.disk.max_lora_ranks.get(record.replica_id)
 
     def teardown(self) -> None:
         """Answered in full, it comes to rest: every adapter served or refused, every drain done or held
@@ -308,9 +442,13 @@ class ClusterMachine(RuleBasedStateMachine):
             while self.pending:
                 self.settle(self.pending.pop(0))
                 self.holds()
-            self.tell(messages.EpochElapsed())
+            if all(record.resize is None for record in state.replicas.values()):
+                self.tell(messages.EpochElapsed())
         for version in state.active.values():
             assert state.is_served(version) or state.refusal(version) is not None
+            planned, there = state.plan.replicas_of(version), set(state.holders(version))
+            refused = {one.replica_id for one in state.replicas.values() if version in one.refused}
+            assert not there or planned - refused <= there, "an exchange of copies came to an end"
         for record in state.replicas.values():
             if record.phase is ReplicaPhase.READY:
                 assert all(copy.phase is CopyPhase.HELD for copy in record.copies.values())
