@@ -5,14 +5,14 @@ STARTING with the setting. The steps are those of an operator's drain (`cluster_
 when one begins, and takes it back while it can be. What is best follows from `rank_sizing`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from placement import cluster_messages as messages
 from placement.cluster_records import ReplicaPhase, ReplicaRecord, ResizeOrder
 from placement.rank_sizing import RankPlan, RankSizingLimits, can_spare, holds_all, next_restart, size_ranks
-from placement.types import Placement, ReplicaId, ReplicaSpec, Snapshot
+from placement.types import AdapterVersion, Placement, ReplicaId, ReplicaSpec, Snapshot
 
 MAX_WAITING_EPOCHS = 3
 """After so many epochs a replica that others cannot relieve serves on."""
@@ -38,24 +38,27 @@ class Resizer:
         self,
         event: messages.Event,
         replicas: Mapping[ReplicaId, ReplicaRecord],
-        snapshot: Snapshot,
+        look: Callable[[], Snapshot],
         frozen: Placement | None = None,
     ) -> list[messages.Command]:
         """What an event that the records have heard of means for settings; before plans are made anew.
 
-        `snapshot` has the replicas that are ready, as they are set. While a plan is `frozen`, its settings
-        count; replicas that it names none for stay as they are.
+        `look` gives the replicas that are ready. While a plan is `frozen`, its settings count; replicas that
+        it names none for stay as they are.
         """
         if self.limits is None:
             return []
         commands: list[messages.Command] = []
         for record in replicas.values():
             commands += self._mended(record, event)
-        under_way = [record for record in replicas.values() if record.resize is not None]
-        for record in under_way:
-            if not record.leaving and record.phase is ReplicaPhase.DRAINING:
-                self._reconsider(record, event, snapshot)
-        if isinstance(event, messages.EpochElapsed):
+        waiting = [record for record in replicas.values() if record.resize is not None and _may_stay(record)]
+        is_epoch = isinstance(event, messages.EpochElapsed)
+        if not waiting and not is_epoch:
+            return commands
+        snapshot = _as_set(look(), replicas)
+        for record in waiting:
+            self._reconsider(record, snapshot, is_epoch=is_epoch)
+        if is_epoch:
             if frozen is None:
                 self.sizing = size_ranks(snapshot, self.limits)
             else:
@@ -64,7 +67,9 @@ class Resizer:
                 self._begin(replicas, snapshot)
         return commands
 
-    def lowered(self, specs: Iterable[ReplicaSpec], snapshot: Snapshot) -> tuple[ReplicaSpec, ...]:
+    def lowered(
+        self, specs: Iterable[ReplicaSpec], adapters: Iterable[AdapterVersion]
+    ) -> tuple[ReplicaSpec, ...]:
         """The replicas as plans should take them: those to be set lower as if they were already, if all
         adapters find room so."""
         specs = tuple(specs)
@@ -75,7 +80,7 @@ class Resizer:
             )
             for spec in specs
         )
-        return low if low != specs and holds_all(snapshot.adapters, low) else specs
+        return low if low != specs and holds_all(adapters, low) else specs
 
     def named(self, plan: Placement, snapshot: Snapshot) -> Placement:
         """The plan with the settings that are wanted of the snapshot's replicas, but for those that are too
@@ -124,10 +129,9 @@ class Resizer:
         record.resize, record.max_lora_rank = None, order.before
         return [messages.SaveMaxLoraRank(record.replica_id, order.before)]
 
-    def _reconsider(self, record: ReplicaRecord, event: messages.Event, snapshot: Snapshot) -> None:
+    def _reconsider(self, record: ReplicaRecord, snapshot: Snapshot, *, is_epoch: bool) -> None:
         """Let a replica that has not left serve on if the others cannot do without it."""
-        if isinstance(event, messages.EpochElapsed):
-            self._num_waited += 1
+        self._num_waited += is_epoch
         is_late = self._num_waited >= MAX_WAITING_EPOCHS
         if is_late:
             self._given_up.add(record.replica_id)
@@ -150,3 +154,14 @@ class Resizer:
             max_lora_rank=wanted[chosen], before=record.max_lora_rank, deadline_s=self._deadline_s
         )
         self._num_waited = 0
+
+
+def _may_stay(record: ReplicaRecord) -> bool:
+    """Whether its drain has not gone so far that it cannot be taken back."""
+    return record.phase is ReplicaPhase.DRAINING and not record.leaving
+
+
+def _as_set(snapshot: Snapshot, replicas: Mapping[ReplicaId, ReplicaRecord]) -> Snapshot:
+    """The snapshot with each replica's setting as it is."""
+    specs = tuple(replicas[spec.replica_id].spec or spec for spec in snapshot.replicas)
+    return replace(snapshot, replicas=specs)
