@@ -1,8 +1,12 @@
 """What a client learns of adapters and of the cluster, as plain values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from loraserve.rpc.plan_codec import decode_diff, decode_plan, decode_skew
 from loraserve.rpc.v1 import management_pb2
+from placement.plan import PlanDiff
+from placement.skew import Skew
+from placement.types import Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +26,13 @@ class HolderStatus:
 
     replica_id: str
     share: float
+    spill: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterStatus:
-    """One registered adapter; `version` is `name@digest16`."""
+    """One registered adapter; `version` is `name@digest16`. Its demand is in prompt and output tokens per
+    second, as counted lately and as expected for the next epoch."""
 
     name: str
     version: str
@@ -36,6 +42,8 @@ class AdapterStatus:
     source: str
     target_modules: tuple[str, ...]
     holders: tuple[HolderStatus, ...]
+    demand_tokens_per_s: float = 0.0
+    forecast_tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +51,9 @@ class ReplicaStatus:
     """One replica; `resident` are version ids, at most `pool_adapters` of them; `adapter_slots` is how many
     different ones a batch may hold, and `active_adapters` how many have a slot now. Of the slots'
     `slot_allocated_bytes` the adapters' true ranks fill `slot_used_bytes`; padded to the highest rank, all
-    slots would take `slot_padded_bytes`. Zeros there mean that the engine does not say."""
+    slots would take `slot_padded_bytes`. Zeros there mean that the engine does not say. The forecast asks
+    `demand_tokens_per_s` of it, which is `utilisation` of its operating point for that mix of ranks;
+    `operating_point_tokens_per_s` is 0 where no profile says it, and utilisations can only be compared."""
 
     replica_id: str
     state: str
@@ -65,6 +75,12 @@ class ReplicaStatus:
     slot_allocated_bytes: int = 0
     slot_used_bytes: int = 0
     slot_padded_bytes: int = 0
+    highest_resident_rank: int = 0
+    demand_tokens_per_s: float = 0.0
+    operating_point_tokens_per_s: float = 0.0
+    utilisation: float = 0.0
+    pool_bytes: int = 0
+    profile: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +94,29 @@ class DrainStatus:
     running: int
     moved: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanStatus:
+    """The plan in force, whether it is frozen, why the policy's last one was refused ('' if it was not),
+    and why each plan before gave way, the oldest first. `proposed` is what the policy would make now, with
+    what it would change, and `refusal` why it would be refused; None if it was not asked for."""
+
+    current: Placement
+    frozen: bool
+    problem: str
+    earlier: tuple[str, ...]
+    proposed: Placement | None
+    diff: PlanDiff | None
+    refusal: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanChange:
+    """What was changed, and whether the plan is frozen now."""
+
+    diff: PlanDiff
+    frozen: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +148,8 @@ class ClusterStatus:
     replicas: tuple[ReplicaStatus, ...]
     adapters: tuple[AdapterStatus, ...]
     router: RouterStatus
+    plan_frozen: bool = False
+    skew: Skew = field(default_factory=Skew)
 
 
 def adapter_status(message: management_pb2.Adapter) -> AdapterStatus:
@@ -121,7 +162,12 @@ def adapter_status(message: management_pb2.Adapter) -> AdapterStatus:
         sha256=message.sha256,
         source=message.source,
         target_modules=tuple(message.target_modules),
-        holders=tuple(HolderStatus(replica_id=one.replica_id, share=one.share) for one in message.holders),
+        holders=tuple(
+            HolderStatus(replica_id=one.replica_id, share=one.share, spill=one.spill)
+            for one in message.holders
+        ),
+        demand_tokens_per_s=message.demand_tokens_per_s,
+        forecast_tokens_per_s=message.forecast_tokens_per_s,
     )
 
 
@@ -148,6 +194,12 @@ def replica_status(message: management_pb2.Replica) -> ReplicaStatus:
         slot_allocated_bytes=message.slot_allocated_bytes,
         slot_used_bytes=message.slot_used_bytes,
         slot_padded_bytes=message.slot_padded_bytes,
+        highest_resident_rank=message.highest_resident_rank,
+        demand_tokens_per_s=message.demand_tokens_per_s,
+        operating_point_tokens_per_s=message.operating_point_tokens_per_s,
+        utilisation=message.utilisation,
+        pool_bytes=message.pool_bytes,
+        profile=message.profile,
     )
 
 
@@ -166,6 +218,24 @@ def drain_statuses(message: management_pb2.DrainProgress) -> tuple[DrainStatus, 
     )
 
 
+def plan_status(message: management_pb2.GetPlanResponse) -> PlanStatus:
+    """The plans in a message."""
+    return PlanStatus(
+        current=decode_plan(message.current),
+        frozen=message.frozen,
+        problem=message.problem,
+        earlier=tuple(one.ended_by for one in message.earlier),
+        proposed=decode_plan(message.proposed) if message.HasField("proposed") else None,
+        diff=decode_diff(message.diff) if message.HasField("diff") else None,
+        refusal=message.refusal,
+    )
+
+
+def plan_change(message: management_pb2.PlanChanged) -> PlanChange:
+    """What was changed, from a message."""
+    return PlanChange(diff=decode_diff(message.diff), frozen=message.frozen)
+
+
 def cluster_status(message: management_pb2.GetStatusResponse) -> ClusterStatus:
     """The cluster in a message."""
     router = message.router
@@ -178,6 +248,8 @@ def cluster_status(message: management_pb2.GetStatusResponse) -> ClusterStatus:
         problems=tuple(message.problems),
         replicas=tuple(replica_status(one) for one in message.replicas),
         adapters=tuple(adapter_status(one) for one in message.adapters),
+        plan_frozen=message.plan_frozen,
+        skew=decode_skew(message.skew),
         router=RouterStatus(
             router_id=router.router_id,
             requests=router.requests,

@@ -45,7 +45,8 @@ class ReplicaChange:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanDiff:
     """What a plan would change, replica by replica, those with nothing to do left out; `bytes_to_move` are
-    those that replicas would load. `unplaced` are registered adapters that it has no place for."""
+    those that replicas would load. `unplaced` are registered adapters that it has no place for. Unless all
+    capacities are `is_measured`, utilisations can only be compared."""
 
     replicas: tuple[ReplicaChange, ...]
     bytes_to_move: int
@@ -54,6 +55,7 @@ class PlanDiff:
     skew_before: Skew
     skew_after: Skew
     unplaced: tuple[VersionId, ...]
+    is_measured: bool
 
     @property
     def is_empty(self) -> bool:
@@ -100,6 +102,7 @@ def diff_of(snapshot: Snapshot, after: Placement, before: Placement | None = Non
         skew_before=skew_of(snapshot, before),
         skew_after=skew_of(snapshot, after),
         unplaced=tuple(sorted(version for version in sizes if version not in after.holders)),
+        is_measured=all(use.is_measured for use in uses_after.values()),
     )
 
 

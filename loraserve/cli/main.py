@@ -8,6 +8,7 @@ from loraserve.cli.adapter import adapter_app
 from loraserve.cli.bench import bench_app
 from loraserve.cli.down import down
 from loraserve.cli.drain import drain, undrain
+from loraserve.cli.plan import plan_app
 from loraserve.cli.status import status
 from loraserve.cli.submit import submit
 from loraserve.cli.trace import trace_app
@@ -37,6 +38,7 @@ def make_app() -> typer.Typer:
     app.command(context_settings={"allow_interspersed_args": False})(submit)
     app.add_typer(adapter_app, name="adapter")
     app.add_typer(bench_app, name="bench")
+    app.add_typer(plan_app, name="plan")
     app.add_typer(trace_app, name="trace")
     app.callback(invoke_without_command=True)(top)
     return app

@@ -16,13 +16,15 @@ from loraserve.client.replicas import Replicas
 from loraserve.client.routers import Router, Routers
 from loraserve.client.stream import Completion, GenerationStream
 from loraserve.client.submission import Means, StreamCall, Submission
-from loraserve.client_types import AdapterStatus, ClusterStatus, DrainStatus
+from loraserve.client_types import AdapterStatus, ClusterStatus, DrainStatus, PlanChange, PlanStatus
 from loraserve.clock import Clock, WallClock
 from loraserve.errors import BadInputError, LoraServeError, UnavailableError
 from loraserve.request import ChatTurn, GenerationRequest, SamplingParams
 from loraserve.rpc import codec
 from loraserve.rpc.limits import check_drain_deadline
+from loraserve.rpc.plan_codec import encode_plan
 from loraserve.rpc.v1 import inference_pb2, management_pb2
+from placement.types import Placement
 
 Prompt = str | tuple[int, ...] | tuple[ChatTurn, ...]
 
@@ -178,6 +180,28 @@ class Client:
         """Take drains back, and yield how far the replicas are until all are ready."""
         request = management_pb2.UndrainReplicasRequest(replica_ids=replicas, node_id=node)
         return self._follow("UndrainReplicas", request, self._management_timeout_s)
+
+    async def plan(self, *, propose: bool = False) -> PlanStatus:
+        """The plan in force, and with `propose` what the policy would make of the present demand."""
+        request = management_pb2.GetPlanRequest(propose=propose)
+        return client_types.plan_status(await self._manage("GetPlan", request, repeatable=True))
+
+    async def apply_plan(self, plan: Placement | None = None) -> PlanChange:
+        """Adopt this plan, which is frozen then, or what the policy makes now; StaleError for one that may
+        not be."""
+        given = None if plan is None else encode_plan(plan)
+        request = management_pb2.ApplyPlanRequest(plan=given)
+        return client_types.plan_change(await self._manage("ApplyPlan", request, repeatable=False))
+
+    async def freeze_plan(self, *, frozen: bool = True) -> PlanChange:
+        """Let the plan stay as it is but for what losses and new adapters make necessary, or no longer."""
+        request = management_pb2.FreezePlanRequest(frozen=frozen)
+        return client_types.plan_change(await self._manage("FreezePlan", request, repeatable=False))
+
+    async def roll_back_plan(self) -> PlanChange:
+        """Back to the plan before, frozen; StaleError if there is none."""
+        request = management_pb2.RollbackPlanRequest()
+        return client_types.plan_change(await self._manage("RollbackPlan", request, repeatable=False))
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Return once a router says SERVING; UnavailableError if none does within the time."""

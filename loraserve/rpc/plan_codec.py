@@ -63,6 +63,7 @@ def encode_diff(diff: PlanDiff) -> management_pb2.PlanDiff:
         skew_before=encode_skew(diff.skew_before),
         skew_after=encode_skew(diff.skew_after),
         unplaced=diff.unplaced,
+        measured=diff.is_measured,
     )
 
 
@@ -76,6 +77,7 @@ def decode_diff(message: management_pb2.PlanDiff) -> PlanDiff:
         skew_before=decode_skew(message.skew_before),
         skew_after=decode_skew(message.skew_after),
         unplaced=tuple(VersionId(version) for version in message.unplaced),
+        is_measured=message.measured,
     )
 
 

@@ -689,10 +689,13 @@ class PlanDiff(_message.Message):
     SKEW_BEFORE_FIELD_NUMBER: _builtins.int
     SKEW_AFTER_FIELD_NUMBER: _builtins.int
     UNPLACED_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     bytes_to_move: _builtins.int
     highest_utilisation_before: _builtins.float
     """Of one replica, 1 is its operating point, if a profile says it."""
     highest_utilisation_after: _builtins.float
+    measured: _builtins.bool
+    """Whether all operating points are known; if not, utilisations can only be compared."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaChange]: ...
     @_builtins.property
@@ -713,10 +716,11 @@ class PlanDiff(_message.Message):
         skew_before: Global___Skew | None = ...,
         skew_after: Global___Skew | None = ...,
         unplaced: _abc.Iterable[_builtins.str] | None = ...,
+        measured: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["skew_after", b"skew_after", "skew_before", b"skew_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_move", b"bytes_to_move", "highest_utilisation_after", b"highest_utilisation_after", "highest_utilisation_before", b"highest_utilisation_before", "replicas", b"replicas", "skew_after", b"skew_after", "skew_before", b"skew_before", "unplaced", b"unplaced"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_move", b"bytes_to_move", "highest_utilisation_after", b"highest_utilisation_after", "highest_utilisation_before", b"highest_utilisation_before", "measured", b"measured", "replicas", b"replicas", "skew_after", b"skew_after", "skew_before", b"skew_before", "unplaced", b"unplaced"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
