@@ -116,7 +116,7 @@ async def test_out_has_records_plots_and_a_page_that_fetches_nothing(tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("demo", "--policy", "nope"), "--policy: 'nope' is unknown; known: least-loaded, slora-random"),
+        (("demo", "--policy", "nope"), "--policy: 'nope' is unknown; known: dlora, least-loaded"),
         (("nofile",), "nofile: "),
         (("demo", "--fail", "replica-1"), "expected such as 'replica-1@100s for 30s'"),
         (("demo", "--fail", "replica-9@1s for 1s"), "no replica 'replica-9'"),

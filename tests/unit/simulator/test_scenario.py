@@ -21,7 +21,7 @@ SMALL_POOL = ReplicaLimits(kv_blocks=100, pool_adapters=2)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"policy": "best"}, "policy: 'best'; expected one of least-loaded"),
+        ({"policy": "best"}, "policy: 'best'; expected one of dlora, least-loaded"),
         ({"routing": "best"}, "routing: 'best'; expected one of least-outstanding"),
         ({"epoch_s": 0.0}, "epoch_s: 0.0 s; expected"),
         ({"epoch_s": float("nan")}, "epoch_s: nan s; expected"),
