@@ -146,11 +146,19 @@ class EmulatedSection(Section, frozen=True):
 
 
 class PlacementSection(Section, frozen=True):
-    """The placement policy by name, its seed, and how often it plans anew."""
+    """The placement policy by name, its seed, and how often it plans anew.
+
+    `max_lora_ranks` "planned" lets the plan choose each replica's setting where the profile's kernel is
+    padded_config, and restarts replicas to it, if that repays within `restart_horizon_epochs` the `restart_s`
+    that a start takes.
+    """
 
     policy: str = "least-loaded"
     seed: int = 0
     epoch_s: Seconds = 60.0
+    max_lora_ranks: Literal["fixed", "planned"] = "fixed"
+    restart_s: Seconds = 60.0
+    restart_horizon_epochs: Positive = 10
 
 
 class RouterSection(Section, frozen=True):

@@ -15,6 +15,7 @@ from loraserve.controller.demand import DemandBook
 from loraserve.controller.fleet import Fleet
 from loraserve.controller.journal import Dependent, Journal
 from loraserve.controller.keeper import LOAD_TIMEOUT_S, ReplicaKeeper
+from loraserve.controller.ranks import resizer_of, with_max_lora_rank
 from loraserve.controller.sizing import sized
 from loraserve.controller.store import Changes, Store, StoredRegistration
 from loraserve.engines.base import EngineInfo
@@ -84,7 +85,7 @@ class Controller:
             library=library,
             dispatch=self.dispatch,
             heard=self.demand.heard,
-            starting=lambda: sized(config, library.base, self.state.adapters.values()),
+            starting=self._starting,
             seed=seed,
             first_backoff_s=first_backoff_s,
         )
@@ -102,8 +103,16 @@ class Controller:
             table_version=store.table_version(),
             drains=store.drains(),
             recovering=recovering,
+            epoch_s=config.placement.epoch_s,
+            resizer=resizer_of(config),
+            max_lora_ranks=store.max_lora_ranks(),
         )
         self.state.demand_tokens_per_s = self.demand.forecast
+
+    def _starting(self, replica: ReplicaId) -> Config:
+        """The configuration of a replica that starts now."""
+        config = with_max_lora_rank(self.config, self.state.replicas[replica].max_lora_rank)
+        return sized(config, self.library.base, self.state.adapters.values())
 
     # -- life ----------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class ReplicaKeeper:
         fleet: Fleet,
         library: AdapterStore,
         dispatch: Callable[[messages.Event], None],
-        starting: Callable[[], Config],
+        starting: Callable[[ReplicaId], Config],
         seed: int,
         first_backoff_s: float,
     ) -> None:
@@ -135,7 +135,7 @@ class ReplicaKeeper:
 
     async def _begin(self, replica: ReplicaId, *, find: bool) -> None:
         if not find:
-            await self._live(replica, self.fleet.start(replica, self._starting()), is_first=True)
+            await self._live(replica, self.fleet.start(replica, self._starting(replica)), is_first=True)
             return
         link = await self.fleet.find(replica)
         if link is None:
@@ -150,7 +150,7 @@ class ReplicaKeeper:
             await asyncio.wait({before})
         if attempt > 0:
             await asyncio.sleep(self._backoff_s(attempt))
-        await self._live(replica, self.fleet.start(replica, self._starting()), is_first=False)
+        await self._live(replica, self.fleet.start(replica, self._starting(replica)), is_first=False)
 
     async def _stop(self, before: "asyncio.Task[None] | None", replica: ReplicaId) -> None:
         if before is not None:
