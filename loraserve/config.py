@@ -146,7 +146,9 @@ class EmulatedSection(Section, frozen=True):
 
 
 class PlacementSection(Section, frozen=True):
-    """The placement policy by name, its seed, and how often it plans anew.
+    """The placement policy by name, its seed, and how often it plans anew, for the demand that `forecast`
+    expects: a forecaster of `placement.demand`, which is told the mean of the last `window_s`, whole epochs,
+    at least one. `history_s` is what `loraserve` looks back on, `season_s` the period of `seasonal`.
 
     `max_lora_ranks` "planned" lets the plan choose each replica's setting where the profile's kernel is
     padded_config, and restarts replicas to it, if that repays within `restart_horizon_epochs` the `restart_s`
@@ -156,6 +158,10 @@ class PlacementSection(Section, frozen=True):
     policy: str = "least-loaded"
     seed: int = 0
     epoch_s: Seconds = 60.0
+    forecast: Literal["ema", "last", "loraserve", "quantile", "seasonal", "trend"] = "trend"
+    window_s: Seconds = 60.0
+    history_s: Seconds = 300.0
+    season_s: Seconds = 86_400.0
     max_lora_ranks: Literal["fixed", "planned"] = "fixed"
     restart_s: Seconds = 60.0
     restart_horizon_epochs: Positive = 10

@@ -34,8 +34,8 @@ DRAIN_MARGIN_S = 30.0
 
 
 class ReplicaKeeper:
-    """Gives every outcome to `dispatch`; a replica starts with the configuration that `starting` gives then.
-    `close` ends the tasks; the replicas stay."""
+    """Gives every outcome to `dispatch` and every report to `heard`; a replica starts with the configuration
+    that `starting` gives then. `close` ends the tasks; the replicas stay."""
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class ReplicaKeeper:
         fleet: Fleet,
         library: AdapterStore,
         dispatch: Callable[[messages.Event], None],
+        heard: Callable[[ReplicaId, ReplicaReport], None],
         starting: Callable[[ReplicaId], Config],
         seed: int,
         first_backoff_s: float,
@@ -57,6 +58,7 @@ class ReplicaKeeper:
         self._config = config
         self._library = library
         self._dispatch = dispatch
+        self._heard = heard
         self._starting = starting
         self._random = random.Random(seed)
         self._first_backoff_s = first_backoff_s
@@ -109,7 +111,7 @@ class ReplicaKeeper:
                 async with asyncio.timeout(STATUS_TIMEOUT_S):
                     report = await link.report()
                 if self._links.get(replica) is link:
-                    self.reports[replica] = report
+                    self._keep(replica, report)
 
         await asyncio.gather(*(refresh(replica, link) for replica, link in list(self._links.items())))
 
@@ -227,7 +229,7 @@ class ReplicaKeeper:
                 try:
                     # Not wait_for: in Python 3.11 it swallows a cancellation that meets its result.
                     async with asyncio.timeout(REPORT_TIMEOUT_S):
-                        self.reports[replica] = await link.report()
+                        self._keep(replica, await link.report())
                 except LoraServeError as error:
                     return str(error)
                 except TimeoutError:
@@ -237,6 +239,10 @@ class ReplicaKeeper:
                     return lost.result()
         finally:
             lost.cancel()
+
+    def _keep(self, replica: ReplicaId, report: ReplicaReport) -> None:
+        self.reports[replica] = report
+        self._heard(replica, report)
 
     # -- commands ------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """What a replica says of itself to the controller, as values that both sides know."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loraserve.engines.base import EngineInfo, SlotMemory
@@ -26,7 +27,11 @@ class ReplicaDescription:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaReport:
-    """A replica's state for operators."""
+    """A replica's state for operators, and what it has served.
+
+    `tokens` are prompt and output tokens by version since the `incarnation` began, which the controller
+    takes demand from; `sequence` grows by one per report of it.
+    """
 
     running: int
     waiting: int
@@ -34,3 +39,6 @@ class ReplicaReport:
     resident: tuple[VersionId, ...]
     resident_bytes: int
     slots: SlotMemory = field(default_factory=SlotMemory)
+    incarnation: str = ""
+    sequence: int = 0
+    tokens: Mapping[VersionId, int] = field(default_factory=dict)

@@ -29,6 +29,7 @@ from loraserve.errors import (
 from loraserve.replica.leases import LeaseBook
 from loraserve.replica.meter import Meter
 from loraserve.replica.pool import AdapterPool, Residency
+from loraserve.replica.tokens import TokenCounts
 from loraserve.request import FinishReason, GenerationRequest, GenerationStep
 from loraserve.rpc import server as rpc_server
 from loraserve.rpc.link_server import SPARE_FRAME_BYTES
@@ -107,6 +108,7 @@ class ReplicaServer:
         clock = clock or WallClock()
         self.leases = LeaseBook(self.pool, clock)
         self.meter = Meter(clock)
+        self.tokens = TokenCounts(clock)
         self.routers = 0
         self._host = host
         self._node_id = NodeId(node_id)
@@ -115,6 +117,7 @@ class ReplicaServer:
         self._info: EngineInfo | None = None
         self._address = ""
         self._sequence = 0
+        self._num_reports = 0
         self._server: grpc.aio.Server | None = None
         self._changing = asyncio.Lock()
         self._drops: dict[VersionId, asyncio.Task[None]] = {}
@@ -235,13 +238,18 @@ class ReplicaServer:
         """The state for operators; EngineDeadError if the engine is gone."""
         await self.engine.check()
         load = self.engine.load()
+        resident = self.pool.resident()
+        self._num_reports += 1
         return ReplicaReport(
             running=load.running,
             waiting=load.waiting,
             kv_cache_usage=load.kv_cache_usage,
-            resident=self.pool.resident(),
+            resident=resident,
             resident_bytes=self.pool.used_bytes,
             slots=self.engine.slot_memory(),
+            incarnation=self.incarnation,
+            sequence=self._num_reports,
+            tokens=self.tokens.totals(resident),
         )
 
     def load_report(self) -> LoadReport:
@@ -275,7 +283,7 @@ class ReplicaServer:
         await self._supersede(request.request_id, turn)
         # The engine lets go of the request before its pin does.
         with self._admitted(request, turn) as accounted:
-            progress = self.meter.begin()
+            progress, tokens = self.meter.begin(), self.tokens.begin(request)
             try:
                 async with aclosing(self.engine.generate(request)) as steps:
                     async for step in steps:
@@ -283,6 +291,7 @@ class ReplicaServer:
                             raise _drained(request.request_id, self.replica_id)
                         accounted.remaining_tokens = max(0, request.sampling.max_tokens - step.output_tokens)
                         progress.step(len(step.token_ids))
+                        tokens.step(step)
                         if step.finish_reason is not None:
                             progress.finish(step.output_tokens)
                         yield step

@@ -1,0 +1,181 @@
+"""Demand as the controller sees it: from what replicas have counted to a forecast of the next epoch.
+
+Replicas count tokens and never reset; the differences between two reports of one life of a replica are what
+was served in between. So a report that is lost loses nothing but time.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from loraserve.clock import Clock
+from loraserve.config import PlacementSection
+from loraserve.controller.store import Store
+from loraserve.engines.description import ReplicaReport
+from loraserve.errors import WorkFailedError
+from placement.demand import ForecastOptions, forecaster
+from placement.demand.newcomers import with_newcomers
+from placement.types import AdapterVersion, ReplicaId, VersionId
+
+logger = logging.getLogger(__name__)
+
+MAX_PARTS = 1000
+MIN_WINDOW_S = 0.001
+
+Rates = Mapping[VersionId, float]
+
+
+class TokenMeter:
+    """What replicas have served since it was last asked. Reports may come late, twice or not at all."""
+
+    def __init__(self) -> None:
+        self._seen: dict[ReplicaId, ReplicaReport] = {}
+        self._tokens: dict[VersionId, int] = {}
+
+    def heard(self, replica: ReplicaId, report: ReplicaReport) -> None:
+        """Count what the replica has served since its last report.
+
+        The first one of a life that an earlier controller has watched says nothing: what it counts was
+        served before.
+        """
+        last = self._seen.get(replica)
+        if last is not None and last.incarnation == report.incarnation:
+            if report.sequence <= last.sequence:
+                return
+            before = last.tokens
+        else:
+            before = {} if report.sequence == 1 else report.tokens
+        self._seen[replica] = report
+        for version, total in report.tokens.items():
+            if (served := total - before.get(version, 0)) > 0:
+                self._tokens[version] = self._tokens.get(version, 0) + served
+
+    def take(self) -> dict[VersionId, int]:
+        """The tokens by version since the last call."""
+        tokens, self._tokens = self._tokens, {}
+        return tokens
+
+
+class DemandBook:
+    """Measures, forecasts and remembers; `heard` with every report, `end_epoch` at the end of each epoch.
+
+    `measured` and `forecast` are tokens per second by version, as of the end of the last epoch; who is in
+    neither has none. What a window saw is kept in the store, so that a controller that comes back goes on
+    where the last one was; what was served while there was none is not known and not missed.
+    """
+
+    def __init__(
+        self,
+        section: PlacementSection,
+        store: Store,
+        clock: Clock,
+        registered: Iterable[AdapterVersion] = (),
+    ) -> None:
+        self.measured: Rates = {}
+        self.forecast: Rates = {}
+        self._options = ForecastOptions(
+            epoch_s=section.epoch_s,
+            window_s=max(section.window_s, section.epoch_s),
+            history_s=section.history_s,
+            season_s=section.season_s,
+        )
+        self._forecaster = forecaster(section.forecast, self._options)
+        num_parts = min(MAX_PARTS, max(1, round(section.window_s / section.epoch_s)))
+        self._parts: deque[tuple[float, dict[VersionId, int]]] = deque(maxlen=num_parts)
+        self._windows: deque[Rates] = deque(maxlen=self._options.history_windows)
+        self._meter = TokenMeter()
+        self._store = store
+        self._clock = clock
+        self._begun_s = clock.now_s()
+        self._registered = {adapter.version_id for adapter in registered}
+        self._is_saved = True
+        self._restore(store.demand())
+
+    @property
+    def history(self) -> tuple[Rates, ...]:
+        """What the last windows measured, the newest last, as many as `placement.history_s` has epochs."""
+        return tuple(self._windows)
+
+    def heard(self, replica: ReplicaId, report: ReplicaReport) -> None:
+        """A replica's report."""
+        self._meter.heard(replica, report)
+
+    def end_epoch(self, adapters: Collection[AdapterVersion]) -> Rates:
+        """The forecast for the epoch that begins now; `adapters` are those registered now."""
+        now_s = self._clock.now_s()
+        seconds, self._begun_s = now_s - self._begun_s, now_s
+        self._parts.append((seconds, self._meter.take()))
+        self._observe(self._window())
+        new = {adapter.version_id for adapter in adapters} - self._registered
+        self.forecast = with_newcomers(self._forecaster.forecast(), adapters, new)
+        self._registered = {adapter.version_id for adapter in adapters}
+        self._save()
+        return self.forecast
+
+    def _window(self) -> Rates:
+        """The mean of the epochs in the window."""
+        # An epoch that was ended by hand may have taken no time.
+        seconds = max(MIN_WINDOW_S, sum(part_s for part_s, _ in self._parts))
+        tokens: dict[VersionId, int] = {}
+        for _, part in self._parts:
+            for version, served in part.items():
+                tokens[version] = tokens.get(version, 0) + served
+        return {version: served / seconds for version, served in sorted(tokens.items())}
+
+    def _observe(self, window: Rates) -> None:
+        self.measured = window
+        self._windows.append(window)
+        self._forecaster.observe(window)
+
+    # -- what outlives the controller --------------------------------------------------------------
+
+    def _save(self) -> None:
+        tree = {
+            "forecaster": self._forecaster.export(),
+            "parts": list(self._parts),
+            "windows": list(self._windows),
+            "forecast": self.forecast,
+        }
+        try:
+            self._store.save_demand(msgspec.json.encode(tree).decode())
+        except WorkFailedError as error:
+            # The next epoch's has all of this one's in it.
+            if self._is_saved:
+                logger.warning("demand is not saved: %s", error)
+            self._is_saved = False
+            return
+        self._is_saved = True
+
+    def _restore(self, text: str | None) -> None:
+        if text is None:
+            return
+        try:
+            tree = msgspec.json.decode(text)
+            self._take_over(tree)
+        except (msgspec.DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            logger.warning("the demand that was saved cannot be read, it is measured anew: %s", error)
+
+    def _take_over(self, tree: Mapping[str, Any]) -> None:
+        windows = [
+            {VersionId(one): float(rate) for one, rate in window.items()} for window in tree["windows"]
+        ]
+        parts = [
+            (float(seconds), {VersionId(one): int(served) for one, served in part.items()})
+            for seconds, part in tree["parts"]
+        ]
+        forecast = {VersionId(one): float(rate) for one, rate in tree["forecast"].items()}
+        try:
+            self._forecaster.restore(tree["forecaster"])
+        except ValueError as error:
+            # Another forecaster than before, or other epochs: what it would have seen of late.
+            logger.info("the forecaster begins from the windows that were kept: %s", error)
+            for window in windows:
+                self._forecaster.observe(window)
+            forecast = self._forecaster.forecast()
+        self._parts.extend(parts)
+        self._windows.extend(windows)
+        self.measured = windows[-1] if windows else {}
+        self.forecast = forecast
