@@ -31,6 +31,7 @@ from typing import Any
 
 import bench_common as common
 import policies_cases as cases
+import policies_live
 import policies_ratios as ratios
 import policies_report as report
 import policies_runs as runs
@@ -39,6 +40,8 @@ from policies_cases import Case, Contender, Outcome, Setting, Workload
 from loraserve.errors import LoraServeError
 
 SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+LIVE_SHARES = (0.7, 0.8, 0.9)
+LIVE_CONTENDERS = f"{cases.OURS},{cases.RIVAL},{cases.EVERYWHERE}"
 BEYOND = 1.15
 
 
@@ -52,15 +55,14 @@ def compare(
     *,
     searching: bool,
 ) -> dict[str, Any]:
-    """Everything about one fleet and one workload; `rates` empty: shares of the fluid rate."""
+    """Everything about one fleet and one workload."""
     what = f"{setting.fleet}, {workload.name}"
     fluid = cases.fluid_rate_per_s(setting, workload)
 
     def case(contender: Contender, rate: float, seed: int) -> Case:
         return Case(contender=contender, workload=workload, rate_per_s=rate, seed=seed, setting=setting)
 
-    tried = list(rates) or [round(share * fluid, 1) for share in SHARES]
-    grid = [case(one, rate, seed) for rate in tried for seed in seeds for one in contenders]
+    grid = [case(one, rate, seed) for rate in rates for seed in seeds for one in contenders]
     outcomes = runner.all(what, cases.run_case, grid)
     found: dict[str, Any] = {
         "fluid_rate_per_s": fluid,
@@ -96,7 +98,7 @@ def _beyond(
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    made = common.parser("policies", __doc__, quick="200 s at three rates with one seed")
+    made = common.parser("policies", __doc__, quick="shorter, at fewer rates, with one seed")
     made.add_argument("--live", action="store_true", help="on the emulated cluster instead of simulated")
     made.add_argument("--fleet", default="", metavar="F,...", help=f"of {', '.join(cases.FLEETS)} (all)")
     made.add_argument(
@@ -105,9 +107,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     made.add_argument("--policy", default="", metavar="P,...", help="contenders, or POLICY/ROUTING (all)")
     made.add_argument("--rates", default="", metavar="R,...", help="requests/s (shares of the fluid rate)")
     made.add_argument("--seeds", default="0,1,2", metavar="N,...", help="(%(default)s)")
-    made.add_argument("--duration", type=common.seconds, metavar="S", help="of a run (600)")
-    made.add_argument("--warmup", type=common.seconds, metavar="S", help="left out of it (120)")
-    made.add_argument("--epoch", type=common.seconds, metavar="S", help="from plan to plan (60)")
+    made.add_argument("--duration", type=common.seconds, metavar="S", help="of a run (600, live 120)")
+    made.add_argument("--warmup", type=common.seconds, metavar="S", help="left out of it (120, live 20)")
+    made.add_argument("--epoch", type=common.seconds, metavar="S", help="from plan to plan (60, live 5)")
+    made.add_argument("--window", type=common.seconds, metavar="S", help="demand is measured over (an epoch)")
+    made.add_argument(
+        "--speed", type=common.seconds, default=1.0, metavar="X", help="0.5: everything is slower"
+    )
     made.add_argument("--pool-mib", type=common.at_least_one, metavar="N", help="adapters per replica (all)")
     made.add_argument("--no-search", action="store_true", help="no search for the highest rate")
     made.add_argument("--jobs", type=common.at_least_one, metavar="N", help="processes (one per core)")
@@ -115,46 +121,52 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return made.parse_args(arguments)
 
 
-def simulated(options: argparse.Namespace) -> dict[str, Any]:
-    """The comparison in the simulator: fleet, then workload."""
-    fleets = _chosen(options.fleet, cases.FLEETS, "--fleet")
-    workloads = _chosen(options.workload, cases.WORKLOADS, "--workload")
-    contenders = cases.available(_names(options.policy))
-    rates, seeds = [float(one) for one in _names(options.rates)], [int(one) for one in _names(options.seeds)]
+def compared(options: argparse.Namespace) -> dict[str, Any]:
+    """The comparison, simulated or live: by fleet, then workload."""
+    fleets = _chosen(options.fleet or "padded_batch" * options.live, cases.FLEETS, "--fleet")
+    workloads = _chosen(options.workload or "slide" * options.live, cases.WORKLOADS, "--workload")
+    contenders = cases.available(_names(options.policy or LIVE_CONTENDERS * options.live))
+    seeds = [int(one) for one in _names(options.seeds)][: 1 if options.quick else None]
     made = _setting(options)
-    seeds = seeds[:1] if options.quick else seeds
     found: dict[str, Any] = {}
-    with runs.runner(options.jobs, _note) as runner:
+    with runs.runner(1 if options.live else options.jobs, _note) as runner:
         for fleet in fleets:
             setting = replace(made, fleet=fleet)
             for name in workloads:
                 workload = cases.WORKLOADS[name]
-                tried = rates
-                if options.quick and not tried:
-                    fluid = cases.fluid_rate_per_s(setting, workload)
-                    tried = [round(share * fluid, 1) for share in SHARES[::4]]
-                one = compare(
-                    setting,
-                    workload,
-                    contenders,
-                    tried,
-                    seeds,
-                    runner,
-                    searching=not (options.no_search or options.quick),
-                )
+                rates = _rates(options, setting, workload)
+                if options.live:
+                    one = policies_live.live(setting, workload, contenders, rates, seeds, _note)
+                else:
+                    searching = not (options.no_search or options.quick)
+                    one = compare(setting, workload, contenders, rates, seeds, runner, searching=searching)
                 found.setdefault(fleet, {})[name] = one
                 if not options.json:
                     report.print_one(fleet, name, one)
     return found
 
 
+def _rates(options: argparse.Namespace, setting: Setting, workload: Workload) -> list[float]:
+    if options.rates:
+        return [float(one) for one in _names(options.rates)]
+    fluid = cases.fluid_rate_per_s(setting, workload)
+    shares = LIVE_SHARES if options.live else SHARES
+    return [round(share * fluid, 1) for share in (shares[:: len(shares) // 2] if options.quick else shares)]
+
+
 def _setting(options: argparse.Namespace) -> Setting:
-    duration_s, warmup_s, epoch_s = (200.0, 40.0, 20.0) if options.quick else (600.0, 120.0, 60.0)
+    duration_s, warmup_s, epoch_s = 600.0, 120.0, 60.0
+    if options.live:
+        duration_s, warmup_s, epoch_s = (20.0, 5.0, 5.0) if options.quick else (120.0, 20.0, 5.0)
+    elif options.quick:
+        duration_s, warmup_s, epoch_s = 200.0, 40.0, 20.0
     return Setting(
         duration_s=options.duration or duration_s,
         warmup_s=options.warmup or warmup_s,
         epoch_s=options.epoch or epoch_s,
+        window_s=options.window or 0.0,
         pool_bytes=(options.pool_mib or 0) * 2**20,
+        speed=options.speed,
     )
 
 
@@ -184,27 +196,25 @@ def main() -> int:
     options = parse(sys.argv[1:])
     common.end_in_order_when_told()
     try:
-        if options.live:
-            import policies_live
-
-            found = policies_live.live(options, _note)
-        else:
-            found = simulated(options)
+        found = compared(options)
     except LoraServeError as error:
         _note(str(error))
         return 2
     if options.out is not None:
         report.write(options.out, outcomes_in(found))
-    told = common.conditions("policies", profile=cases.PROFILE, live=options.live)
+    told = common.conditions("policies", profile=cases.PROFILE, live=options.live, speed=options.speed)
     if options.json:
-        fleets = {
-            fleet: {
-                name: {**one, "runs": [asdict(run) for run in one["runs"]]} for name, one in by_name.items()
-            }
-            for fleet, by_name in found.items()
-        }
-        print(json.dumps(cases.plain({"fleets": fleets, "conditions": told})))
+        print(json.dumps(cases.plain({"fleets": _trees(found), "conditions": told})))
     return 0
+
+
+def _trees(value: Any) -> Any:
+    """The same with runs as plain values."""
+    if isinstance(value, dict):
+        return {key: _trees(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_trees(one) for one in value]
+    return asdict(value) if isinstance(value, Outcome) else value
 
 
 if __name__ == "__main__":

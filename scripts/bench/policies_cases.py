@@ -14,10 +14,12 @@ from loraserve.simulator.from_profile import ClusterOptions, scenario_of
 from loraserve.simulator.run import simulate
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.workload import SimulatedWorkload
+from placement.demand import DEFAULT_FORECASTER, FORECASTERS
 from placement.policies import POLICIES
 from placement.profile import Profile
 from placement.routing import ROUTING_POLICIES
 from traces.columns import TraceColumns
+from traces.metrics import GroupSummary, Slo
 
 PROFILE = "a100-llama2-7b-bgmv-42"
 RANKS = "8,16,32,64,128"
@@ -27,21 +29,23 @@ OURS, RIVAL, EVERYWHERE = "optimal", "loraserve", "least-loaded"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """A placement policy and the routing policy that its authors meant for it, under one name."""
+    """A placement policy with the routing policy and the forecast of demand that its authors meant for it,
+    under one name."""
 
     name: str
     policy: str
     routing: str
+    forecast: str = DEFAULT_FORECASTER
 
 
 CONTENDERS = (
     Contender(name=OURS, policy="optimal", routing="marginal-cost"),
-    Contender(name=RIVAL, policy="loraserve", routing="weighted-share"),
+    Contender(name=RIVAL, policy="loraserve", routing="weighted-share", forecast="loraserve"),
     Contender(name=EVERYWHERE, policy="least-loaded", routing="least-outstanding"),
     Contender(name="everywhere, marginal cost", policy="least-loaded", routing="marginal-cost"),
     Contender(name="slora-random", policy="slora-random", routing="least-outstanding"),
     Contender(name="slora-contiguous", policy="slora-contiguous", routing="least-outstanding"),
-    Contender(name="rendezvous", policy="rendezvous", routing="least-outstanding"),
+    Contender(name="rendezvous", policy="rendezvous", routing="least-outstanding", forecast="ema"),
     Contender(name="dlora", policy="dlora", routing="dlora"),
     Contender(name="toppings", policy="toppings", routing="toppings"),
     Contender(name="rank-backlog", policy="rank-backlog", routing="rank-backlog"),
@@ -71,7 +75,9 @@ FLEETS = ("padded_batch", "padded_config", "sum")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is the same for every contender; `pool_bytes` 0 holds everything."""
+    """What is the same for every contender. A replica's pool holds `pool_bytes`, 0: everything. Demand is
+    measured over `window_s`, 0: an epoch. With a `speed` of 0.5 steps take twice as long, and the SLO gives
+    twice the time."""
 
     fleet: str = "padded_batch"
     profile: str = PROFILE
@@ -80,8 +86,15 @@ class Setting:
     duration_s: float = 600.0
     warmup_s: float = 120.0
     epoch_s: float = 60.0
+    window_s: float = 0.0
     pool_bytes: int = 0
     routers: int = 1
+    speed: float = 1.0
+
+    @property
+    def slo(self) -> Slo:
+        """The targets at this speed."""
+        return Slo(ttft_ms=2000.0 / self.speed, tbt_ms=150.0 / self.speed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +135,7 @@ class Outcome:
 
 
 def available(names: Iterable[str] = ()) -> tuple[Contender, ...]:
-    """The contenders asked for, or all whose policies are there; `POLICY/ROUTING` makes one.
+    """The contenders asked for, or all whose policies are there; `POLICY/ROUTING[/FORECAST]` makes one.
 
     BadInputError lists those there are.
     """
@@ -131,13 +144,15 @@ def available(names: Iterable[str] = ()) -> tuple[Contender, ...]:
     }
     chosen = []
     for name in names:
-        policy, _, routing = name.partition("/")
+        policy, _, rest = name.partition("/")
+        routing, _, named = rest.partition("/")
+        forecast = named or DEFAULT_FORECASTER
         if name in known:
             chosen.append(known[name])
-        elif policy in POLICIES and routing in ROUTING_POLICIES:
-            chosen.append(Contender(name=name, policy=policy, routing=routing))
+        elif policy in POLICIES and routing in ROUTING_POLICIES and forecast in FORECASTERS:
+            chosen.append(Contender(name=name, policy=policy, routing=routing, forecast=forecast))
         else:
-            there = ", ".join([*known, "or POLICY/ROUTING as loraserve simulate takes them"])
+            there = ", ".join([*known, "or POLICY/ROUTING[/FORECAST]"])
             raise BadInputError(f"--policy: {name!r}; expected of {there}")
     return tuple(chosen) if chosen else tuple(known.values())
 
@@ -155,7 +170,7 @@ def fluid_rate_per_s(setting: Setting, workload: Workload) -> float:
             trace.adapter.tolist(), (trace.prompt_tokens + trace.output_tokens).tolist(), strict=True
         )
     )
-    return setting.replicas * len(trace) / busy_s
+    return setting.replicas * setting.speed * len(trace) / busy_s
 
 
 @lru_cache(maxsize=4)
@@ -181,6 +196,9 @@ def scenario(case: Case) -> Scenario:
         kernel=_kernel(setting),
         num_routers=setting.routers,
         epoch_s=setting.epoch_s,
+        window_s=setting.window_s or None,
+        forecast=case.contender.forecast,
+        speed=setting.speed,
         pool_bytes=setting.pool_bytes or None,
     )
     return scenario_of(_profile(setting), trace, options, seed=case.seed)
@@ -189,14 +207,33 @@ def scenario(case: Case) -> Scenario:
 def run_case(case: Case) -> Outcome:
     """Simulate and judge one run."""
     result = simulate(scenario(case))
-    return outcome_of(case, figures_of(result, Judging(warmup_s=case.setting.warmup_s)))
+    return outcome_of(case, figures_of(result, Judging(slo=case.setting.slo, warmup_s=case.setting.warmup_s)))
 
 
 def outcome_of(case: Case, figures: RunFigures) -> Outcome:
-    """The figures that are compared."""
-    overall = figures.summary.overall
+    """The figures that are compared, of a simulation."""
     warmup_ps = round(case.setting.warmup_s * 1e12)
     epochs = [epoch for epoch in figures.epochs if epoch.time_ps > warmup_ps] or list(figures.epochs)
+    return outcome_from(
+        case,
+        figures.summary.overall,
+        utilisation=figures.utilisation,
+        bytes_moved=sum(epoch.bytes_moved for epoch in epochs),
+        resident_bytes=sum(epoch.resident_bytes for epoch in epochs) / max(1, len(epochs)),
+        cold_misses=sum(epoch.cold_misses for epoch in epochs),
+    )
+
+
+def outcome_from(
+    case: Case,
+    overall: GroupSummary,
+    *,
+    bytes_moved: int,
+    resident_bytes: float,
+    utilisation: float = 0.0,
+    cold_misses: int = 0,
+) -> Outcome:
+    """The figures that are compared, of a run that was summarised."""
     return Outcome(
         fleet=case.setting.fleet,
         workload=case.workload.name,
@@ -213,10 +250,10 @@ def outcome_of(case: Case, figures: RunFigures) -> Outcome:
         tbt_p95_ms=_number(overall.itl_ms.p95),
         attainment=overall.attainment or 0.0,
         in_slo=overall.slo_met,
-        utilisation=figures.utilisation,
-        bytes_moved=sum(epoch.bytes_moved for epoch in epochs),
-        resident_bytes=sum(epoch.resident_bytes for epoch in epochs) / max(1, len(epochs)),
-        cold_misses=sum(epoch.cold_misses for epoch in epochs),
+        utilisation=utilisation,
+        bytes_moved=bytes_moved,
+        resident_bytes=resident_bytes,
+        cold_misses=cold_misses,
     )
 
 

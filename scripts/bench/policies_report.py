@@ -54,8 +54,21 @@ def _print_ratios(found: Mapping[str, Any]) -> None:
             f"at {row['rate_per_s']:6.1f}: optimal {row['ratio']:.3f} x {row['best_other']}"
             f" [{row['low']:.3f}, {row['high']:.3f}]{worse}"
         )
+    for line in _live_lines(found) if "simulated" in found else ():
+        print(line)
     told = {key: value for key, value in found["bytes"].items() if value is not None}
     print(", ".join(f"{key} {value:.2f}" for key, value in told.items()), flush=True)
+
+
+def _live_lines(found: Mapping[str, Any]) -> list[str]:
+    """Live beside simulated, and what was void."""
+    lines = ["", "TTFT p95, s: live, simulated"]
+    for one, other in zip(found["runs"], found["simulated"], strict=True):
+        lines.append(
+            f"{one.contender:26} {one.rate_per_s:6.1f}/s seed {one.seed}: {one.ttft_p95_ms / 1e3:8.2f}"
+            f" {other.ttft_p95_ms / 1e3:8.2f}"
+        )
+    return lines + [f"void: {line}" for line in found["void"]]
 
 
 def _spread(values: Sequence[float]) -> str:
