@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loraserve.clock import Clock
 from loraserve.cluster.local_fleet import LocalFleet
 from loraserve.config import Config, parse_config
 from loraserve.controller.controller import Checkpoint, Controller
@@ -51,11 +52,13 @@ class Setup:
         make_engine: Callable[[ReplicaId, Config], Engine],
         *,
         on_step: Checkpoint | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         self.fleet = LocalFleet(make_engine)
         self.on_step = on_step
+        self.clock = clock
         self._left_open: list[Store] = []
         self.controller = self.make()
 
@@ -73,6 +76,7 @@ class Setup:
             library=library,
             recovering=recovering,
             first_backoff_s=0.01,
+            clock=self.clock,
             **options,
         )
 
