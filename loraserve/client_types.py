@@ -32,7 +32,8 @@ class HolderStatus:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterStatus:
     """One registered adapter; `version` is `name@digest16`. Its demand is in prompt and output tokens per
-    second, as counted lately and as expected for the next epoch."""
+    second, as counted lately and as expected for the next epoch. `recent_requests` of the last ones that the
+    router has seen named it, `recent_in_slo` of them had their first token within the SLO."""
 
     name: str
     version: str
@@ -44,6 +45,8 @@ class AdapterStatus:
     holders: tuple[HolderStatus, ...]
     demand_tokens_per_s: float = 0.0
     forecast_tokens_per_s: float = 0.0
+    recent_requests: int = 0
+    recent_in_slo: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +171,8 @@ def adapter_status(message: management_pb2.Adapter) -> AdapterStatus:
         ),
         demand_tokens_per_s=message.demand_tokens_per_s,
         forecast_tokens_per_s=message.forecast_tokens_per_s,
+        recent_requests=message.recent_requests,
+        recent_in_slo=message.recent_in_slo,
     )
 
 

@@ -150,12 +150,16 @@ class PlacementSection(Section, frozen=True):
     expects: a forecaster of `placement.demand`, which is told the mean of the last `window_s`, whole epochs,
     at least one. `history_s` is what `loraserve` looks back on, `season_s` the period of `seasonal`.
 
+    `profile` is what one replica can do, a shipped profile's name or a file; '' lets the emulated engine be
+    planned for by its configuration, and vLLM as if every rank cost the same.
+
     `max_lora_ranks` "planned" lets the plan choose each replica's setting where the profile's kernel is
     padded_config, and restarts replicas to it, if that repays within `restart_horizon_epochs` the `restart_s`
     that a start takes.
     """
 
     policy: str = "least-loaded"
+    profile: str = ""
     seed: int = 0
     epoch_s: Seconds = 60.0
     forecast: Literal["ema", "last", "loraserve", "quantile", "seasonal", "trend"] = "trend"

@@ -9,7 +9,7 @@ from loraserve.cli.bench import bench_app
 from loraserve.cli.down import down
 from loraserve.cli.drain import drain, undrain
 from loraserve.cli.plan import plan_app
-from loraserve.cli.status import status
+from loraserve.cli.status import status, top
 from loraserve.cli.submit import submit
 from loraserve.cli.trace import trace_app
 from loraserve.cli.up import up
@@ -32,7 +32,20 @@ def make_app() -> typer.Typer:
     from loraserve.cli.replay import replay
     from loraserve.cli.simulate import simulate
 
-    for command in (up, down, status, drain, undrain, generate, replay, simulate, profile, fidelity, doctor):
+    for command in (
+        up,
+        down,
+        status,
+        top,
+        drain,
+        undrain,
+        generate,
+        replay,
+        simulate,
+        profile,
+        fidelity,
+        doctor,
+    ):
         app.command()(command)
     # What follows `up` or `replay` is theirs.
     app.command(context_settings={"allow_interspersed_args": False})(submit)
@@ -40,11 +53,11 @@ def make_app() -> typer.Typer:
     app.add_typer(bench_app, name="bench")
     app.add_typer(plan_app, name="plan")
     app.add_typer(trace_app, name="trace")
-    app.callback(invoke_without_command=True)(top)
+    app.callback(invoke_without_command=True)(root)
     return app
 
 
-def top(
+def root(
     version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
 ) -> None:
     """Serve many LoRA adapters of different ranks over a cluster of vLLM replicas."""

@@ -3,46 +3,64 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 FILE_WIDTH = 160
 
 
-def show(table: Table) -> None:
+def show(part: RenderableType) -> None:
     """Print to standard output, as wide as the terminal, or as wide as it needs to be in a file."""
-    for column in table.columns:
-        column.no_wrap = True
+    if isinstance(part, Table):
+        for column in part.columns:
+            column.no_wrap = True
     console = Console()
     if not console.is_terminal:
         console = Console(width=FILE_WIDTH)
-    console.print(table)
+    console.print(part, soft_wrap=not isinstance(part, Table))
 
 
 def adapter_table(adapters: Sequence[Any]) -> Table:
-    """One row per adapter: name, rank, size, version, holders with shares."""
-    table = Table("adapter", "rank", "MiB", "version", "holders", box=None, pad_edge=False)
+    """One row per adapter: name, rank, size, version, demand, attainment, holders with shares."""
+    table = Table(
+        "adapter", "rank", "MiB", "version", "tok/s", "forecast", "in SLO", "holders",
+        box=None, pad_edge=False,
+    )  # fmt: skip
     for adapter in adapters:
-        holders = ", ".join(f"{holder.replica_id} {holder.share:.0%}" for holder in adapter.holders)
-        version = adapter.version.rpartition("@")[2]
-        size_mib = adapter.size_bytes / 2**20
-        table.add_row(adapter.name, str(adapter.rank), f"{size_mib:.2f}", version, holders or "none")
+        holders = ", ".join(
+            f"{holder.replica_id} {'spill' if holder.spill else f'{holder.share:.0%}'}"
+            for holder in adapter.holders
+        )
+        table.add_row(
+            adapter.name,
+            str(adapter.rank),
+            f"{adapter.size_bytes / 2**20:.2f}",
+            adapter.version.rpartition("@")[2],
+            f"{adapter.demand_tokens_per_s:.0f}",
+            f"{adapter.forecast_tokens_per_s:.0f}",
+            f"{adapter.recent_in_slo / adapter.recent_requests:.0%}" if adapter.recent_requests else "",
+            holders or "none",
+        )
     return table
 
 
 def replica_table(replicas: Sequence[Any]) -> Table:
-    """One row per replica: state, limits, what it holds, what it does."""
+    """One row per replica: state, limits, what it holds, what it does. Ranks are the highest resident one
+    and the engine's setting."""
     table = Table(
-        "replica", "state", "engine", "max rank", "slots", "slot MiB", "adapters", "MiB", "running",
-        "waiting", "KV", "restarts",
+        "replica", "state", "engine", "ranks", "used", "of tok/s", "slots", "slot MiB", "adapters", "MiB",
+        "running", "waiting", "KV", "restarts",
         box=None, pad_edge=False,
     )  # fmt: skip
     for replica in replicas:
+        point = replica.operating_point_tokens_per_s
         table.add_row(
             replica.replica_id,
             replica.state,
             replica.engine,
-            str(replica.max_lora_rank),
+            f"{replica.highest_resident_rank}/{replica.max_lora_rank}",
+            f"{replica.utilisation:.0%}" if replica.profile else "",
+            f"{point:.0f}" if point else "",
             f"{replica.active_adapters}/{replica.adapter_slots}",
             f"{replica.slot_allocated_bytes / 2**20:.1f}",
             f"{len(replica.resident)}/{replica.pool_adapters}",

@@ -23,6 +23,9 @@ def up(
     port: int = typer.Option(None, help="The router's port; 0 picks one. [default: 50051]"),
     host: str = typer.Option(None, help="The address to listen at. [default: 127.0.0.1]"),
     policy: str = typer.Option(None, help="The placement policy. [default: least-loaded]"),
+    profile: str = typer.Option(
+        None, help="What a replica can do: a shipped profile's name, or a file of `loraserve profile`."
+    ),
     max_lora_rank: str = typer.Option(
         None, help="The highest rank a replica takes, or auto: by what is registered. [default: 128]"
     ),
@@ -63,6 +66,7 @@ def up(
         "router.port": port,
         "router.host": host,
         "placement.policy": policy,
+        "placement.profile": _file_path(profile),
     }
     parsed = load_config(
         Path(config) if config else None, {key: value for key, value in flags.items() if value is not None}
@@ -112,6 +116,11 @@ def _show(running: "RunningCluster", ready_s: float, *, json: bool) -> None:
 def _number(value: str | None) -> int | str | None:
     """What a TOML file would hold: a number, or a word, which is refused there unless it is auto."""
     return int(value) if value is not None and value.isascii() and value.isdigit() else value
+
+
+def _file_path(profile: str | None) -> str | None:
+    """A file as an absolute path, so that every process means the same one."""
+    return str(Path(profile).resolve()) if profile and Path(profile).is_file() else profile
 
 
 def _model_path(model: str | None) -> str | None:

@@ -24,6 +24,7 @@ class ControllerActor:
         import ray.util
 
         from loraserve.cluster.fleet import RayFleet
+        from loraserve.cluster.profiles import kept_profile
         from loraserve.controller.controller import Controller
         from loraserve.controller.library import open_library
         from loraserve.controller.service import add_controller_services
@@ -36,6 +37,7 @@ class ControllerActor:
         try:
             store = await asyncio.to_thread(Store, root / "controller.sqlite")
             recovering = store.begin_life(run_id, self._config.model.path)
+            profile = await asyncio.to_thread(kept_profile, root)
         except LoraServeError as error:
             # Ray does not start an actor again that refuses to start: routers serve on without it.
             logging.getLogger(__name__).error("the controller cannot start: %s", error)
@@ -45,7 +47,12 @@ class ControllerActor:
         home = ray.util.get_node_ip_address()
         fleet = RayFleet(self._config, folder, home=home, insecure_listen=insecure)
         self._controller = Controller(
-            self._config, store=store, fleet=fleet, library=library, recovering=recovering
+            self._config,
+            store=store,
+            fleet=fleet,
+            library=library,
+            recovering=recovering,
+            profile=profile,
         )
         self._server = rpc_server.make_server(max_message_bytes=self._config.router.max_message_bytes)
         health = add_controller_services(self._controller, self._server)
@@ -100,6 +107,7 @@ class RouterActor:
             cluster_name=config.cluster.name,
             clock=WallClock(),
             insecure_listen=insecure,
+            ttft_slo_ms=config.slo.ttft_ms,
         )
         self._port = await self._router.start()
 

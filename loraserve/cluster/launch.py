@@ -61,6 +61,7 @@ def up(
         _refuse_running(config.cluster.name, folder)
         config = _resolve(config, on_step)
         check_before_start(config, folder, fresh=fresh, insecure_listen=insecure_listen)
+        _keep_profile(config, folder, on_step)
         if fresh:
             forget(folder)
         run_id = secrets.token_hex(8)
@@ -208,6 +209,19 @@ def _resolve(config: Config, on_step: Callable[[str], None]) -> Config:
         cluster = msgspec.structs.replace(cluster, ray_address=address)
     model = msgspec.structs.replace(config.model, path=resolve_model(path))
     return msgspec.structs.replace(config, model=model, cluster=cluster)
+
+
+def _keep_profile(config: Config, folder: Path, on_step: Callable[[str], None]) -> None:
+    """Leave what replicas can do where the controller finds it; BadInputError for a profile that is none."""
+    from loraserve.cluster.profiles import keep_profile, profile_of
+
+    profile = profile_of(config)
+    keep_profile(folder, profile)
+    if profile is None:
+        on_step(
+            "no profile: plans take every rank to cost the same; run `loraserve profile` once and give the"
+            " file with --profile"
+        )
 
 
 def _refuse_running(name: str, folder: Path) -> None:

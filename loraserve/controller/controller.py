@@ -32,6 +32,7 @@ from placement import cluster_messages as messages
 from placement.cluster import ClusterState
 from placement.cluster_records import CopyPhase, DrainOrder, ReplicaPhase
 from placement.policies import policy
+from placement.profile import Profile
 from placement.table import RoutingTable
 from placement.types import AdapterName, AdapterVersion, ReplicaId, VersionId, version_id
 
@@ -47,8 +48,9 @@ def _pass(step: messages.Event | messages.Command, stage: str) -> None:
 class Controller:
     """Tracks adapters and replicas, publishes routing tables. `start` once, `stop` once.
 
-    `table` is what routers may see: the last one whose version is durable. `on_step` is called before
-    and after each event is taken in and each command executed; a test may let it fail there.
+    `table` is what routers may see: the last one whose version is durable. `profile` is what each replica
+    can do, None: nothing is known. `on_step` is called before and after each event is taken in and each
+    command executed; a test may let it fail there.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Controller:
         first_backoff_s: float = 0.25,
         on_step: Checkpoint = _pass,
         clock: Clock | None = None,
+        profile: Profile | None = None,
     ) -> None:
         self.config = config
         self.fleet = fleet
@@ -103,6 +106,7 @@ class Controller:
             table_version=store.table_version(),
             drains=store.drains(),
             recovering=recovering,
+            profiles={} if profile is None else {"": profile},
             epoch_s=config.placement.epoch_s,
             resizer=resizer_of(config),
             max_lora_ranks=store.max_lora_ranks(),

@@ -14,11 +14,12 @@ from loraserve.errors import LoraServeError, WorkFailedError
 from loraserve.rpc import server as rpc_server
 from loraserve.rpc.codec import check_protocol
 from loraserve.rpc.internal.v1 import internal_pb2, internal_pb2_grpc
-from loraserve.rpc.plan_codec import decode_plan, encode_holder
+from loraserve.rpc.plan_codec import decode_plan, encode_holder, encode_skew
 from loraserve.rpc.status import abort_with
 from loraserve.rpc.table_codec import encode_table
 from loraserve.rpc.v1 import management_pb2, management_pb2_grpc
 from placement.cluster_records import DrainOrder, ReplicaRecord
+from placement.skew import ReplicaUse, skew_of, uses_of
 from placement.types import AdapterName, ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)
@@ -118,15 +119,23 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
         """The cluster as the controller sees it."""
         controller = self._controller
         await controller.refresh_reports()
+        state = controller.state
+        snapshot = state.snapshot()
+        uses = uses_of(snapshot, state.plan)
+        problems = (controller.problem, state.book.problem)
         return management_pb2.GetStatusResponse(
             cluster=controller.config.cluster.name,
             base_model=controller.config.model.path,
             policy=controller.config.placement.policy,
             table_version=controller.table.version,
-            problems=[] if controller.problem is None else [controller.problem],
-            replicas=[self._replica(record) for record in controller.state.replicas.values()],
+            problems=[problem for problem in problems if problem is not None],
+            replicas=[
+                self._replica(record, uses.get(record.replica_id)) for record in state.replicas.values()
+            ],
             adapters=self._adapters(),
             controller_reachable=True,
+            plan_frozen=state.book.frozen is not None,
+            skew=encode_skew(skew_of(snapshot, state.plan)),
         )
 
     async def DrainReplicas(
@@ -226,9 +235,11 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             source=registration.source,
             target_modules=registration.target_modules,
             holders=[encode_holder(holder) for holder in holders],
+            demand_tokens_per_s=self._controller.demand.measured.get(version, 0.0),
+            forecast_tokens_per_s=self._controller.state.demand_tokens_per_s.get(version, 0.0),
         )
 
-    def _replica(self, record: ReplicaRecord) -> management_pb2.Replica:
+    def _replica(self, record: ReplicaRecord, use: ReplicaUse | None) -> management_pb2.Replica:
         controller, replica = self._controller, record.replica_id
         message = management_pb2.Replica(
             replica_id=replica,
@@ -243,6 +254,16 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             message.node_id = record.spec.node_id
             message.max_lora_rank = record.spec.max_lora_rank
             message.pool_adapters = record.spec.pool_adapters
+            message.pool_bytes = record.spec.pool_bytes
+            profile = controller.state.profiles.get(record.spec.profile)
+            message.profile = "" if profile is None else profile.name
+        adapters = controller.state.adapters
+        ranks = (adapters[one].rank for one in controller.copies(replica) if one in adapters)
+        message.highest_resident_rank = max(ranks, default=0)
+        if use is not None:
+            message.demand_tokens_per_s = use.demand_tokens_per_s
+            message.utilisation = use.utilisation
+            message.operating_point_tokens_per_s = use.operating_point_tokens_per_s or 0.0
         if (engine := controller.engines.get(replica)) is not None:
             message.engine = engine.kind
             message.adapter_slots = engine.adapter_slots

@@ -155,6 +155,8 @@ class Adapter(_message.Message):
     HOLDERS_FIELD_NUMBER: _builtins.int
     DEMAND_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     FORECAST_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    RECENT_REQUESTS_FIELD_NUMBER: _builtins.int
+    RECENT_IN_SLO_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     rank: _builtins.int
@@ -164,6 +166,11 @@ class Adapter(_message.Message):
     demand_tokens_per_s: _builtins.float
     """Prompt and output tokens per second: as counted lately, and as expected for the next epoch."""
     forecast_tokens_per_s: _builtins.float
+    recent_requests: _builtins.int
+    """Of the last requests that went through the router that answers and were not cancelled: those that
+    named it, and those of them whose first token came within slo.ttft_ms.
+    """
+    recent_in_slo: _builtins.int
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -181,10 +188,12 @@ class Adapter(_message.Message):
         holders: _abc.Iterable[Global___Holder] | None = ...,
         demand_tokens_per_s: _builtins.float = ...,
         forecast_tokens_per_s: _builtins.float = ...,
+        recent_requests: _builtins.int = ...,
+        recent_in_slo: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_tokens_per_s", b"demand_tokens_per_s", "forecast_tokens_per_s", b"forecast_tokens_per_s", "holders", b"holders", "name", b"name", "rank", b"rank", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_tokens_per_s", b"demand_tokens_per_s", "forecast_tokens_per_s", b"forecast_tokens_per_s", "holders", b"holders", "name", b"name", "rank", b"rank", "recent_in_slo", b"recent_in_slo", "recent_requests", b"recent_requests", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
