@@ -1,5 +1,6 @@
 """What `loraserve forecast` measures: forecasters on a trace, epoch by epoch, against what came."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from traces.columns import TraceColumns
 from traces.demand import demand_tokens_per_s
 
 MAX_EPOCHS = 1_000_000
+SILENT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,17 +36,19 @@ class Forecasts:
 
 @dataclass(slots=True)
 class ForecastProgress:
-    """How far it is, for `loraserve.cli.progress`."""
+    """How far it is, for `loraserve.cli.progress`; silent at first, for most traces take no second."""
 
     share: float = 0.0
     doing: str = ""
     listeners: list[Callable[["ForecastProgress"], None]] = field(default_factory=list)
+    begun_s: float = field(default_factory=time.monotonic)
 
     def tell(self, done: int, of: int) -> None:
         """So many epochs of so many."""
         self.share, self.doing = done / of, f"epoch {done} of {of}"
-        for listener in self.listeners:
-            listener(self)
+        if time.monotonic() - self.begun_s > SILENT_S:
+            for listener in self.listeners:
+                listener(self)
 
 
 def check_names(names: tuple[str, ...]) -> None:

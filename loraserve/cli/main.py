@@ -27,6 +27,7 @@ def make_app() -> typer.Typer:
     )
     from loraserve.cli.doctor import doctor
     from loraserve.cli.fidelity import fidelity
+    from loraserve.cli.forecast import forecast
     from loraserve.cli.generate import generate
     from loraserve.cli.profile import profile
     from loraserve.cli.replay import replay
@@ -43,6 +44,7 @@ def make_app() -> typer.Typer:
         replay,
         simulate,
         profile,
+        forecast,
         fidelity,
         doctor,
     ):
