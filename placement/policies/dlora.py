@@ -8,8 +8,9 @@ most under-represented before the bound is looked at, where the artifact draws t
 it does while it runs is its dispatch and its migration.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -50,70 +51,87 @@ def _keep(adapters: list[AdapterVersion], present: Present, rooms: Mapping[Repli
 
 
 class _Growth:
-    """Further copies, one at a time; places are indices into the adapters and the rooms."""
+    """Further copies, one at a time; places are indices into the adapters and the rooms.
+
+    An adapter's bound is the memory that is free in its rooms over its part of the load.
+    """
 
     def __init__(self, snapshot: Snapshot, adapters: list[AdapterVersion], rooms: list[Room]) -> None:
         self._adapters = adapters
         self._arrays = RoomArrays(rooms)
         demand = snapshot.demand_tokens_per_s
         loads = np.array([demand.get(adapter.version_id, 0.0) + _LEAST for adapter in adapters])
-        self._expected = loads / loads.sum() if len(loads) else loads
+        self._expected = loads / max(loads.sum(), _LEAST)
         places = {adapter.version_id: index for index, adapter in enumerate(adapters)}
-        self._held = [sorted(places[version] for version in room.held) for room in rooms]
-        self._counts = np.zeros(len(adapters))
+        self._held = [np.array(sorted(places[version] for version in room.held), dtype=int) for room in rooms]
         self._memory = np.zeros(len(adapters))
-        """The free bytes of all rooms that each adapter is in."""
+        counts = np.zeros(len(adapters), dtype=int)
         for held, room in zip(self._held, rooms, strict=True):
-            self._counts[held] += 1
+            counts[held] += 1
             self._memory[held] += room.free_bytes
-        self.num_copies = int(self._counts.sum())
-        # What is placed nowhere fits nowhere, and would hold the bound at zero.
-        self._placed = self._counts > 0
-        self._counts[~self._placed] = np.inf
-        self._bound = self._lowest()
+        self.num_copies = int(counts.sum())
+        self._bounds = self._memory / self._expected
+        # What is placed nowhere fits nowhere; it would hold the lowest bound at zero.
+        self._bounds[counts == 0] = np.inf
+        self._lowest = float(self._bounds.min(initial=np.inf))
+        self._waiting: dict[int, list[tuple[float, int]]] = {}
+        """Those that may get more, by the copies they have, the most expected first."""
+        for index in np.flatnonzero(counts).tolist():
+            self._wait(int(counts[index]), index)
 
     def step(self, *, bounded: bool) -> bool:
         """One copy more of the most under-represented adapter that has room; False if there is none, or if
-        the bound would fall wherever it went."""
-        while len(self._adapters):
-            index = int(np.argmax(self._expected * self.num_copies - self._counts))
-            if self._counts[index] == np.inf:
+        the lowest bound would fall wherever it went."""
+        while self._waiting:
+            _, _, count = max(
+                (-top[0][0] * self.num_copies - c, -top[0][1], c) for c, top in self._waiting.items()
+            )
+            index = self._waiting[count][0][1]
+            has_room = False
+            for room in self._free(index):
+                has_room = True
+                if self._try(index, room, bounded=bounded):
+                    self._take(count)
+                    self._wait(count + 1, index)
+                    return True
+            if has_room:
                 return False
-            free = self._free(index)
-            if len(free):
-                return any(self._try(index, int(room), bounded=bounded) for room in free)
-            self._counts[index] = np.inf
+            self._take(count)
         return False
 
-    def _free(self, index: int) -> list[int]:
+    def _wait(self, count: int, index: int) -> None:
+        heappush(self._waiting.setdefault(count, []), (-float(self._expected[index]), index))
+
+    def _take(self, count: int) -> None:
+        heappop(self._waiting[count])
+        if not self._waiting[count]:
+            del self._waiting[count]
+
+    def _free(self, index: int) -> Iterator[int]:
         """The rooms that could take one more copy, those with the most places left first."""
         arrays = self._arrays
         adapter = self._adapters[index]
-        fitting = np.flatnonzero(arrays.fitting(adapter)).tolist()
-        free = [room for room in fitting if adapter.version_id not in arrays.rooms[room].held]
-        free.sort(key=lambda room: (-arrays.rooms[room].free_adapters, -arrays.rooms[room].free_bytes, room))
-        return free
+        fitting = np.flatnonzero(arrays.fitting(adapter))
+        order = np.lexsort((fitting, -arrays.free_bytes[fitting], -arrays.free_adapters[fitting]))
+        for room in fitting[order].tolist():
+            if adapter.version_id not in arrays.rooms[room].held:
+                yield room
 
     def _try(self, index: int, room: int, *, bounded: bool) -> bool:
         adapter, held = self._adapters[index], self._held[room]
-        left = self._arrays.rooms[room].free_bytes - adapter.size_bytes
-        after = self._memory[held] - adapter.size_bytes
-        # The others' bounds stay, and none of them is below the lowest.
-        lowest = min((after / self._expected[held]).min(initial=np.inf), self._bound_with(index, left))
-        if bounded and lowest < self._bound:
+        memory = self._memory[held] - adapter.size_bytes
+        bounds = memory / self._expected[held]
+        own_memory = self._memory[index] + self._arrays.rooms[room].free_bytes - adapter.size_bytes
+        own = float(own_memory / self._expected[index])
+        # The bounds of all others stay, and none of them is below the lowest.
+        lowest = min(float(bounds.min(initial=np.inf)), own)
+        if bounded and lowest < self._lowest:
             return False
-        self._memory[held] = after
-        self._memory[index] += left
+        was_lowest = self._bounds[index] <= self._lowest
+        self._memory[held], self._bounds[held] = memory, bounds
+        self._memory[index], self._bounds[index] = own_memory, own
         self._arrays.put(room, adapter)
-        held.append(index)
-        self._counts[index] += 1
+        self._held[room] = np.append(held, index)
         self.num_copies += 1
-        self._bound = self._lowest()
+        self._lowest = float(self._bounds.min()) if was_lowest else min(self._lowest, lowest)
         return True
-
-    def _bound_with(self, index: int, left: int) -> float:
-        return float((self._memory[index] + left) / self._expected[index])
-
-    def _lowest(self) -> float:
-        bounds = self._memory[self._placed] / self._expected[self._placed]
-        return float(bounds.min(initial=np.inf))

@@ -69,7 +69,7 @@ def _asks(snapshot: Snapshot) -> dict[int, list[Ask]]:
     asks: dict[int, list[Ask]] = {}
     for adapter in sorted(snapshot.adapters, key=lambda adapter: (adapter.rank, adapter.version_id)):
         wanted = max(MIN_TOKENS_PER_S, demand.get(adapter.version_id, 0.0))
-        asks.setdefault(adapter.rank, []).append(Ask(adapter, wanted))
+        asks.setdefault(adapter.rank, []).append(Ask(adapter, wanted, wanted))
     return asks
 
 

@@ -40,7 +40,7 @@ class Leftovers:
         scale = self._scale(leftovers)
         homeless: list[Ask] = []
         for ask in sorted(leftovers, key=most_first):
-            adapter, left = ask.adapter, ask.tokens_per_s * scale
+            adapter, left = ask.adapter, ask.left * scale
             here = homes[adapter.version_id]
             small = SMALL * self._capacity[adapter.rank]
             if left >= small:
@@ -59,7 +59,7 @@ class Leftovers:
         return homes
 
     def _scale(self, leftovers: Sequence[Ask]) -> float:
-        wanted = sum(ask.tokens_per_s / self._capacity[ask.adapter.rank] for ask in leftovers)
+        wanted = sum(ask.left / self._capacity[ask.adapter.rank] for ask in leftovers)
         space = float(np.maximum(self._target - self._utils, 0.0).sum())
         return space / wanted if wanted - space >= SMALL else 1.0
 

@@ -18,10 +18,11 @@ not worth splitting for."""
 
 
 class Ask(NamedTuple):
-    """An adapter and the tokens per second of it that are still to be placed."""
+    """An adapter, its tokens per second, and those of them that are still to be placed."""
 
     adapter: AdapterVersion
     tokens_per_s: float
+    left: float
 
 
 @dataclass(slots=True)
@@ -83,8 +84,7 @@ def pack_rank(asks: Sequence[Ask], bins: Sequence[Bin], target: float, capacity:
     leftovers: list[Ask] = []
     smallest = min((ask.adapter.size_bytes for ask in asks), default=0)
     begin = 0
-    for adapter, wanted in sorted(asks, key=most_first):
-        left = wanted
+    for adapter, wanted, left in sorted(asks, key=most_first):
         for place in range(begin, len(bins)):
             if left <= REST * capacity:
                 break
@@ -97,7 +97,7 @@ def pack_rank(asks: Sequence[Ask], bins: Sequence[Bin], target: float, capacity:
                 one.put(adapter, part)
                 left -= part
         if left == wanted or left > REST * capacity:
-            leftovers.append(Ask(adapter, left))
+            leftovers.append(Ask(adapter, wanted, left))
     return leftovers
 
 

@@ -23,6 +23,9 @@ from placement.types import AdapterVersion, Placement, Snapshot, VersionId
 SLACK = 1.5
 """An adapter gives up copies when it has as many more than its part of the load asks for."""
 
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
 _Places = Mapping[VersionId, Sequence[int]]
 
 
@@ -34,16 +37,7 @@ class Rendezvous:
 
     def plan(self, snapshot: Snapshot) -> Placement:
         """One copy of each adapter, then what is there of further ones, then new ones."""
-        rooms = list(Room.of(snapshot.replicas))
-        places = {replica: index for index, replica in enumerate(rooms)}
-        present = {
-            adapter.version_id: sorted(
-                places[replica]
-                for replica in snapshot.current.replicas_of(adapter.version_id)
-                if replica in places
-            )
-            for adapter in snapshot.adapters
-        }
+        present = _present(snapshot)
         ring = _first_copies(snapshot, present)
         counts = _counts(snapshot, present)
         demand = snapshot.demand_tokens_per_s
@@ -55,6 +49,25 @@ class Rendezvous:
         for adapter in by_demand:
             ring.fill(adapter, counts[adapter.version_id])
         return equal_shares(ring.arrays.rooms, snapshot.adapters)
+
+
+def _present(snapshot: Snapshot) -> _Places:
+    """Where each adapter has a copy now, in its own order of the replicas, as places in their order by id."""
+    places = {replica: place for place, replica in enumerate(Room.of(snapshot.replicas))}
+    names = [_hash(snapshot.seed, replica) for replica in places]
+    present: dict[VersionId, list[int]] = {}
+    for adapter in snapshot.adapters:
+        here = [
+            places[replica]
+            for replica in snapshot.current.replicas_of(adapter.version_id)
+            if replica in places
+        ]
+        if len(here) > 1:
+            own = _hash(snapshot.seed, adapter.name)
+            scores = _mixed(np.array([names[place] ^ own for place in here], dtype=np.uint64)).tolist()
+            here = [place for _, place in sorted(zip(scores, here, strict=True), reverse=True)]
+        present[adapter.version_id] = here
+    return present
 
 
 def _first_copies(snapshot: Snapshot, present: _Places) -> "_Ring":
@@ -120,33 +133,36 @@ class _Ring:
         return len(self.copies)
 
     def keep(self, adapter: AdapterVersion, present: Sequence[int], count: int) -> None:
-        """Up to `count` copies in all, among those places alone."""
-        if present:
-            mask = np.zeros(len(self._names), dtype=np.bool_)
-            mask[list(present)] = True
-            self._put(adapter, count, mask)
+        """Up to `count` copies in all, in those places alone, the first of them first."""
+        held = self.copies.get(adapter.version_id, ())
+        for place in present:
+            if len(held) >= count:
+                return
+            if self.arrays.rooms[place].fits(adapter):
+                held = self._put(adapter, place)
 
     def fill(self, adapter: AdapterVersion, count: int) -> None:
         """Up to `count` copies in all, anywhere."""
-        self._put(adapter, count, None)
-
-    def _put(self, adapter: AdapterVersion, count: int, among: npt.NDArray[np.bool_] | None) -> None:
-        held = self.copies.get(adapter.version_id, [])
+        held = self.copies.get(adapter.version_id, ())
         missing = count - len(held)
         if missing <= 0:
             return
         mask = self.arrays.fitting(adapter)
-        mask[held] = False
-        if among is not None:
-            mask &= among
-        places = np.flatnonzero(mask)
-        if not len(places):
+        mask[list(held)] = False
+        if not mask.any():
             return
-        scores = _mixed(self._names[places] ^ np.uint64(_hash(self._seed, adapter.name)))
-        best = [int(np.argmax(scores))] if missing == 1 else np.argsort(scores)[::-1][:missing].tolist()
-        for index in best:
-            self.arrays.put(int(places[index]), adapter)
-        self.copies[adapter.version_id] = held + [int(places[index]) for index in best]
+        scores = _mixed(self._names ^ np.uint64(_hash(self._seed, adapter.name)))
+        scores[~mask] = 0
+        best = [int(scores.argmax())] if missing == 1 else np.argsort(scores)[::-1][:missing].tolist()
+        for place in best:
+            if mask[place]:
+                self._put(adapter, place)
+
+    def _put(self, adapter: AdapterVersion, place: int) -> list[int]:
+        self.arrays.put(place, adapter)
+        held = self.copies.setdefault(adapter.version_id, [])
+        held.append(place)
+        return held
 
 
 def _hash(seed: int, name: str) -> int:
@@ -156,6 +172,9 @@ def _hash(seed: int, name: str) -> int:
 
 def _mixed(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of splitmix64, which scatters keys that differ in any bit; wraps around."""
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return keys ^ (keys >> np.uint64(31))
+    keys = keys ^ (keys >> _SHIFTS[0])
+    keys *= _FACTORS[0]
+    keys ^= keys >> _SHIFTS[1]
+    keys *= _FACTORS[1]
+    keys ^= keys >> _SHIFTS[2]
+    return keys

@@ -9,9 +9,42 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.invariants import check_placement
+from placement.latency import LatencyModel, RankKernel
+from placement.permutation import permuted
 from placement.policies import POLICIES, policy
 from placement.policies.base import Room
-from placement.types import AdapterName, AdapterVersion, ReplicaId, ReplicaSpec, Snapshot, version_id
+from placement.profile import EngineFacts, OperatingPoint, Profile
+from placement.types import (
+    AdapterName,
+    AdapterVersion,
+    Placement,
+    ReplicaId,
+    ReplicaSpec,
+    Snapshot,
+    VersionId,
+    version_id,
+)
+
+PROFILES = {
+    kernel.value: Profile(
+        name=kernel.value,
+        source="a test",
+        engine=EngineFacts(kind="test", model="m", kv_blocks=100),
+        latency=LatencyModel(kernel=kernel),
+        latency_basis="published",
+        operating_points=(
+            OperatingPoint(rank=8, tokens_per_s=100.0),
+            OperatingPoint(rank=128, tokens_per_s=50.0),
+        ),
+    )
+    for kernel in RankKernel
+}
+
+
+EXCEPT_OPTIMAL = [
+    pytest.param(name, marks=pytest.mark.skip("optimal does not promise it yet") if name == "optimal" else ())
+    for name in sorted(POLICIES)
+]
 
 
 @st.composite
@@ -32,12 +65,17 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             max_lora_rank=draw(st.sampled_from([8, 64, 128])),
             pool_adapters=draw(st.integers(1, 12)),
             pool_bytes=draw(st.integers(10, 400)),
+            profile=draw(st.sampled_from(["", *PROFILES])),
         )
         for index in range(draw(st.integers(0, 5)))
     )
     demand = {adapter.version_id: draw(st.floats(0, 100)) for adapter in adapters if draw(st.booleans())}
     return Snapshot(
-        adapters=adapters, replicas=replicas, demand_tokens_per_s=demand, seed=draw(st.integers(0, 9))
+        adapters=adapters,
+        replicas=replicas,
+        demand_tokens_per_s=demand,
+        seed=draw(st.integers(0, 9)),
+        profiles=PROFILES,
     )
 
 
@@ -51,21 +89,118 @@ def test_a_plan_is_valid_repeatable_independent_of_order_and_stable(
     check_placement(snapshot, plan)
     assert policy(name).plan(snapshot) == plan
     mixed = random.Random(shuffle)
-    shuffled = Snapshot(
+    shuffled = replace(
+        snapshot,
         adapters=tuple(mixed.sample(snapshot.adapters, len(snapshot.adapters))),
         replicas=tuple(mixed.sample(snapshot.replicas, len(snapshot.replicas))),
-        demand_tokens_per_s=snapshot.demand_tokens_per_s,
-        seed=snapshot.seed,
+        demand_tokens_per_s=dict(
+            mixed.sample(list(snapshot.demand_tokens_per_s.items()), len(snapshot.demand_tokens_per_s))
+        ),
     )
     assert policy(name).plan(shuffled) == plan
-    unchanged = Snapshot(
-        adapters=snapshot.adapters,
-        replicas=snapshot.replicas,
-        current=plan,
-        demand_tokens_per_s=snapshot.demand_tokens_per_s,
-        seed=snapshot.seed,
+    assert policy(name).plan(replace(snapshot, current=plan)) == plan, "an unchanged workload moves nothing"
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@given(snapshot=snapshots())
+@settings(max_examples=100, deadline=None)
+def test_whoever_is_left_out_fits_nowhere_beside_what_is_placed(name: str, snapshot: Snapshot) -> None:
+    plan = policy(name).plan(snapshot)
+    rooms = Room.of(snapshot.replicas)
+    adapters = {adapter.version_id: adapter for adapter in snapshot.adapters}
+    for version, holders in plan.holders.items():
+        for holder in holders:
+            rooms[holder.replica_id].put(adapters[version])
+    for version in adapters.keys() - plan.holders.keys():
+        assert not any(room.fits(adapters[version]) for room in rooms.values())
+
+
+@pytest.mark.parametrize("name", EXCEPT_OPTIMAL)
+@given(snapshot=snapshots(), count=st.integers(1, 12))
+@settings(max_examples=100, deadline=None)
+def test_of_equal_adapters_as_many_are_placed_as_there_are_places(
+    name: str, snapshot: Snapshot, count: int
+) -> None:
+    equal = replace(
+        snapshot,
+        adapters=tuple(replace(adapter, rank=8, size_bytes=1) for adapter in snapshot.adapters),
+        replicas=tuple(replace(spec, pool_adapters=min(count, 4)) for spec in snapshot.replicas),
     )
-    assert policy(name).plan(unchanged) == plan, "an unchanged workload moves nothing"
+    places = sum(min(spec.pool_adapters, spec.pool_bytes) for spec in equal.replicas)
+    assert len(policy(name).plan(equal).holders) == min(len(equal.adapters), places)
+
+
+@pytest.mark.parametrize("name", EXCEPT_OPTIMAL)
+@given(before=snapshots(), snapshot=snapshots())
+@settings(max_examples=100, deadline=None)
+def test_a_plan_is_valid_whatever_was_placed_before_under_other_limits(
+    name: str, before: Snapshot, snapshot: Snapshot
+) -> None:
+    now = replace(snapshot, current=policy("slora-random").plan(replace(before, adapters=snapshot.adapters)))
+    check_placement(now, policy(name).plan(now))
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@given(before=snapshots(), snapshot=snapshots())
+@settings(max_examples=100, deadline=None)
+def test_with_room_for_all_a_plan_from_any_placement_is_kept_while_nothing_changes(
+    name: str, before: Snapshot, snapshot: Snapshot
+) -> None:
+    roomy = replace(
+        snapshot,
+        replicas=tuple(
+            replace(spec, max_lora_rank=128, pool_adapters=20, pool_bytes=1000) for spec in snapshot.replicas
+        ),
+        current=policy("slora-random").plan(replace(before, adapters=snapshot.adapters)),
+    )
+    plan = policy(name).plan(roomy)
+    check_placement(roomy, plan)
+    assert len(plan.holders) == (len(roomy.adapters) if roomy.replicas else 0)
+    assert _copies(policy(name).plan(replace(roomy, current=plan))) == _copies(plan)
+
+
+def _copies(plan: Placement) -> dict[VersionId, frozenset[ReplicaId]]:
+    return {version: plan.replicas_of(version) for version in plan.holders}
+
+
+@given(snapshot=snapshots(), order=st.permutations(range(5)), other=snapshots())
+@settings(max_examples=150, deadline=None)
+def test_a_plan_is_permuted_back_to_what_is_there_and_never_moves_more_than_unpermuted(
+    snapshot: Snapshot, order: list[int], other: Snapshot
+) -> None:
+    equal = replace(
+        snapshot,
+        replicas=tuple(
+            replace(spec, max_lora_rank=128, pool_adapters=9, pool_bytes=400, profile="")
+            for spec in snapshot.replicas
+        ),
+    )
+    plan = policy("loraserve").plan(equal)
+    ids = [spec.replica_id for spec in equal.replicas]
+    names = dict(zip(ids, [ids[place] for place in order if place < len(ids)], strict=True))
+    mixed = Placement(
+        {
+            version: tuple(
+                sorted(
+                    (replace(holder, replica_id=names[holder.replica_id]) for holder in holders),
+                    key=lambda holder: holder.replica_id,
+                )
+            )
+            for version, holders in plan.holders.items()
+        }
+    )
+    assert permuted(plan, replace(equal, current=mixed)) == mixed
+    assert policy("loraserve").plan(replace(equal, current=mixed)) == mixed
+    there = replace(equal, current=policy("slora-random").plan(replace(other, replicas=equal.replicas)))
+    assert _bytes_kept(permuted(plan, there), there) >= _bytes_kept(plan, there) * (1 - 1e-9)
+
+
+def _bytes_kept(plan: Placement, snapshot: Snapshot) -> int:
+    return sum(
+        adapter.size_bytes
+        * len(plan.replicas_of(adapter.version_id) & snapshot.current.replicas_of(adapter.version_id))
+        for adapter in snapshot.adapters
+    )
 
 
 def _plain_least_loaded(snapshot: Snapshot) -> dict[str, frozenset[str]]:
