@@ -60,7 +60,7 @@ class Resizer:
             self._reconsider(record, snapshot, is_epoch=is_epoch)
         if is_epoch:
             if frozen is None:
-                self.sizing = size_ranks(snapshot, self.limits)
+                self.sizing = size_ranks(snapshot, self.limits, begun=self.sizing.max_lora_ranks)
             else:
                 self.sizing = RankPlan(max_lora_ranks=frozen.max_lora_ranks, reason="the plan is frozen")
             if all(record.phase in _AT_REST for record in replicas.values()):

@@ -27,15 +27,18 @@ BISECTIONS = 40
 class RankSizingLimits:
     """When restarts are worth it.
 
-    A replica that restarts is away for `restart_s` and then loads its adapters at `load_bytes_per_s`. The
-    gain counts over `horizon_epochs` epochs, has to be `margin` times the cost, and the highest utilisation
-    to fall by `min_gain` of it. Every rank keeps `min_holders` replicas, and no setting is above `highest`.
+    A replica that restarts is away for `restart_s` and then loads its adapters at `load_bytes_per_s`;
+    meanwhile the others may fall behind by `max_backlog_s` of work. The gain counts over `horizon_epochs`
+    epochs, has to be `margin` times the cost, and the highest utilisation to fall by `min_gain` of it. Every
+    rank keeps `min_holders` replicas, and so does `kept`, whether or not an adapter of it is registered; no
+    setting is above `highest`.
     """
 
     restart_s: float = 60.0
     load_bytes_per_s: float = 1e9
-    horizon_epochs: int = 10
+    horizon_epochs: int = 20
     margin: float = 2.0
+    max_backlog_s: float = 5.0
     min_gain: float = 0.1
     min_holders: int = 1
     kept: int = 0
@@ -58,13 +61,19 @@ class RankPlan:
     reason: str = ""
 
 
-def size_ranks(snapshot: Snapshot, limits: RankSizingLimits | None = None) -> RankPlan:
+def size_ranks(
+    snapshot: Snapshot,
+    limits: RankSizingLimits | None = None,
+    *,
+    begun: Mapping[ReplicaId, int] = MappingProxyType({}),
+) -> RankPlan:
     """The settings that make the highest utilisation lowest, if they repay the restarts they need.
 
     The gain is what the cluster is spared: the part by which the highest utilisation falls, of all tokens of
     the horizon. The cost is what others have to serve of a replica that is away or loads, once for each
-    restart. Whatever the gain, a registered adapter that no replica admits is made room for. The order of the
-    snapshot's tuples does not matter.
+    restart. Whatever the gain, a registered adapter that no replica admits is made room for. Settings that
+    were chosen before and `begun` are gone on with while none are better by `min_gain`, if what is left of
+    them repays. The order of the snapshot's tuples does not matter.
     """
     limits = limits or RankSizingLimits()
     fleet = _Fleet(snapshot, limits)
@@ -72,9 +81,10 @@ def size_ranks(snapshot: Snapshot, limits: RankSizingLimits | None = None) -> Ra
         return RankPlan(reason="no replica's cost follows from its max_lora_rank")
     now = {spec.replica_id: spec.max_lora_rank for spec in fleet.specs}
     before = fleet.utilisation(now)
-    wanted = fleet.best()
-    if wanted is None:
+    best = fleet.best()
+    if best is None:
         return RankPlan(utilisation=before, planned_utilisation=before, reason="the replicas cannot hold all")
+    wanted, min_gain = _gone_on_with(fleet, best, {**now, **begun})
     after = fleet.utilisation(wanted)
     changed = [spec for spec in fleet.resizable if wanted[spec.replica_id] != spec.max_lora_rank]
     gain = _gain_tokens(fleet, before, after)
@@ -85,11 +95,27 @@ def size_ranks(snapshot: Snapshot, limits: RankSizingLimits | None = None) -> Ra
     if not changed:
         return found
     must = not fleet.holds_all(fleet.specs)
-    if not must and (after > before * (1 - limits.min_gain) or gain <= limits.margin * cost):
+    if not must and (after > before * (1 - min_gain) or gain <= limits.margin * cost):
         return replace(found, reason="restarts would not repay their cost")
     why = "a registered adapter has no replica" if must else "the gain repays the restarts"
     ours = {spec.replica_id: wanted[spec.replica_id] for spec in fleet.resizable}
     return replace(found, max_lora_ranks=MappingProxyType(dict(sorted(ours.items()))), reason=why)
+
+
+def _gone_on_with(
+    fleet: "_Fleet", best: dict[ReplicaId, int], begun: dict[ReplicaId, int]
+) -> tuple[dict[ReplicaId, int], float]:
+    """The settings to come to, and the part by which utilisation has to fall for it: none if they were chosen
+    before, as the rest of a change is worth less than all of it."""
+    limits = fleet.limits
+    specs = [replace(spec, max_lora_rank=begun[spec.replica_id]) for spec in fleet.specs]
+    is_same = all(spec.max_lora_rank == begun[spec.replica_id] for spec in fleet.specs)
+    is_possible = all(begun[spec.replica_id] <= limits.highest for spec in fleet.resizable)
+    if is_same or not is_possible or not fleet.holds_all(specs):
+        return best, limits.min_gain
+    if fleet.utilisation(begun) * (1 - limits.min_gain) <= fleet.utilisation(best):
+        return begun, 0.0
+    return best, limits.min_gain
 
 
 def next_restart(
@@ -103,8 +129,8 @@ def next_restart(
     what it must hold would find no place on the others meanwhile or afterwards.
 
     `snapshot.replicas` are those that serve. Of several the one with whose setting the highest utilisation is
-    lowest. A cluster that carries its load now is not brought to where it does not, unless an adapter has no
-    replica.
+    lowest. A cluster that carries its load now is not made to fall behind by more than `max_backlog_s`,
+    unless an adapter has no replica.
     """
     limits = limits or RankSizingLimits()
     fleet = _Fleet(snapshot, limits)
@@ -144,7 +170,8 @@ def _may_restart(fleet: "_Fleet", spec: ReplicaSpec, wanted: int) -> bool:
         return False
     now = {one.replica_id: one.max_lora_rank for one in fleet.specs}
     without = {one.replica_id: one.max_lora_rank for one in others}
-    return fleet.utilisation(without) <= 1.0 or fleet.utilisation(now) > 1.0
+    backlog_s = (fleet.utilisation(without) - 1) * fleet.limits.restart_s
+    return backlog_s <= fleet.limits.max_backlog_s or fleet.utilisation(now) > 1.0
 
 
 def _gain_tokens(fleet: "_Fleet", before: float, after: float) -> float:

@@ -51,6 +51,8 @@ class ClusterOptions:
     on_demand: bool = False
     from_origin_only: bool = False
     failures: tuple[Failure, ...] = ()
+    max_lora_ranks: str = "fixed"
+    restart_s: float = 60.0
 
 
 def scenario_of(
@@ -92,6 +94,8 @@ def scenario_of(
         peer=None if options.from_origin_only else peer,
         on_demand=options.on_demand,
         failures=options.failures,
+        max_lora_ranks=options.max_lora_ranks,
+        restart_s=options.restart_s,
         seed=seed,
         profiles={profile.name: known},
     )

@@ -60,6 +60,8 @@ class Scenario:
     they are loaded as planned and published when they are there.
     `profiles` are what policies know of the kinds of replicas, by `ReplicaSpec.profile`.
     `warm`: the first plan is loaded at the start. The controller hears of a failure `detection_s` after it.
+    With `max_lora_ranks` planned, replicas whose kernel is padded_config are drained and started again, which
+    takes `restart_s`, with the setting that the plan wants.
 
     BadInputError names the field, what it is and what would be right.
     """
@@ -87,6 +89,8 @@ class Scenario:
     failures: tuple[Failure, ...] = ()
     detection_s: float = 1.0
     max_restarts: int = 3
+    max_lora_ranks: str = "fixed"
+    restart_s: float = 60.0
     seed: int = 0
     profiles: Mapping[str, Profile] = field(default_factory=dict)
 
@@ -116,11 +120,13 @@ class Scenario:
             "peer_latency_s": None if self.peer is None else self.peer.latency_s,
             "failures": len(self.failures),
         }
-        return described | {name: getattr(self, name) for name in _PLAIN}
+        names = _PLAIN if self.max_lora_ranks == "fixed" else (*_PLAIN, *_RESTARTING)
+        return described | {name: getattr(self, name) for name in names}
 
 
 _DURATIONS = ("report_interval_s", "epoch_s", "window_s", "history_s")
 _DELAYS = ("network_delay_s", "report_delay_s", "table_delay_s", "holder_wait_s", "detection_s")
+_RESTARTING = ("max_lora_ranks", "restart_s")
 _PLAIN = (
     *("policy", "routing", "forecast"),
     *("num_routers", "max_waiting", "on_demand", "warm", "max_restarts", "seed"),
@@ -165,6 +171,8 @@ def _check_names(scenario: Scenario) -> None:
         _refuse("policy", repr(scenario.policy), f"one of {', '.join(sorted(POLICIES))}")
     if scenario.routing not in ROUTING_POLICIES:
         _refuse("routing", repr(scenario.routing), f"one of {', '.join(sorted(ROUTING_POLICIES))}")
+    if scenario.max_lora_ranks not in ("fixed", "planned"):
+        _refuse("max_lora_ranks", repr(scenario.max_lora_ranks), "fixed or planned")
     if scenario.forecast not in FORECASTERS:
         _refuse("forecast", repr(scenario.forecast), f"one of {', '.join(sorted(FORECASTERS))}")
 
@@ -174,7 +182,7 @@ def _check_numbers(scenario: Scenario) -> None:
         if not MIN_PERIOD_S <= getattr(scenario, name) <= MAX_DURATION_S:
             right = f"seconds from {MIN_PERIOD_S:g} to {MAX_DURATION_S:g}"
             _refuse(name, f"{getattr(scenario, name)} s", right)
-    for name in _DELAYS:
+    for name in (*_DELAYS, "restart_s"):
         if not 0 <= getattr(scenario, name) <= MAX_DURATION_S:
             _refuse(name, f"{getattr(scenario, name)} s", f"seconds from 0 to {MAX_DURATION_S:g}")
     if scenario.report_delay_s < scenario.network_delay_s:

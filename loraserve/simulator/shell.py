@@ -8,6 +8,7 @@ from functools import partial
 
 from loraserve.simulator.agenda import Agenda
 from loraserve.simulator.dispatch import Dispatch
+from loraserve.simulator.restarts import Orphans, Restarts, resizer_of
 from loraserve.simulator.scenario import Failure, Scenario
 from loraserve.simulator.site import Site
 from loraserve.simulator.transfers import Transfers
@@ -51,6 +52,15 @@ class Shell:
             plan=plan,
             profiles=scenario.profiles,
             epoch_s=scenario.epoch_s,
+            resizer=resizer_of(scenario),
+        )
+        self._restarts = Restarts(
+            scenario,
+            dispatch=dispatch,
+            transfers=self.transfers,
+            agenda=agenda,
+            tell=self.dispatch,
+            lost=self._refetch,
         )
 
     def _first_plan(self) -> Placement:
@@ -95,11 +105,15 @@ class Shell:
                 case messages.StartReplica(replica_id=replica):
                     site = self._sites[replica]
                     self._agenda.put(max(now_ps, site.down_until_ps), partial(self._start, site))
+                case messages.DrainReplica(replica_id=replica, deadline_s=deadline_s):
+                    self._restarts.drain(self._sites[replica], deadline_s, now_ps)
+                case messages.StopReplica(replica_id=replica):
+                    self._restarts.stop(self._sites[replica], now_ps)
                 case _:
-                    pass  # Nothing here is durable, and nobody drains a replica.
+                    pass  # Nothing here is durable.
 
     def _ready(self, site: Site, resident: frozenset[VersionId]) -> messages.ReplicaReady:
-        return messages.ReplicaReady(self._specs[site.replica_id], site.replica_id, resident=resident)
+        return messages.ReplicaReady(site.spec, site.replica_id, resident=resident)
 
     # -- replicas that die ---------------------------------------------------------------------
 
@@ -112,14 +126,21 @@ class Shell:
         site.down_until_ps = now_ps + round(failure.down_s * PS_PER_S)
         orphans = self.transfers.lose(site, now_ps)
         self._dispatch.lose(site.replica_id, lost, now_ps)
-        for other, adapter in orphans:
-            other.fetching.discard(adapter.version_id)
-            self._fetch(other, adapter, now_ps)
+        self._refetch(orphans, now_ps)
         detected_ps = now_ps + round(self._scenario.detection_s * PS_PER_S)
         event = messages.ReplicaLost(site.replica_id, "it died")
         self._agenda.put(detected_ps, partial(self.dispatch, event))
 
+    def _refetch(self, orphans: Orphans, now_ps: int) -> None:
+        """Get from others what was on its way from a replica that is gone."""
+        for other, adapter in orphans:
+            other.fetching.discard(adapter.version_id)
+            self._fetch(other, adapter, now_ps)
+
     def _start(self, site: Site, now_ps: int) -> None:
+        setting = self.state.replicas[site.replica_id].max_lora_rank
+        if setting is not None:
+            site.set_max_lora_rank(setting)
         site.start(now_ps)
         self._dispatch.come(site.replica_id, now_ps)
         self.dispatch(self._ready(site, frozenset()), now_ps)

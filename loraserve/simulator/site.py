@@ -6,7 +6,7 @@ when a router asks, and a replica that nobody asks about costs nothing.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraserve.engines.replica_model.log import ReplicaLog
 from loraserve.engines.replica_model.model import ReplicaModel
@@ -15,7 +15,7 @@ from loraserve.simulator.agenda import FAR_PS
 from loraserve.simulator.ledger import OK, Ledger
 from loraserve.simulator.scenario import ReplicaSetup
 from placement.routing import OwnRequests, RankLoad, ReplicaLoad
-from placement.types import ReplicaId, VersionId
+from placement.types import ReplicaId, ReplicaSpec, VersionId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +139,20 @@ class Site:
         self._reached_ps = at_ps - 1
         self.news_ps = -1
         return self.model
+
+    def set_max_lora_rank(self, rank: int) -> None:
+        """What the engine is started with the next time: what it admits, and what it charges for."""
+        setup = self._setup
+        self._setup = replace(
+            setup,
+            spec=replace(setup.spec, max_lora_rank=rank),
+            cost=replace(setup.cost, max_lora_rank=rank),
+        )
+
+    @property
+    def spec(self) -> ReplicaSpec:
+        """What the placement may give it."""
+        return self._setup.spec
 
     def die(self, at_ps: int) -> list[Sequence]:
         """End a life; what it had, with what was drawn. What had ended by then is heard."""

@@ -184,6 +184,18 @@ def test_replicas_are_set_low_where_little_needs_a_high_setting() -> None:
     assert size_ranks(shifted).max_lora_ranks == {}
 
 
+def test_a_change_that_has_begun_is_gone_on_with() -> None:
+    """Two of three steps are done, and the last one alone would gain too little."""
+    snapshot = _snapshot({8: 6000.0, 128: 1000.0}, [128, 8, 8, 128])
+    limits = RankSizingLimits(min_gain=0.2)
+    assert size_ranks(snapshot, limits).max_lora_ranks == {}
+    begun = {ReplicaId(f"replica-{place}"): rank for place, rank in enumerate([128, 8, 8, 8])}
+    assert size_ranks(snapshot, limits, begun=begun).max_lora_ranks == begun
+    other = replace(snapshot, demand_tokens_per_s={VersionId("a8"): 100.0, VersionId("a128"): 6000.0})
+    assert size_ranks(other, limits, begun=begun).max_lora_ranks != begun
+    assert size_ranks(snapshot, replace(limits, highest=64), begun=begun).max_lora_ranks == {}
+
+
 def test_nothing_restarts_when_the_gain_does_not_repay() -> None:
     snapshot = _snapshot({8: 6000.0, 128: 1000.0}, [128, 128, 128, 128])
     assert size_ranks(snapshot, RankSizingLimits(restart_s=3600.0)).max_lora_ranks == {}
