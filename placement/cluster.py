@@ -24,6 +24,7 @@ from placement.plan_book import EarlierPlan, PlanBook
 from placement.plan_repair import repaired
 from placement.policies.base import PlacementPolicy
 from placement.profile import Profile
+from placement.replica_cost import CostBook
 from placement.table import RoutingTable, TableEntry
 from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, Snapshot, VersionId
 from placement.veto import veto
@@ -75,6 +76,7 @@ class ClusterState:
         self.seed = seed
         self.max_restarts = max_restarts
         self.profiles = profiles
+        self._costs = CostBook(profiles)
         self.epoch_s = epoch_s
         self.max_loads = max_loads
         self.resizer = resizer or Resizer()
@@ -354,7 +356,7 @@ class ClusterState:
 
     def _publish(self, holdings: Holdings, full: Collection[ReplicaId]) -> list[Command]:
         """The table that follows from the copies held now, unless it is the one published."""
-        table = table_of(holdings, self.table, full)
+        table = table_of(holdings, self.table, self._costs, full)
         if self.published and table.same_content(self.table):
             return []
         self.table, self.published = table, True

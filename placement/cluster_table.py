@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from placement.cluster_records import Holdings, ReplicaPhase
+from placement.replica_cost import CostBook
 from placement.table import RoutingTable, TableEntry, TableReplica
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 
@@ -11,7 +12,7 @@ _Held = Mapping[VersionId, tuple[ReplicaId, ...]]
 
 
 def table_of(
-    holdings: Holdings, before: RoutingTable, full: Collection[ReplicaId] = frozenset()
+    holdings: Holdings, before: RoutingTable, costs: CostBook, full: Collection[ReplicaId] = frozenset()
 ) -> RoutingTable:
     """The table of what is held now, to follow `before`: names by the newest version that somebody
     holds, and the ready replicas with the draining ones that a name still depends on. What is not planned
@@ -30,6 +31,7 @@ def table_of(
             address=record.address,
             max_lora_rank=record.spec.max_lora_rank,
             draining=record.phase is ReplicaPhase.DRAINING,
+            cost=costs.of(record.spec),
         )
         for record in holdings.replicas.values()
         if record.spec is not None and (record.phase is ReplicaPhase.READY or record.replica_id in needed)

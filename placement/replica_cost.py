@@ -4,10 +4,12 @@ Owns no files and measures nothing. A routing table carries one per replica, so 
 profiles.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from placement.latency import LatencyModel
 from placement.profile import OperatingPoint, Profile
+from placement.types import ReplicaSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,21 @@ class ReplicaCost:
     adapter_slots: int = 2**31 - 1
     operating_points: tuple[OperatingPoint, ...] = ()
     tbt_slo_ms: float | None = None
+
+
+class CostBook:
+    """What replicas of known profiles cost; each kind and setting is worked out once and shared by tables."""
+
+    def __init__(self, profiles: Mapping[str, Profile]) -> None:
+        self._profiles = profiles
+        self._known: dict[tuple[str, int], ReplicaCost | None] = {}
+
+    def of(self, spec: ReplicaSpec) -> ReplicaCost | None:
+        """The replica's cost, None where nothing is known."""
+        key = (spec.profile, spec.max_lora_rank)
+        if key not in self._known:
+            self._known[key] = cost_of(self._profiles.get(spec.profile), spec.max_lora_rank)
+        return self._known[key]
 
 
 def cost_of(profile: Profile | None, max_lora_rank: int) -> ReplicaCost | None:

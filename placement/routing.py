@@ -9,6 +9,7 @@ from random import Random
 from types import MappingProxyType
 from typing import NamedTuple
 
+from placement.marginal_cost import MarginalCost
 from placement.replica_cost import ReplicaCost
 from placement.routing_simple import MAX_TURNS, LeastOutstanding, RoundRobin, WeightedShare
 from placement.routing_view import (
@@ -81,6 +82,7 @@ ROUTING_POLICIES: Mapping[str, Callable[[], RoutingPolicy]] = MappingProxyType(
         "least-outstanding": LeastOutstanding,
         "weighted-share": WeightedShare,
         "round-robin": RoundRobin,
+        "marginal-cost": MarginalCost,
     }
 )
 """Every routing policy by name; a new one is a class and a line here."""

@@ -62,7 +62,7 @@ class RouteRequest(NamedTuple):
 
     `adapter` None names the base model; `exclude` are the replicas that have refused it already. 0 tokens
     are not known; `expected_tokens` is at most what the client allows, so an upper bound of the output.
-    `prefix` names the blocks of its prompt, the first one first, if anybody knows them.
+    `prefix` names the blocks of its prompt, each of `block_tokens`, the first one first, if anybody does.
     """
 
     adapter: AdapterName | None
@@ -70,6 +70,7 @@ class RouteRequest(NamedTuple):
     expected_tokens: int = 0
     exclude: frozenset[ReplicaId] = frozenset()
     prefix: tuple[int, ...] = ()
+    block_tokens: int = 0
 
 
 class OwnRequests:
