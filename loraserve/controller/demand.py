@@ -6,16 +6,13 @@ was served in between. So a report that is lost loses nothing but time.
 
 import logging
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
-
-import msgspec
+from collections.abc import Collection
 
 from loraserve.clock import Clock
 from loraserve.config import PlacementSection
+from loraserve.controller.demand_memory import DemandMemory, Part, Rates, Remembered
 from loraserve.controller.store import Store
 from loraserve.engines.description import ReplicaReport
-from loraserve.errors import WorkFailedError
 from placement.demand import ForecastOptions, forecaster
 from placement.demand.newcomers import with_newcomers
 from placement.types import AdapterVersion, ReplicaId, VersionId
@@ -24,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 MAX_PARTS = 1000
 MIN_WINDOW_S = 0.001
-
-Rates = Mapping[VersionId, float]
 
 
 class TokenMeter:
@@ -72,7 +67,7 @@ class DemandBook:
         section: PlacementSection,
         store: Store,
         clock: Clock,
-        registered: Iterable[AdapterVersion] = (),
+        registered: Collection[AdapterVersion] = (),
     ) -> None:
         self.measured: Rates = {}
         self.forecast: Rates = {}
@@ -83,16 +78,15 @@ class DemandBook:
             season_s=section.season_s,
         )
         self._forecaster = forecaster(section.forecast, self._options)
-        num_parts = min(MAX_PARTS, max(1, round(section.window_s / section.epoch_s)))
-        self._parts: deque[tuple[float, dict[VersionId, int]]] = deque(maxlen=num_parts)
+        self._num_parts = min(MAX_PARTS, max(1, round(section.window_s / section.epoch_s)))
+        self._parts: deque[Part] = deque(maxlen=self._num_parts)
         self._windows: deque[Rates] = deque(maxlen=self._options.history_windows)
         self._meter = TokenMeter()
-        self._store = store
+        self._memory = DemandMemory(store, self._options.history_windows)
         self._clock = clock
         self._begun_s = clock.now_s()
         self._registered = {adapter.version_id for adapter in registered}
-        self._is_saved = True
-        self._restore(store.demand())
+        self._restore(self._memory.load(), registered)
 
     @property
     def history(self) -> tuple[Rates, ...]:
@@ -112,7 +106,9 @@ class DemandBook:
         new = {adapter.version_id for adapter in adapters} - self._registered
         self.forecast = with_newcomers(self._forecaster.forecast(), adapters, new)
         self._registered = {adapter.version_id for adapter in adapters}
-        self._save()
+        # The oldest epoch is in no window to come.
+        left = tuple(self._parts)[-self._num_parts + 1 :] if self._num_parts > 1 else ()
+        self._memory.save(self._forecaster.export(), left, self.measured)
         return self.forecast
 
     def _window(self) -> Rates:
@@ -130,52 +126,17 @@ class DemandBook:
         self._windows.append(window)
         self._forecaster.observe(window)
 
-    # -- what outlives the controller --------------------------------------------------------------
-
-    def _save(self) -> None:
-        tree = {
-            "forecaster": self._forecaster.export(),
-            "parts": list(self._parts),
-            "windows": list(self._windows),
-            "forecast": self.forecast,
-        }
-        try:
-            self._store.save_demand(msgspec.json.encode(tree).decode())
-        except WorkFailedError as error:
-            # The next epoch's has all of this one's in it.
-            if self._is_saved:
-                logger.warning("demand is not saved: %s", error)
-            self._is_saved = False
-            return
-        self._is_saved = True
-
-    def _restore(self, text: str | None) -> None:
-        if text is None:
+    def _restore(self, remembered: Remembered | None, registered: Collection[AdapterVersion]) -> None:
+        if remembered is None:
             return
         try:
-            tree = msgspec.json.decode(text)
-            self._take_over(tree)
-        except (msgspec.DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.warning("the demand that was saved cannot be read, it is measured anew: %s", error)
-
-    def _take_over(self, tree: Mapping[str, Any]) -> None:
-        windows = [
-            {VersionId(one): float(rate) for one, rate in window.items()} for window in tree["windows"]
-        ]
-        parts = [
-            (float(seconds), {VersionId(one): int(served) for one, served in part.items()})
-            for seconds, part in tree["parts"]
-        ]
-        forecast = {VersionId(one): float(rate) for one, rate in tree["forecast"].items()}
-        try:
-            self._forecaster.restore(tree["forecaster"])
+            self._forecaster.restore(remembered.forecaster)
         except ValueError as error:
-            # Another forecaster than before, or other epochs: what it would have seen of late.
+            # Another forecaster than before, or other epochs: it begins from what it would have seen of late.
             logger.info("the forecaster begins from the windows that were kept: %s", error)
-            for window in windows:
+            for window in remembered.windows:
                 self._forecaster.observe(window)
-            forecast = self._forecaster.forecast()
-        self._parts.extend(parts)
-        self._windows.extend(windows)
-        self.measured = windows[-1] if windows else {}
-        self.forecast = forecast
+        self._parts.extend(remembered.parts)
+        self._windows.extend(remembered.windows)
+        self.measured = self._windows[-1] if self._windows else {}
+        self.forecast = with_newcomers(self._forecaster.forecast(), registered, ())

@@ -48,6 +48,9 @@ CREATE TABLE drains (replica_id TEXT PRIMARY KEY, value TEXT NOT NULL, checksum 
 _EARLIER = "plan/"
 """What the keys of earlier plans begin with; their number follows."""
 
+_DEMAND = "demand/"
+"""What the keys of measured demand begin with."""
+
 _ADAPTER_COLUMNS = "version_id, name, sha256, rank, size_bytes, source, target_modules"
 
 
@@ -257,14 +260,19 @@ class Store:
         """The highest table version that any router may have seen; 0 if none was published."""
         return int(self._get("table_version") or "0")
 
-    def save_demand(self, text: str) -> None:
-        """Remember what `loraserve.controller.demand` has measured instead of what it had before."""
+    def save_demand(self, changes: Mapping[str, str | None]) -> None:
+        """Remember what `loraserve.controller.demand` knows, under keys of its own; None forgets one."""
         with self._transaction():
-            self._set("demand", text)
+            for key, value in changes.items():
+                if value is None:
+                    self._db.execute("DELETE FROM meta WHERE key = ?", (f"{_DEMAND}{key}",))
+                else:
+                    self._set(f"{_DEMAND}{key}", value)
 
-    def demand(self) -> str | None:
-        """What `save_demand` was given last."""
-        return self._get("demand")
+    def demand(self) -> dict[str, str]:
+        """What `save_demand` was given and has not been forgotten."""
+        rows = self._db.execute("SELECT key, value FROM meta WHERE key LIKE ?", (f"{_DEMAND}%",))
+        return {key.removeprefix(_DEMAND): value for key, value in rows}
 
     def close(self) -> None:
         """Close the file."""

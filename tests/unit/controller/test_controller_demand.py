@@ -1,7 +1,7 @@
 """Demand in the live controller: counted by replicas, measured over epochs, forecast, and kept."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -23,12 +23,13 @@ from loraserve.request import GenerationRequest, SamplingParams
 from loraserve.samples import SampleSet
 from placement.demand import DEFAULT_FORECASTER, FORECASTERS, ForecastOptions, forecaster
 from placement.invariants import check_cluster
-from placement.types import ReplicaId, VersionId
+from placement.types import AdapterName, AdapterVersion, ReplicaId, VersionId
 from tests.support.controller_kit import Setup, small_config
 
 R0, R1 = ReplicaId("replica-0"), ReplicaId("replica-1")
 A, B = VersionId("a@1"), VersionId("b@1")
 QUIET = ReplicaReport(running=0, waiting=0, kv_cache_usage=0.0, resident=(), resident_bytes=0)
+REGISTERED = AdapterVersion(version_id=A, name=AdapterName("a"), sha256="1", rank=8, size_bytes=1)
 SECTION = PlacementSection(epoch_s=10.0, window_s=10.0, history_s=50.0)
 
 
@@ -93,7 +94,7 @@ def test_a_version_that_a_replica_forgot_counts_anew_when_it_comes_back() -> Non
 
 def make_book(path: Path, section: PlacementSection = SECTION) -> tuple[DemandBook, Store, ManualClock]:
     store, clock = Store(path / "controller.sqlite"), ManualClock()
-    return DemandBook(section, store, clock), store, clock
+    return DemandBook(section, store, clock, [REGISTERED]), store, clock
 
 
 def tell(
@@ -103,7 +104,7 @@ def tell(
     for sequence, total in enumerate(totals, first):
         book.heard(R0, said(sequence, a=total))
         clock.advance(every_s)
-        book.end_epoch([])
+        book.end_epoch([REGISTERED])
 
 
 def test_a_window_is_of_whole_epochs_and_their_real_length(tmp_path: Path) -> None:
@@ -147,19 +148,41 @@ def test_another_forecaster_begins_from_the_windows_that_were_kept(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"windows": 3}', '{"windows": [], "parts": [[1]], "forecast": {}}']
+    "kept",
+    [
+        {"state": "{"},
+        {"state": "[]"},
+        {"state": '{"forecaster": 3, "parts": []}'},
+        {"state": '{"forecaster": {}, "parts": [[1]]}'},
+        {"window/0": "{}"},
+        {"state": '{"forecaster": {}, "parts": []}', "window/x": "{}"},
+        {"state": '{"forecaster": {}, "parts": []}', "window/0": "[1]"},
+    ],
 )
 def test_what_cannot_be_read_is_measured_anew(
-    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, kept: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     book, store, _ = make_book(tmp_path)
-    store.save_demand(text)
+    store.save_demand(kept)
     store.close()
     with caplog.at_level(logging.WARNING):
         book, store, clock = make_book(tmp_path)
     assert "cannot be read, it is measured anew" in caplog.text
     tell(book, clock, [100])
     assert book.measured == {A: 10.0}
+    assert sorted(store.demand()) == ["state", "window/0"]
+    store.close()
+
+
+def test_the_store_keeps_as_many_windows_as_the_history_has(tmp_path: Path) -> None:
+    book, store, clock = make_book(tmp_path)
+    tell(book, clock, [100 * number for number in range(12)])
+    assert sorted(store.demand()) == ["state", "window/10", "window/11", "window/7", "window/8", "window/9"]
+    store.close()
+    again, store, clock = make_book(tmp_path)
+    tell(again, clock, [100], first=13)
+    assert sorted(store.demand())[1:4] == ["window/10", "window/11", "window/12"]
+    assert len(store.demand()) == 6
     store.close()
 
 
@@ -168,25 +191,25 @@ class FullStore(Store):
 
     is_full = False
 
-    def save_demand(self, text: str) -> None:
+    def save_demand(self, changes: Mapping[str, str | None]) -> None:
         """Refuse, or save."""
         if self.is_full:
             raise WorkFailedError("the disk is full")
-        super().save_demand(text)
+        super().save_demand(changes)
 
 
 def test_a_full_disk_costs_no_epoch_and_is_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, clock = FullStore(tmp_path / "controller.sqlite"), ManualClock()
-    book = DemandBook(SECTION, store, clock)
+    book = DemandBook(SECTION, store, clock, [REGISTERED])
     store.is_full = True
     tell(book, clock, [100, 200, 300])
     assert book.measured == {A: 10.0}
     assert caplog.text.count("demand is not saved: the disk is full") == 1
     store.is_full = False
     tell(book, clock, [400], first=4)
-    assert DemandBook(SECTION, store, clock).history == book.history
+    assert DemandBook(SECTION, store, clock, [REGISTERED]).history == book.history
     store.close()
 
 

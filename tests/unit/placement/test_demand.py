@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.demand import FORECASTERS, ForecastOptions, forecaster
@@ -15,7 +15,6 @@ from placement.types import AdapterName, AdapterVersion, VersionId
 
 A, B, C = VersionId("a@1"), VersionId("b@1"), VersionId("c@1")
 NAMES = sorted(FORECASTERS)
-MEANS = [name for name in NAMES if name != "quantile"]
 # A season of eight epochs, so that random windows see several.
 OPTIONS = ForecastOptions(season_s=480.0)
 
@@ -25,6 +24,7 @@ histories = st.lists(windows, min_size=1, max_size=25)
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30)
 @given(histories)
 def test_forecasts_are_finite_and_never_negative(name: str, history: list[dict[VersionId, float]]) -> None:
     one = forecaster(name, OPTIONS)
@@ -35,6 +35,7 @@ def test_forecasts_are_finite_and_never_negative(name: str, history: list[dict[V
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30)
 @given(histories)
 def test_the_order_of_a_window_makes_no_difference(name: str, history: list[dict[VersionId, float]]) -> None:
     one, other = forecaster(name, OPTIONS), forecaster(name, OPTIONS)
@@ -46,6 +47,7 @@ def test_the_order_of_a_window_makes_no_difference(name: str, history: list[dict
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30)
 @given(histories, st.integers(0, 25))
 def test_a_state_that_was_kept_as_json_goes_on_as_if_uninterrupted(
     name: str, history: list[dict[VersionId, float]], at: int
@@ -64,6 +66,7 @@ def test_a_state_that_was_kept_as_json_goes_on_as_if_uninterrupted(
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30)
 @given(st.floats(1.0, 1e6), st.integers(1, 40))
 def test_a_constant_is_forecast_as_itself(name: str, rate: float, num_windows: int) -> None:
     one = forecaster(name, OPTIONS)
@@ -147,6 +150,7 @@ def test_the_clip_of_loraserve_worked_by_hand() -> None:
     assert few.forecast() == {A: 1.0}
 
 
+@settings(max_examples=30)
 @given(st.floats(0, 1e4), st.floats(0.1, 100))
 def test_a_ramp_is_extrapolated_by_loraserve_exactly_and_by_trend_nearly(begin: float, slope: float) -> None:
     line, trend, ema = forecaster("loraserve"), forecaster("trend"), forecaster("ema")
