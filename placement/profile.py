@@ -5,7 +5,7 @@ Owns no files and measures nothing: `loraserve.profiling` does.
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -77,6 +77,20 @@ class OperatingPoint:
     def __post_init__(self) -> None:
         _check("rank", self.rank, least=0)
         _check("tokens_per_s", self.tokens_per_s, above=0)
+
+
+def operating_point_of(points: Sequence[OperatingPoint], rank: int) -> float:
+    """Tokens/s for this rank by points of which there is at least one, see `Profile.operating_point`."""
+    at = bisect_left([point.rank for point in points], rank)
+    if at == 0 or len(points) == 1:
+        return points[0].tokens_per_s
+    beyond = at == len(points)
+    low, high = points[at - 2 : at] if beyond else points[at - 1 : at + 1]
+    low_s, high_s = 1 / low.tokens_per_s, 1 / high.tokens_per_s
+    slope = (high_s - low_s) / (high.rank - low.rank)
+    if beyond:
+        return 1 / (high_s + max(0.0, slope) * (rank - high.rank))
+    return 1 / (low_s + slope * (rank - low.rank))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,21 +183,9 @@ class Profile:
         in rank. Below the lowest rank measured it is the lowest one's; above the highest it goes on as
         between the last two, but no faster. ValueError without operating points.
         """
-        points = self.operating_points
-        if not points:
+        if not self.operating_points:
             raise ValueError(f"profile {self.name} has no operating points")
-        at = bisect_left([point.rank for point in points], rank)
-        if at == 0:
-            return points[0].tokens_per_s
-        if at == len(points) and len(points) == 1:
-            return points[0].tokens_per_s
-        beyond = at == len(points)
-        low, high = points[at - 2 : at] if beyond else points[at - 1 : at + 1]
-        low_s, high_s = 1 / low.tokens_per_s, 1 / high.tokens_per_s
-        slope = (high_s - low_s) / (high.rank - low.rank)
-        if beyond:
-            return 1 / (high_s + max(0.0, slope) * (rank - high.rank))
-        return 1 / (low_s + slope * (rank - low.rank))
+        return operating_point_of(self.operating_points, rank)
 
     def adapter_bytes(self, rank: int) -> int:
         """The size of an adapter of this rank."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from placement.marginal_cost import MarginalCost
 from placement.replica_cost import ReplicaCost
+from placement.routing_baselines import DLoraDispatch, RankBacklog, Toppings
 from placement.routing_simple import MAX_TURNS, LeastOutstanding, RoundRobin, WeightedShare
 from placement.routing_view import (
     LoadView,
@@ -83,6 +84,9 @@ ROUTING_POLICIES: Mapping[str, Callable[[], RoutingPolicy]] = MappingProxyType(
         "weighted-share": WeightedShare,
         "round-robin": RoundRobin,
         "marginal-cost": MarginalCost,
+        "toppings": Toppings,
+        "rank-backlog": RankBacklog,
+        "dlora": DLoraDispatch,
     }
 )
 """Every routing policy by name; a new one is a class and a line here."""

@@ -22,7 +22,7 @@ SMALL_POOL = ReplicaLimits(kv_blocks=100, pool_adapters=2)
     ("options", "said"),
     [
         ({"policy": "best"}, "policy: 'best'; expected one of dlora, least-loaded"),
-        ({"routing": "best"}, "routing: 'best'; expected one of least-outstanding"),
+        ({"routing": "best"}, "routing: 'best'; expected one of dlora, least-outstanding"),
         ({"epoch_s": 0.0}, "epoch_s: 0.0 s; expected"),
         ({"epoch_s": float("nan")}, "epoch_s: nan s; expected"),
         ({"holder_wait_s": -1.0}, "holder_wait_s: -1.0 s; expected"),
