@@ -13,6 +13,7 @@ from loraserve.controller.store import Store
 from loraserve.engines.base import AdapterFiles, Engine
 from loraserve.engines.emulated import EmulatedEngine
 from loraserve.errors import AdapterRejectedError
+from placement.profile import Profile
 from placement.types import ReplicaId
 
 TIMEOUT_S = 20.0
@@ -53,12 +54,14 @@ class Setup:
         *,
         on_step: Checkpoint | None = None,
         clock: Clock | None = None,
+        profile: Profile | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         self.fleet = LocalFleet(make_engine)
         self.on_step = on_step
         self.clock = clock
+        self.profile = profile
         self._left_open: list[Store] = []
         self.controller = self.make()
 
@@ -77,6 +80,7 @@ class Setup:
             recovering=recovering,
             first_backoff_s=0.01,
             clock=self.clock,
+            profile=self.profile,
             **options,
         )
 

@@ -1,9 +1,10 @@
 """A whole cluster in the test's own event loop: controller, emulated replicas, a router; real gRPC."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loraserve.clock import WallClock
 from loraserve.cluster.local_fleet import LocalFleet
@@ -15,6 +16,7 @@ from loraserve.engines.emulated import EmulatedEngine
 from loraserve.router.router import Router
 from loraserve.rpc.server import bind, make_server
 from loraserve.samples import SampleSet
+from placement.profile import Profile
 from placement.types import ReplicaId
 from tests.support.controller_kit import Setup, small_config
 from tests.support.router_bench import until
@@ -36,16 +38,22 @@ class LocalCluster:
 
 @asynccontextmanager
 async def local_cluster(
-    folder: Path, samples: SampleSet, *, num_routers: int = 1
+    folder: Path,
+    samples: SampleSet,
+    *,
+    num_routers: int = 1,
+    profile: Profile | None = None,
+    sections: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[LocalCluster]:
     """Two replicas that serve the sample adapters; ends with a check that nothing is in flight."""
-    config = small_config(samples.model, router={"port": 0})
+    given: dict[str, Any] = {"router": {"port": 0}, **(sections or {})}
+    config = small_config(samples.model, **given)
 
     def engine(replica: ReplicaId, config: Config) -> Engine:
         return EmulatedEngine(config.engine, config.emulated, config.model, clock=WallClock())
 
     async with AsyncExitStack() as stack:
-        setup = Setup(folder, config, engine)
+        setup = Setup(folder, config, engine, profile=profile)
         stack.push_async_callback(setup.close)
         controller = await setup.start()
         server = make_server()

@@ -10,6 +10,7 @@ from loraserve.config import Config
 from loraserve.engines.base import Engine
 from loraserve.samples import SampleSet
 from placement.invariants import check_cluster
+from placement.profile import Profile
 from placement.types import ReplicaId
 from tests.support.controller_kit import RefusingEngine, Setup, small_config
 
@@ -18,7 +19,7 @@ from tests.support.controller_kit import RefusingEngine, Setup, small_config
 async def setup(tmp_path: Path, samples: SampleSet) -> AsyncIterator[Callable[..., Setup]]:
     made: list[Setup] = []
 
-    def make(*, refused_rank: int = 0, **options: object) -> Setup:
+    def make(*, refused_rank: int = 0, profile: Profile | None = None, **options: object) -> Setup:
         config = small_config(samples.model, **options)  # type: ignore[arg-type]
 
         def engine(replica: ReplicaId, config: Config) -> Engine:
@@ -26,7 +27,7 @@ async def setup(tmp_path: Path, samples: SampleSet) -> AsyncIterator[Callable[..
             one.refused_rank = refused_rank
             return one
 
-        made.append(Setup(tmp_path / str(len(made)), config, engine))
+        made.append(Setup(tmp_path / str(len(made)), config, engine, profile=profile))
         return made[-1]
 
     yield make

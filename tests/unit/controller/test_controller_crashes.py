@@ -19,11 +19,21 @@ from loraserve.samples import SampleSet
 from placement import cluster_messages as messages
 from placement.cluster_records import CopyPhase, DrainOrder, ReplicaPhase
 from placement.invariants import check_cluster
+from placement.latency import LatencyModel, RankKernel
+from placement.profile import EngineFacts, OperatingPoint, Profile
 from placement.types import AdapterName, Holder, Placement, ReplicaId
 from tests.support.controller_kit import TIMEOUT_S, RefusingEngine, Setup, small_config
 
 R0, R1, R2 = (ReplicaId(f"replica-{index}") for index in range(3))
 ORDER = DrainOrder(deadline_s=5.0)
+PROFILE = Profile(
+    name="kind",
+    source="made up",
+    engine=EngineFacts(kind="emulated", model="m", kv_blocks=1000),
+    latency=LatencyModel(kernel=RankKernel.PADDED_CONFIG),
+    latency_basis="derived",
+    operating_points=(OperatingPoint(rank=8, tokens_per_s=4e5), OperatingPoint(rank=128, tokens_per_s=1e5)),
+)
 
 EVENTS = [kind.__name__ for kind in get_args(messages.Event)]
 COMMANDS = [kind.__name__ for kind in get_args(messages.Command)]
@@ -100,6 +110,7 @@ class Scenario:
             self.epoch,
             self.change_plan,
             lambda: self.undrain(R2),
+            self.resize,
             self.drain,
             lambda: self.undrain(R0),
         ]
@@ -132,6 +143,23 @@ class Scenario:
 
     async def epoch(self) -> None:
         self.controller.dispatch(messages.EpochElapsed())
+
+    async def resize(self) -> None:
+        """A replica is restarted for the low ranks that are all there is."""
+        controller = self.controller
+
+        def low() -> bool:
+            specs = [
+                one.spec for one in controller.state.replicas.values() if one.phase is ReplicaPhase.READY
+            ]
+            return any(
+                spec is not None and spec.max_lora_rank < PROFILE.engine.max_lora_rank for spec in specs
+            )
+
+        if not low():
+            asked = dict.fromkeys(controller.state.active.values(), 1000.0)
+            controller.dispatch(messages.EpochElapsed(asked))
+        await controller.wait_until(low, TIMEOUT_S)
 
     async def change_plan(self) -> None:
         """Everything on one replica, back again, and as the policy wants it."""
@@ -186,7 +214,8 @@ class Scenario:
 async def make_scenario(
     tmp_path: Path, samples: SampleSet
 ) -> AsyncIterator[Callable[[Checkpoint], Scenario]]:
-    config = small_config(samples.model, cluster={"replicas": 3}, placement={"epoch_s": 3600.0})
+    placement = {"epoch_s": 3600.0, "max_lora_ranks": "planned", "restart_s": 0.1}
+    config = small_config(samples.model, cluster={"replicas": 3}, placement=placement)
     made: list[Setup] = []
 
     def make(on_step: Checkpoint) -> Scenario:
@@ -199,7 +228,7 @@ async def make_scenario(
             started.add(replica)
             return one
 
-        made.append(Setup(tmp_path / str(len(made)), config, engine, on_step=on_step))
+        made.append(Setup(tmp_path / str(len(made)), config, engine, on_step=on_step, profile=PROFILE))
         return Scenario(made[-1], samples)
 
     yield make
