@@ -1,9 +1,14 @@
 """Which adapters go to which tier, from how much of each level's work each tier is to do."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from placement.fleet import Fleet, Floats, Ints
+from placement.fleet import Fleet, Floats, Ints, usable_bytes
 from placement.pooling import TierWork
+
+_FULL = 0.95
+"""How full a tier is planned to be before its coldest adapters go to a higher one."""
 
 _NEGLIGIBLE = 0.005
 """A tier helps a lower level out only if that is more of its own capacity than this: each such adapter
@@ -32,16 +37,56 @@ def divide(fleet: Fleet, flow: Floats, tier_of: Ints, home_tier: Ints) -> list[T
             continue
         for tier, own, work in _parted(fleet, adapters, tiers[::-1], amounts, home_tier):
             found[tier].append((own, work))
-    return [
-        TierWork(
-            tier=tier,
-            replicas=np.flatnonzero(tier_of == tier).tolist(),
-            adapters=np.concatenate([own for own, _ in parts]),
-            work=np.concatenate([work for _, work in parts]),
-        )
+    tiers = {
+        tier: (np.concatenate([own for own, _ in parts]), np.concatenate([work for _, work in parts]))
         for tier, parts in enumerate(found)
         if parts
+    }
+    replicas = {tier: np.flatnonzero(tier_of == tier).tolist() for tier in set(tier_of.tolist())}
+    usable = np.minimum(usable_bytes(fleet), _FULL * usable_bytes(fleet).max(axis=1, keepdims=True))
+    pool_bytes = {tier: float(usable[fleet.kind[own], tier].sum()) for tier, own in replicas.items()}
+    places = {
+        tier: sum(float(fleet.replicas[one].pool_adapters) for one in own) for tier, own in replicas.items()
+    }
+    _push_up(fleet, tiers, pool_bytes, fleet.size_bytes)
+    _push_up(fleet, tiers, places, np.ones(len(fleet.ids)))
+    return [
+        TierWork(tier=tier, replicas=replicas[tier], adapters=own, work=work)
+        for tier, (own, work) in sorted(tiers.items())
+        if len(own)
     ]
+
+
+def _push_up(
+    fleet: Fleet, tiers: dict[int, tuple[Ints, Floats]], room: Mapping[int, float], size: Floats
+) -> None:
+    """Where a tier has not room for its adapters, those with the least work go to higher ones that have."""
+    nothing = np.zeros(0, dtype=np.int64), np.zeros(0)
+    for tier in sorted(room):
+        own, work = tiers.get(tier, nothing)
+        for higher in sorted(one for one in room if one > tier):
+            excess = float(size[own].sum()) - room[tier]
+            above, its_work = tiers.get(higher, nothing)
+            spare = room[higher] - float(size[above].sum())
+            if excess <= 0:
+                break
+            if higher != max(room):
+                # What is too much there goes on from there.
+                spare += sum(
+                    max(0.0, room[one] - float(size[tiers.get(one, nothing)[0]].sum()))
+                    for one in room
+                    if one > higher
+                )
+            order = np.lexsort((own, work / np.maximum(size[own], 1.0)))
+            ends = np.cumsum(size[own[order]])
+            number = min(
+                int(np.searchsorted(ends, excess)) + 1, int(np.searchsorted(ends, spare, side="right"))
+            )
+            moved = np.sort(order[:number])
+            kept = np.sort(order[number:])
+            tiers[higher] = np.concatenate((above, own[moved])), np.concatenate((its_work, work[moved]))
+            own, work = own[kept], work[kept]
+            tiers[tier] = own, work
 
 
 def _parted(

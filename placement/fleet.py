@@ -25,6 +25,9 @@ choosing among more replicas does."""
 MAX_HEADROOM = 2.0
 """A tighter TTFT target than the profile's counts an adapter's demand at most so many times."""
 
+_NO_DEMAND = 1e-100
+"""Tokens/s so few that sums over them are no numbers to compute with."""
+
 DEMAND_FLOOR = 1e-3
 """The least demand that is planned for, as a fraction of the mean: cold adapters spread as well."""
 
@@ -118,7 +121,7 @@ def _demand(snapshot: Snapshot, adapters: Sequence[AdapterVersion]) -> Floats:
     if weights or snapshot.slos:
         demand *= np.array([_counts_for(snapshot, adapter.version_id) for adapter in adapters])
     mean = float(demand.mean()) if len(demand) else 0.0
-    return np.maximum(demand, DEMAND_FLOOR * mean) if mean > 0 else np.ones(len(adapters))
+    return np.maximum(demand, DEMAND_FLOOR * mean) if mean > _NO_DEMAND else np.ones(len(adapters))
 
 
 def _counts_for(snapshot: Snapshot, version: VersionId) -> float:
@@ -168,3 +171,12 @@ def _levels(by_rank: Floats) -> tuple[Ints, list[int]]:
 
 def _alike(low: Floats, high: Floats) -> bool:
     return bool(np.all((low > 0) == (high > 0)) and np.all(low <= high * SAME_COST))
+
+
+def usable_bytes(fleet: Fleet) -> Floats:
+    """By kind and level, how much of a replica's room the level's largest adapters can fill."""
+    largest = np.zeros(fleet.num_levels)
+    np.maximum.at(largest, fleet.level, fleet.size_bytes)
+    pool = np.array([float(spec.pool_bytes) for spec in fleet.kinds])[:, None]
+    number = np.floor(pool / np.maximum(largest, 1.0))
+    return np.where(number > 0, number * np.maximum(largest, 1.0), pool)

@@ -1,19 +1,21 @@
-"""Pods: replicas of one tier that hold the same adapters, so that a router can choose among them.
+"""Pools inside a tier: which of its replicas hold which adapter, and the part of its work meant for each.
 
-Memory decides how many replicas make a pod. Where it does not suffice for two copies of everything, the
-adapters that are asked for most per byte have one on every member and the others one in all. Adapters are
-dealt to pods so that loads are even; one that is asked for more than half a pod's load goes to several.
+Memory decides how many copies an adapter gets, those with the most work per byte first. Copies of one adapter
+are neighbours on a ring of the tier's replicas: pools overlap, so that shares even out loads all round the
+ring, and a replica that comes or goes concerns its neighbours alone. What is held already stays; shares are
+adapted before any byte moves.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from heapq import heapify, heapreplace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
+from placement.balance import Weights, even_weights
 from placement.fleet import Fleet, Floats, Ints
 
-MAX_POD = 8
+MAX_POOL = 8
 """Choosing among more replicas than this wins little over choosing among so many, and costs their bytes."""
 
 _FILL = 0.95
@@ -22,269 +24,295 @@ _FILL = 0.95
 _TIGHT = 0.8
 """From this fill on adapters are dealt by size as well as by load."""
 
-EVEN = 0.01
-"""Loads of pods that differ by less are even enough."""
+_STICKY = 1.5
+"""A further copy that is there already counts as so much more useful than one that has to be moved."""
 
-
-@dataclass(slots=True)
-class Pod:
-    """Replicas (by place) of one tier and what they hold: `parts` is the work that each adapter brings here;
-    those in `alone` have a copy on that one member only, all others on every member."""
-
-    tier: int
-    members: tuple[int, ...]
-    capacity: float
-    room_bytes: list[float]
-    room_places: list[float]
-    parts: dict[int, float] = field(default_factory=dict)
-    alone: dict[int, int] = field(default_factory=dict)
-    load: float = 0.0
-
-    def put(self, adapter: int, size: float, work: float, *, everywhere: bool) -> bool:
-        """Add this work of the adapter, and its copies if it has none here; False if there is no room."""
-        if adapter not in self.parts:
-            if everywhere:
-                if min(self.room_places) < 1 or min(self.room_bytes) < size:
-                    return False
-                for place in range(len(self.members)):
-                    self.room_bytes[place] -= size
-                    self.room_places[place] -= 1
-            else:
-                place = max(range(len(self.members)), key=lambda one: (self.room_bytes[one], -one))
-                if self.room_places[place] < 1 or self.room_bytes[place] < size:
-                    return False
-                self.room_bytes[place] -= size
-                self.room_places[place] -= 1
-                self.alone[adapter] = self.members[place]
-        self.parts[adapter] = self.parts.get(adapter, 0.0) + work
-        self.load += work
-        return True
-
-    def take(self, adapter: int, size: float) -> float:
-        """Remove the adapter; the work that it brought."""
-        work = self.parts.pop(adapter)
-        self.load -= work
-        only = self.alone.pop(adapter, None)
-        for place, member in enumerate(self.members):
-            if only is None or member == only:
-                self.room_bytes[place] += size
-                self.room_places[place] += 1
-        return work
-
-    @property
-    def utilisation(self) -> float:
-        """Work over capacity."""
-        return self.load / self.capacity if self.capacity > 0 else (np.inf if self.load > 0 else 0.0)
+Pool = tuple[int, ...]
+"""Places of replicas, ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierWork:
-    """What one tier has to hold and to do: its replicas by place, adapters, and the work of each here."""
+    """What one tier has to hold and to do: its replicas by place, adapters, and the work of each here.
+    `reserve_bytes` are to be left free for others."""
 
     tier: int
     replicas: Sequence[int]
     adapters: Ints
     work: Floats
+    reserve_bytes: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Ring:
+    """A tier's replicas and what they hold: the pool of each adapter that found room, the work it brings, the
+    weights of the pools' members, and the room that is left on each member, by place."""
+
+    tier: int
+    members: Pool
+    pools: dict[int, Pool]
+    work: dict[int, float]
+    weights: Weights
+    room_bytes: dict[int, float]
+    room_places: dict[int, float]
 
 
 def pack(
-    fleet: Fleet, tier: TierWork, *, groups: Sequence[tuple[int, ...]], home: Ints, slack: float
-) -> tuple[list[Pod], list[int]]:
-    """The tier's pods, and the adapters for which they had no room.
+    fleet: Fleet, tier: TierWork, now: Sequence[Pool | None] | None, slack: float
+) -> tuple[Ring, list[int]]:
+    """The tier's pools, and the adapters for which it has no room.
 
-    `groups` are replicas that are a pod at present and `home[adapter]` a replica where it is now, -1 for
-    none: adapters stay there for as long as no pod has more than 1 + `slack` times the mean load.
+    `now` are the pools that adapters have at present, by adapter. They are kept, and copies are added where
+    loads would differ by more than `slack` from the mean otherwise.
     """
+    members = tuple(sorted(tier.replicas))
     size = fleet.size_bytes[tier.adapters]
-    copies, hot = _copies(fleet, tier, size)
-    pods = [_pod(fleet, tier.tier, members) for members in _members(fleet, tier, copies, groups)]
-    if len(pods) == 1 and bool(np.all(hot)) and _fits_all(pods[0], size):
-        _put_all(pods[0], tier, size)
-        return pods, []
-    return pods, _Dealer(fleet, tier, pods, hot).deal(home, slack)
-
-
-def _copies(fleet: Fleet, tier: TierWork, size: Floats) -> tuple[int, np.ndarray]:
-    """How many replicas make a pod, and which of the tier's adapters are on all of its members."""
-    specs = [fleet.replicas[place] for place in tier.replicas]
-    bytes_, places = sum(float(one.pool_bytes) for one in specs), sum(one.pool_adapters for one in specs)
-    least = min(float(one.pool_bytes) for one in specs), min(one.pool_adapters for one in specs)
-    asked, many, number = float(size.sum()), len(size), len(specs)
-    everyone = np.ones(many, dtype=bool)
-    if number <= MAX_POD and asked <= least[0] and many <= least[1]:
-        return number, everyone
-    affordable = min(_FILL * bytes_ / max(asked, 1.0), _FILL * places / max(many, 1))
-    if affordable >= 2 or number == 1:
-        return max(1, min(int(affordable), number, MAX_POD)), everyone
-    order = np.lexsort((tier.adapters, -tier.work / np.maximum(size, 1.0)))
-    spare = np.minimum(
-        np.cumsum(size[order]) <= _FILL * bytes_ - asked, np.arange(1, many + 1) <= _FILL * places - many
+    ring = Ring(
+        tier=tier.tier,
+        members=members,
+        pools={},
+        work=dict(zip(tier.adapters.tolist(), tier.work.tolist(), strict=True)),
+        weights={},
+        room_bytes={place: float(fleet.replicas[place].pool_bytes) for place in members},
+        room_places={place: float(fleet.replicas[place].pool_adapters) for place in members},
     )
-    hot = np.zeros(many, dtype=bool)
-    hot[order] = spare
-    return 2, hot
-
-
-def _members(
-    fleet: Fleet, tier: TierWork, copies: int, groups: Sequence[tuple[int, ...]]
-) -> list[tuple[int, ...]]:
-    """The tier's replicas in pods of `copies` or one more of one kind, groups of the right size kept."""
-    found: list[tuple[int, ...]] = []
-    by_kind: dict[int, list[int]] = {}
-    for place in tier.replicas:
-        by_kind.setdefault(int(fleet.kind[place]), []).append(place)
-    for own in by_kind.values():
-        number = max(1, len(own) // copies)
-        kept: list[tuple[int, ...]] = []
-        left = set(own)
-        for group in groups:
-            sizes = {len(own) // number, -(-len(own) // number)}
-            if len(group) in sizes and left.issuperset(group):
-                rest, pods = len(left) - len(group), number - len(kept) - 1
-                if pods * (len(own) // number) <= rest <= pods * -(-len(own) // number):
-                    kept.append(group)
-                    left.difference_update(group)
-        others = sorted(left)
-        pods = number - len(kept)
-        kept += [tuple(part) for place in range(pods) if (part := others[place::pods])]
-        found += kept
-    return found
-
-
-def _pod(fleet: Fleet, tier: int, members: Iterable[int]) -> Pod:
-    places = tuple(sorted(members))
-    return Pod(
-        tier=tier,
-        members=places,
-        capacity=float(sum(fleet.capacity[fleet.kind[place], tier] for place in places)),
-        room_bytes=[float(fleet.replicas[place].pool_bytes) for place in places],
-        room_places=[float(fleet.replicas[place].pool_adapters) for place in places],
-    )
-
-
-def _fits_all(pod: Pod, size: Floats) -> bool:
-    return min(pod.room_bytes) >= float(size.sum()) and min(pod.room_places) >= len(size)
-
-
-def _put_all(pod: Pod, tier: TierWork, size: Floats) -> None:
-    asked = float(size.sum())
-    pod.parts = dict(zip(tier.adapters.tolist(), tier.work.tolist(), strict=True))
-    pod.load = float(tier.work.sum())
-    pod.room_bytes = [room - asked for room in pod.room_bytes]
-    pod.room_places = [room - len(size) for room in pod.room_places]
+    asked, many = float(size.sum()), len(size)
+    left: list[int] = []
+    if (
+        len(members) <= MAX_POOL
+        and asked + tier.reserve_bytes / len(members) <= min(ring.room_bytes.values())
+        and many <= min(ring.room_places.values())
+    ):
+        ring.pools = dict.fromkeys(tier.adapters.tolist(), members)
+        for place in members:
+            ring.room_bytes[place] -= asked
+            ring.room_places[place] -= many
+    else:
+        left = _Dealer(fleet, tier, ring, now).deal()
+    even_weights(fleet, ring, slack)
+    return ring, left
 
 
 class _Dealer:
-    """Deals one tier's adapters to its pods."""
+    """Deals one tier's adapters to pools."""
 
-    def __init__(self, fleet: Fleet, tier: TierWork, pods: list[Pod], hot: np.ndarray) -> None:
-        self._size = dict(zip(tier.adapters.tolist(), fleet.size_bytes[tier.adapters].tolist(), strict=True))
-        self._work = dict(zip(tier.adapters.tolist(), tier.work.tolist(), strict=True))
-        self._everywhere = dict(zip(tier.adapters.tolist(), hot.tolist(), strict=True))
-        self._pods = pods
-        self._load = float(tier.work.sum())
-        self._capacity = sum(pod.capacity for pod in pods)
-        self._rooms = [(sum(pod.room_bytes), sum(pod.room_places)) for pod in pods]
-        copies = len(pods[0].members)
-        number = {one: copies if on_all else 1 for one, on_all in self._everywhere.items()}
-        asked = sum(size * number[one] for one, size in self._size.items())
-        bytes_, places = (sum(room[place] for room in self._rooms) for place in range(2))
-        self._tight = asked > _TIGHT * bytes_ or sum(number.values()) > _TIGHT * places
+    def __init__(self, fleet: Fleet, tier: TierWork, ring: Ring, now: Sequence[Pool | None] | None) -> None:
+        self._ring = ring
+        self._members = set(ring.members)
+        self._pools = now
+        size = fleet.size_bytes[tier.adapters]
+        self._size: dict[int, float] = dict(zip(tier.adapters.tolist(), size.tolist(), strict=True))
+        copies = self._copies(tier, size)
+        self._copies_of: dict[int, int] = dict(zip(tier.adapters.tolist(), copies.tolist(), strict=True))
+        room = sum(ring.room_bytes.values()), sum(ring.room_places.values())
+        asked = float((size * copies).sum()), float(copies.sum())
+        self._tight = asked[0] > _TIGHT * room[0] or asked[1] > _TIGHT * room[1]
+        self._load_of = dict.fromkeys(ring.members, 0.0)
+        self._pool_bytes = dict(ring.room_bytes)
+        self._fair = max(float(tier.work.sum()) / len(ring.members), 1e-300)
 
-    def deal(self, home: Ints, slack: float) -> list[int]:
-        """Everything to its pod; those that found no room."""
-        at = {member: pod for pod in self._pods for member in pod.members}
-        loose: list[tuple[int, float]] = []
-        fair = self._load / max(len(self._pods), 1)
-        for adapter, work in self._work.items():
-            pod = at.get(int(home[adapter]))
-            if work > fair / 2 and len(self._pods) > 1:
-                parts = min(len(self._pods), int(np.ceil(work / (fair / 4))))
-                loose += [(adapter, work / parts)] * parts
-            elif pod is None or not self._put(pod, adapter, work):
-                loose.append((adapter, work))
-        loose += self._released(slack)
-        left = self._dealt(loose)
-        self._even_out(max(EVEN, slack))
-        return left
+    def _copies(self, tier: TierWork, size: Floats) -> Ints:
+        """How many copies each of the tier's adapters gets, before rooms are looked at one by one."""
+        ring, number, many = self._ring, len(self._ring.members), len(size)
+        bytes_ = _FILL * sum(ring.room_bytes.values()) - tier.reserve_bytes
+        places = _FILL * sum(ring.room_places.values())
+        least, most = min(ring.room_bytes.values()), min(number, MAX_POOL)
+        affordable = min(bytes_ / max(float(size.sum()), 1.0), places / max(many, 1))
+        base = max(1, min(int(affordable), most))
+        copies = np.full(many, base, dtype=np.int64)
+        # What would load a member with more than half its part by itself goes to more of them.
+        fair = float(tier.work.sum()) / number
+        hot = np.ceil(tier.work / max(fair / 2, 1e-300)).astype(np.int64)
+        wanted = np.maximum(copies, np.minimum(hot, number))
+        if base < most:
+            wanted = np.maximum(wanted, base + 1)
+        density = tier.work / np.maximum(size, 1.0)
+        held = self._held(tier.adapters)
+        order = np.lexsort((tier.adapters, -density * np.where(held > base, _STICKY, 1.0)))
+        more = (wanted - copies)[order]
+        enough = (np.cumsum(more * size[order]) <= bytes_ - float((copies * size).sum())) & (
+            np.cumsum(more) <= places - float(copies.sum())
+        )
+        copies[order] += np.where(enough & (size[order] <= least), more, 0)
+        return copies
 
-    def _put(self, pod: Pod, adapter: int, work: float) -> bool:
-        return pod.put(adapter, self._size[adapter], work, everywhere=self._everywhere[adapter])
+    def _held(self, adapters: Ints) -> Ints:
+        pools = self._pools
+        if pools is None:
+            return np.zeros(len(adapters), dtype=np.int64)
+        return np.array([len(pools[one] or ()) for one in adapters.tolist()], dtype=np.int64)
 
-    def _released(self, slack: float) -> list[tuple[int, float]]:
-        """What pods with too much give away, the most work per byte first."""
-        released = []
-        for pod in self._pods:
-            most = pod.capacity * self._load / self._capacity * (1 + slack)
-            if pod.load <= most:
-                continue
-            for adapter in sorted(
-                pod.parts, key=lambda one: (-pod.parts[one] / max(self._size[one], 1.0), one)
-            ):
-                if pod.load - pod.parts[adapter] >= most / (1 + slack) * (1 - EVEN):
-                    released.append((adapter, pod.take(adapter, self._size[adapter])))
-                if pod.load <= most:
-                    break
-        return released
-
-    def _dealt(self, loose: list[tuple[int, float]]) -> list[int]:
-        """Each to the pod with the least, the largest first; those that fit nowhere."""
-        total = sum(self._size.values()) or 1.0
-        load = self._load or 1.0
-        if self._tight:
-            loose.sort(key=lambda one: (-max(one[1] / load, self._size[one[0]] / total), one[0]))
+    def deal(self) -> list[int]:
+        """A pool to every adapter; those that found no room."""
+        loose = self._work_order(list(self._size) if self._pools is None else self._kept(self._pools))
+        if not self._tight:
+            left = self._dealt(loose)
         else:
-            loose.sort(key=lambda one: (-one[1], -self._size[one[0]], one[0]))
-        heap = [(self._key(place), place) for place in range(len(self._pods))]
-        heapify(heap)
-        left: list[int] = []
-        for adapter, work in loose:
-            place = heap[0][1]
-            pod = self._pods[place]
-            if adapter not in pod.parts and self._put(pod, adapter, work):
-                heapreplace(heap, (self._key(place), place))
-                continue
-            for _, place in sorted(heap):
-                if adapter not in self._pods[place].parts and self._put(self._pods[place], adapter, work):
-                    heap = [(self._key(place), place) for place in range(len(self._pods))]
-                    heapify(heap)
-                    break
-            else:
-                holding = [pod for pod in self._pods if adapter in pod.parts]
-                if holding:
-                    self._put(min(holding, key=lambda pod: pod.utilisation), adapter, work)
-                else:
-                    left.append(adapter)
+            left = self._packed(loose)
+        for adapter in left:
+            del self._ring.work[adapter]
         return left
 
-    def _key(self, place: int) -> float:
-        pod = self._pods[place]
-        used = pod.load / pod.capacity if pod.capacity > 0 else 0.0
-        if not self._tight or self._load <= 0:
-            return used
-        bytes_, places = self._rooms[place]
-        full = max(1 - sum(pod.room_bytes) / max(bytes_, 1.0), 1 - sum(pod.room_places) / max(places, 1.0))
-        return max(used * self._capacity / self._load, full)
+    def _packed(self, loose: list[int]) -> list[int]:
+        """By load and size; if some find no room, the largest first instead, if fewer do then."""
+        ring = self._ring
+        before = dict(ring.pools), dict(ring.room_bytes), dict(ring.room_places)
+        left = self._dealt_tightly(loose)
+        if left:
+            tried = ring.pools, ring.room_bytes, ring.room_places
+            ring.pools, ring.room_bytes, ring.room_places = before
+            by_size = sorted(loose, key=lambda one: (-self._size[one], -ring.work[one], one))
+            left_then = self._dealt_tightly(by_size)
+            if len(left_then) < len(left):
+                return left_then
+            ring.pools, ring.room_bytes, ring.room_places = tried
+        return left
 
-    def _even_out(self, slack: float) -> None:
-        """Pods with more than their part share an adapter with one that has less."""
-        mean = self._load / self._capacity if self._capacity > 0 else 0.0
-        for _ in range(3 * len(self._pods)):
-            most = max(self._pods, key=lambda pod: pod.utilisation)
-            least = min(self._pods, key=lambda pod: pod.utilisation)
-            if most.utilisation <= mean * (1 + slack) or most is least:
-                return
-            amount = min(most.load - mean * most.capacity, mean * least.capacity - least.load)
-            if amount <= 0 or not self._shared(most, least, amount):
-                return
+    def _dealt(self, loose: list[int]) -> list[int]:
+        """Each to neighbours on the ring, from the member on that has the least to do."""
+        ring, members, copies_of = self._ring, self._ring.members, self._copies_of
+        heap = [(load, place) for place, load in enumerate(self._loads())]
+        heapify(heap)
+        left = []
+        for adapter in loose:
+            load, place = heap[0]
+            copies = copies_of[adapter]
+            pool = members if copies >= len(members) else _window(members, place, copies)
+            if not self._put(adapter, pool) and not self._put_anywhere(adapter, copies):
+                left.append(adapter)
+            elif copies < len(members):
+                heapreplace(heap, (load + ring.work[adapter], place))
+        return left
 
-    def _shared(self, most: Pod, least: Pod, amount: float) -> bool:
-        able = [one for one in most.parts if most.parts[one] >= amount and self._everywhere[one]]
-        able = able or sorted(most.parts, key=lambda one: (-most.parts[one], one))[:4]
-        for adapter in sorted(able, key=lambda one: (one not in least.parts, self._size[one], one))[:8]:
-            moved = min(amount, most.parts[adapter])
-            if self._put(least, adapter, moved):
-                most.parts[adapter] -= moved
-                most.load -= moved
-                return True
+    def _dealt_tightly(self, loose: list[int]) -> list[int]:
+        """Where room is short everything gets the copies that it needs, on the members with the least to do
+        and to hold, before anything gets another."""
+        ring, members, size = self._ring, self._ring.members, self._size
+        total, smallest = sum(size.values()) or 1.0, min(size.values())
+        whole = sum(ring.work.values()) or 1.0
+        loads = [load / whole for load in self._loads()]
+        held = [(float(self._pool_bytes[place]) - ring.room_bytes[place]) / total for place in members]
+        heap = [(max(loads[place], held[place]), place) for place in range(len(members))]
+        heapify(heap)
+        left = []
+        for adapter in loose:
+            copies = self._needed(adapter)
+            taken: list[int] = []
+            others: list[int] = []
+            while heap and len(taken) < copies:
+                _, place = heappop(heap)
+                member = members[place]
+                if ring.room_bytes[member] >= size[adapter] and ring.room_places[member] >= 1:
+                    taken.append(place)
+                elif ring.room_bytes[member] >= smallest and ring.room_places[member] >= 1:
+                    others.append(place)
+            if not taken:
+                left.append(adapter)
+            else:
+                self._put(adapter, tuple(sorted(members[place] for place in taken)))
+            for place in taken:
+                loads[place] += ring.work[adapter] / whole / len(taken)
+                held[place] += size[adapter] / total
+            for place in (*taken, *others):
+                heappush(heap, (max(loads[place], held[place]), place))
+        left = [adapter for adapter in left if not self._put_instead(adapter)]
+        self._load_of = dict(zip(members, loads, strict=True))
+        for adapter in sorted(ring.pools, key=lambda one: (-ring.work[one] / max(size[one], 1.0), one)):
+            short = self._copies_of[adapter] - len(ring.pools[adapter])
+            if short > 0:
+                self._grow(adapter, short)
+        return left
+
+    def _put_instead(self, adapter: int) -> bool:
+        """In the place of another one's further copy, the one with the least work."""
+        ring, size = self._ring, self._size
+        others = sorted(
+            (one for one, pool in ring.pools.items() if len(pool) > 1), key=lambda one: (ring.work[one], one)
+        )
+        for other in others:
+            for place in ring.pools[other]:
+                if ring.room_bytes[place] + size[other] >= size[adapter]:
+                    ring.pools[other] = tuple(one for one in ring.pools[other] if one != place)
+                    ring.room_bytes[place] += size[other]
+                    ring.room_places[place] += 1
+                    return self._put(adapter, (place,))
         return False
+
+    def _needed(self, adapter: int) -> int:
+        """The copies without which some member would have to do more than its part for this one alone."""
+        ring = self._ring
+        return min(len(ring.members), int(ring.work[adapter] / self._fair) + 1)
+
+    def _kept(self, now: Sequence[Pool | None]) -> list[int]:
+        """Adapters stay where they are, on as many members as they are to have; those that are nowhere."""
+        loose = []
+        for adapter in self._size:
+            here = [place for place in now[adapter] or () if place in self._members]
+            if not here or not self._put(adapter, tuple(sorted(here))):
+                loose.append(adapter)
+        if not self._tight:
+            self._load_of = dict(zip(self._ring.members, self._loads(), strict=True))
+            for adapter, pool in sorted(self._ring.pools.items()):
+                short = self._copies_of[adapter] - len(pool)
+                if short > 0 and (len(pool) == 1 or 2 * len(pool) <= self._copies_of[adapter]):
+                    self._grow(adapter, short)
+        return loose
+
+    def _grow(self, adapter: int, number: int) -> None:
+        ring, size = self._ring, self._size[adapter]
+        pool = ring.pools[adapter]
+        able = [
+            place
+            for place in ring.members
+            if place not in pool and ring.room_bytes[place] >= size and ring.room_places[place] >= 1
+        ]
+        load = self._load_of
+        more = sorted(able, key=lambda place: (load[place], -ring.room_bytes[place], place))[:number]
+        for place in more:
+            ring.room_bytes[place] -= size
+            ring.room_places[place] -= 1
+        ring.pools[adapter] = tuple(sorted((*pool, *more)))
+
+    def _loads(self) -> list[float]:
+        """How much each place of the ring has to do already, for pools that begin there."""
+        ring = self._ring
+        by_member = dict.fromkeys(ring.members, 0.0)
+        for adapter, pool in ring.pools.items():
+            for place in pool:
+                by_member[place] += ring.work[adapter] / len(pool)
+        return [by_member[place] for place in ring.members]
+
+    def _work_order(self, adapters: list[int]) -> list[int]:
+        work, size = self._ring.work, self._size
+        if not self._tight:
+            return sorted(adapters, key=lambda one: (-work[one] / self._copies_of[one], one))
+        load, total = sum(work.values()) or 1.0, sum(size.values()) or 1.0
+        return sorted(adapters, key=lambda one: (-max(work[one] / load, size[one] / total), one))
+
+    def _put(self, adapter: int, pool: Pool) -> bool:
+        ring, size = self._ring, self._size[adapter]
+        room_bytes, room_places = ring.room_bytes, ring.room_places
+        for place in pool:
+            if room_bytes[place] < size or room_places[place] < 1:
+                return False
+        for place in pool:
+            room_bytes[place] -= size
+            room_places[place] -= 1
+        ring.pools[adapter] = pool
+        return True
+
+    def _put_anywhere(self, adapter: int, copies: int) -> bool:
+        """On the members with the most room, as many of them as can be."""
+        ring, size = self._ring, self._size[adapter]
+        able = [
+            place for place in ring.members if ring.room_bytes[place] >= size and ring.room_places[place] >= 1
+        ]
+        able.sort(key=lambda place: (-ring.room_bytes[place], -ring.room_places[place], place))
+        return bool(able) and self._put(adapter, tuple(sorted(able[:copies])))
+
+
+def _window(members: Pool, start: int, copies: int) -> Pool:
+    end = start + copies
+    if end <= len(members):
+        return members[start:end]
+    return (*members[: end - len(members)], *members[start:])

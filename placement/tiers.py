@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.fleet import Fleet, Floats, Ints
+from placement.fleet import Fleet, Floats, Ints, usable_bytes
 
 _BISECTIONS = 40
 _MAX_STEPS = 200
 _EPS = 1e-9
+_FILLS = (1.0, 0.99, 0.95, 0.9, 0.0)
+"""How full rooms may be planned, the first with which there is a plan: full ones are hard to pack."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,42 +35,71 @@ class _Needs:
     work: Floats
     bytes: Floats
     places: Floats
+    room: Floats
+    """Bytes that a replica of a kind (row) has room for in a tier (column)."""
 
 
-def size_tiers(fleet: Fleet) -> Tiers:
-    """The tier counts with the smallest utilisation that also give every level's adapters room.
+def size_tiers(fleet: Fleet) -> tuple[Tiers, ...]:
+    """Tier counts, those with the smallest utilisation first; one of them wherever memory is no matter.
 
-    Where no counts give them room, memory is left out of account; infinite utilisation without replicas.
+    They differ in how full replicas may be, as full ones are hard to pack; the first also gives the smallest
+    utilisation that there is. Where no counts give every adapter room, memory is left out of account.
     """
     number = np.bincount(fleet.kind, minlength=len(fleet.kinds))
-    needs = _Needs(
-        _from_top(fleet.totals(fleet.work)),
-        _from_top(fleet.totals(fleet.size_bytes)),
-        _from_top(fleet.totals()),
-    )
-    if not len(fleet.ids):
-        return Tiers(counts=np.zeros_like(fleet.capacity, dtype=np.int64), utilisation=0.0)
-    without_room = _Needs(needs.work, np.zeros_like(needs.bytes), np.zeros_like(needs.places))
-    for need in (needs, without_room):
+    found: list[Tiers] = []
+    for fill in _FILLS:
+        if fill == 0 and found:
+            break
+        need = _needs(fleet, number, fill)
         starts = [
-            counts
-            for order in _orders(fleet)
-            if (counts := _smallest(fleet, number, need, order)) is not None
+            one for order in _orders(fleet) if (one := _smallest(fleet, number, need, order)) is not None
         ]
-        if starts:
-            best = min(starts, key=lambda counts: _highest(fleet, counts, need))
-            if len(fleet.kinds) > 1:
-                best = _bettered(fleet, best, need)
-            return Tiers(counts=best, utilisation=_highest(fleet, best, need))
-    raise ValueError("no replica admits an adapter that was to be placed")
+        if not starts:
+            continue
+        best = min(starts, key=lambda counts: _highest(fleet, counts, need))
+        if len(fleet.kinds) > 1:
+            best = _bettered(fleet, best, need)
+        if not any(np.array_equal(best, one.counts) for one in found):
+            found.append(Tiers(counts=best, utilisation=utilisation_of(fleet, best)))
+        if _has_room(fleet, best, _needs(fleet, number, min(_FILLS[:-1]))):
+            break
+    return tuple(sorted(found, key=lambda one: one.utilisation))
+
+
+def neighbours(fleet: Fleet, counts: Ints) -> Iterator[Ints]:
+    """Counts with one replica in another tier, or two of different kinds exchanged."""
+    return _neighbours(fleet, counts)
+
+
+def _has_room(fleet: Fleet, counts: Ints, needs: _Needs) -> bool:
+    pool_adapters = np.array([float(spec.pool_adapters) for spec in fleet.kinds])
+    bytes_, places = _from_top((needs.room * counts).sum(axis=0)), _from_top(pool_adapters @ counts)
+    return bool(np.all(bytes_ >= needs.bytes) and np.all(places >= needs.places))
+
+
+def _needs(fleet: Fleet, number: Ints, fill: float) -> _Needs:
+    """Rooms are filled up to `fill`, 0 for no limit; below 1 adapters are whole, and one has as many copies
+    as its work needs."""
+    work = _from_top(fleet.totals(fleet.work))
+    pool = np.array([float(spec.pool_bytes) for spec in fleet.kinds])
+    room = np.repeat(pool[:, None], fleet.num_levels, axis=1)
+    if fill == 0:
+        return _Needs(work, np.zeros_like(work), np.zeros_like(work), room)
+    copies = np.ones(len(fleet.ids))
+    if fill < 1:
+        each = float(work[0]) / max(int(number.sum()), 1)
+        copies = np.maximum(np.minimum(fleet.work / max(each, 1e-300), number.sum()), 1.0)
+        room = usable_bytes(fleet)
+    asked, places = fleet.totals(fleet.size_bytes * copies), fleet.totals(copies)
+    return _Needs(work, _from_top(asked) / fill, _from_top(places) / fill, room)
 
 
 def utilisation_of(fleet: Fleet, counts: Ints) -> float:
     """The highest utilisation of a fluid allocation over these tiers, memory aside."""
     work = _from_top(fleet.totals(fleet.work))
     given = _from_top((fleet.capacity * counts).sum(axis=0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.max(np.where(work > 0, work / given, 0.0), initial=0.0))
+    endless = np.where(work > 0, np.inf, 0.0)
+    return float(np.max(np.divide(work, given, out=endless, where=given > 0), initial=0.0))
 
 
 def flows(fleet: Fleet, counts: Ints) -> Floats:
@@ -150,14 +181,14 @@ def _cover(fleet: Fleet, number: Ints, needs: _Needs, order: Ints, utilisation: 
             least = 1e-12 if given == 0 else 0.0
             short = max(
                 max(asked - given, least) / able,
-                (size - held) / max(spec.pool_bytes, 1),
+                (size - held) / max(float(needs.room[kind, tier]), 1.0),
                 (many - places) / max(spec.pool_adapters, 1e-9),
             )
             taken = min(left[kind], max(0, int(np.ceil(short))))
             counts[kind, tier] += taken
             left[kind] -= taken
             given += taken * able
-            held += taken * float(spec.pool_bytes)
+            held += taken * float(needs.room[kind, tier])
             places += taken * float(spec.pool_adapters)
         if given < asked or given == 0 or held < size or places < many:
             return None
@@ -167,16 +198,9 @@ def _cover(fleet: Fleet, number: Ints, needs: _Needs, order: Ints, utilisation: 
 
 def _highest(fleet: Fleet, counts: Ints, needs: _Needs) -> float:
     given = np.cumsum((fleet.capacity * counts).sum(axis=0)[::-1])[::-1]
-    bytes_, places = _rooms(fleet, counts)
-    if np.any(bytes_ < needs.bytes) or np.any(places < needs.places) or np.any(given <= 0):
+    if np.any(given <= 0) or not _has_room(fleet, counts, needs):
         return float("inf")
     return float(np.max(needs.work / given))
-
-
-def _rooms(fleet: Fleet, counts: Ints) -> tuple[Floats, Floats]:
-    pool_bytes = np.array([float(spec.pool_bytes) for spec in fleet.kinds])
-    pool_adapters = np.array([float(spec.pool_adapters) for spec in fleet.kinds])
-    return _from_top(pool_bytes @ counts), _from_top(pool_adapters @ counts)
 
 
 def _bettered(fleet: Fleet, counts: Ints, needs: _Needs) -> Ints:

@@ -6,6 +6,7 @@ several instead of drawing from fixed shares; adapters get further copies as spi
 (`placement.spilling`). The present placement is kept for as long as it is good enough.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from placement.dividing import divide
 from placement.fleet import Fleet, Ints, fleet_of
-from placement.pooling import Pod, pack
+from placement.pooling import Pool, Ring, pack
 from placement.present import (
     Present,
     bytes_by_level,
@@ -24,7 +25,7 @@ from placement.present import (
 )
 from placement.spilling import Layout
 from placement.tier_labels import relabelled
-from placement.tiers import Tiers, flows, size_tiers, utilisation_of
+from placement.tiers import Tiers, flows, neighbours, size_tiers, utilisation_of
 from placement.types import Holder, Placement, Snapshot
 
 GOOD_ENOUGH = 1.05
@@ -36,6 +37,12 @@ CALM = 0.5
 SOFT_BELOW, STRICT_ABOVE = 0.92, 0.97
 """Spill helps until the cluster is nearly full and hurts beyond: copies outside their tier are marked as
 spill below the first, not above the second, and between them as they were."""
+
+CLOSE = 1.02
+"""A placement so near to the smallest utilisation is not searched further."""
+
+FEW, SIMILAR = 2000, 3
+"""Up to so many adapters, so many more divisions into tiers are tried where memory spoils the first."""
 
 BETTER = 0.97
 """A placement that moves bytes has to have at most so much of the present one's utilisation."""
@@ -52,13 +59,13 @@ class Optimal:
         fleet = fleet_of(snapshot)
         if not fleet.ids:
             return Placement()
-        sized = size_tiers(fleet)
+        sizes = size_tiers(fleet)
+        least = sizes[0].utilisation
         plan, present = snapshot.current, present_of(fleet, snapshot.current)
         is_valid = _is_valid(fleet, plan, present)
         # Each round has to be better than the last, so that an unchanged workload moves nothing.
-        while not (is_valid and _is_good(fleet, present, sized)):
-            tried = _built(fleet, sized, present if present.num_placed else None)
-            found = present_of(fleet, tried)
+        while not (is_valid and _is_good(fleet, present, least)):
+            tried, found = _best(fleet, sizes, present if present.num_placed else None)
             if is_valid and not _is_better(fleet, found, present):
                 break
             plan, present, is_valid = tried, found, True
@@ -74,10 +81,10 @@ def _is_valid(fleet: Fleet, plan: Placement, present: Present) -> bool:
     )
 
 
-def _is_good(fleet: Fleet, present: Present, sized: Tiers) -> bool:
+def _is_good(fleet: Fleet, present: Present, least: float) -> bool:
     if present.num_placed < len(fleet.ids) or (present.num_single and len(fleet.replicas) > 1):
         return False
-    return utilisation_of_shares(fleet, present) <= max(sized.utilisation * GOOD_ENOUGH, CALM)
+    return utilisation_of_shares(fleet, present) <= max(least * GOOD_ENOUGH, CALM)
 
 
 def _is_better(fleet: Fleet, tried: Present, than: Present) -> bool:
@@ -90,24 +97,66 @@ def _is_better(fleet: Fleet, tried: Present, than: Present) -> bool:
     return after <= before and tried.num_single < than.num_single
 
 
+def _best(fleet: Fleet, sizes: Sequence[Tiers], present: Present | None) -> tuple[Placement, Present]:
+    """The best placement with any of these tiers; where memory spoils all of them, with similar ones."""
+    least = sizes[0].utilisation
+    tried: list[tuple[tuple[int, float], Placement, Present]] = []
+    for sized in (*sizes, *_similar(fleet, sizes)):
+        plan = _built(fleet, sized, present)
+        found = present_of(fleet, plan)
+        used = utilisation_of_shares(fleet, found)
+        tried.append(((-found.num_placed, used), plan, found))
+        if found.num_placed == len(fleet.ids) and used <= least * CLOSE:
+            break
+    _, plan, found = min(tried, key=lambda one: one[0])
+    return plan, found
+
+
+def _similar(fleet: Fleet, sizes: Sequence[Tiers]) -> Iterator[Tiers]:
+    """Tiers with one replica elsewhere that promise the least utilisation, what memory makes go to higher
+    tiers included."""
+    if len(fleet.ids) > FEW or len(fleet.replicas) > FEW:
+        return
+    known = [sized.counts for sized in sizes]
+    promised: list[tuple[float, int, Ints]] = []
+    for counts in neighbours(fleet, sizes[0].counts):
+        used = _promised(fleet, counts)
+        if np.isfinite(used) and not any(np.array_equal(counts, one) for one in known):
+            promised.append((used, len(promised), counts))
+    for used, _, counts in sorted(promised, key=lambda one: one[:2])[:SIMILAR]:
+        yield Tiers(counts=counts, utilisation=used)
+
+
+def _promised(fleet: Fleet, counts: Ints) -> float:
+    if not np.isfinite(utilisation_of(fleet, counts)):
+        return float("inf")
+    nothing = np.full(len(fleet.ids), -1, dtype=np.int64)
+    tier_of = relabelled(fleet, counts, np.zeros((len(fleet.replicas), fleet.num_levels)), nothing)
+    used = [0.0]
+    for tier in divide(fleet, flows(fleet, counts), tier_of, nothing):
+        able = fleet.capacity[fleet.kind[tier.replicas], tier.tier]
+        room = sum(float(fleet.replicas[place].pool_bytes) for place in tier.replicas)
+        full = float(fleet.size_bytes[tier.adapters].sum()) > room
+        used.append(float("inf") if full else float(tier.work.sum()) / float(able.sum()))
+    return max(used)
+
+
 def _built(fleet: Fleet, sized: Tiers, present: Present | None) -> Placement:
-    """A placement with the tiers that are best, as near to the present one as they allow."""
+    """A placement with these tiers, as near to the present one as they allow."""
     tier_of = _tiers(fleet, sized, present)
-    groups: list[tuple[int, ...]] = []
-    home = np.full(len(fleet.ids), -1, dtype=np.int64)
+    pools = None if present is None else _pools(present)
     home_tier = np.full(len(fleet.ids), -1, dtype=np.int64)
-    if present is not None:
-        groups, home = _pods_of(present, len(fleet.ids))
-        home_tier = np.where(home >= 0, tier_of[home], -1)
+    if pools is not None:
+        home_tier = np.array([max(tier_of[list(pool)]) if pool else -1 for pool in pools], dtype=np.int64)
     counts = np.zeros_like(fleet.capacity, dtype=np.int64)
     np.add.at(counts, (fleet.kind, tier_of), 1)
-    pods: list[Pod] = []
+    rings: list[Ring] = []
     left: list[int] = []
     for tier in divide(fleet, flows(fleet, counts), tier_of, home_tier):
-        own, unplaced = pack(fleet, tier, groups=groups, home=home, slack=0.0 if present is None else 0.04)
-        pods += own
+        ring, unplaced = pack(fleet, tier, pools, 0.01 if present is None else 0.04)
+        rings.append(ring)
         left += unplaced
-    return Layout(fleet, pods, tier_of).placement(left)
+    return Layout(fleet, rings, tier_of).placement(left)
 
 
 def _tiers(fleet: Fleet, sized: Tiers, present: Present | None) -> Ints:
@@ -118,29 +167,19 @@ def _tiers(fleet: Fleet, sized: Tiers, present: Present | None) -> Ints:
     settled = np.maximum(now, 0)
     counts = np.zeros_like(sized.counts)
     np.add.at(counts, (fleet.kind, settled), 1)
-    if np.all(now >= 0) and utilisation_of(fleet, counts) <= max(sized.utilisation * GOOD_ENOUGH, CALM):
+    able = np.all(now >= 0) and np.all(fleet.capacity[fleet.kind, settled] > 0)
+    if able and utilisation_of(fleet, counts) <= max(sized.utilisation * GOOD_ENOUGH, CALM):
         return now
     return relabelled(fleet, sized.counts, bytes_by_level(fleet, present), now)
 
 
-def _pods_of(present: Present, num_adapters: int) -> tuple[list[tuple[int, ...]], Ints]:
-    """The sets of replicas that hold the same adapters, those with most of them first, and the first
-    replica with a share of each adapter."""
-    number = np.bincount(present.of_adapter[present.of_adapter >= 0], minlength=len(present.groups))
-    many: dict[tuple[int, ...], int] = {}
-    first = np.full(len(present.groups) + 1, -1, dtype=np.int64)
-    for place, (group, count) in enumerate(zip(present.groups, number.tolist(), strict=True)):
-        served = tuple(sorted(one for one, share, _ in group if share > 0))
-        if served:
-            many[served] = many.get(served, 0) + count
-            first[place] = max((share, -one, one) for one, share, _ in group)[2]
-    groups: list[tuple[int, ...]] = []
-    taken: set[int] = set()
-    for served in sorted(many, key=lambda one: (-many[one], one)):
-        if taken.isdisjoint(served):
-            groups.append(served)
-            taken.update(served)
-    return groups, first[present.of_adapter]
+def _pools(present: Present) -> list[Pool | None]:
+    """The replicas that serve each adapter."""
+    served: list[Pool | None] = [
+        tuple(sorted(place for place, share, _ in group if share > 0)) for group in present.groups
+    ]
+    served.append(None)
+    return [served[group] for group in present.of_adapter.tolist()]
 
 
 def _marked(plan: Placement, fleet: Fleet, present: Present) -> Placement:

@@ -41,12 +41,6 @@ PROFILES = {
 }
 
 
-EXCEPT_OPTIMAL = [
-    pytest.param(name, marks=pytest.mark.skip("optimal does not promise it yet") if name == "optimal" else ())
-    for name in sorted(POLICIES)
-]
-
-
 @st.composite
 def snapshots(draw: st.DrawFn) -> Snapshot:
     adapters = tuple(
@@ -115,7 +109,7 @@ def test_whoever_is_left_out_fits_nowhere_beside_what_is_placed(name: str, snaps
         assert not any(room.fits(adapters[version]) for room in rooms.values())
 
 
-@pytest.mark.parametrize("name", EXCEPT_OPTIMAL)
+@pytest.mark.parametrize("name", sorted(POLICIES))
 @given(snapshot=snapshots(), count=st.integers(1, 12))
 @settings(max_examples=100, deadline=None)
 def test_of_equal_adapters_as_many_are_placed_as_there_are_places(
@@ -130,7 +124,7 @@ def test_of_equal_adapters_as_many_are_placed_as_there_are_places(
     assert len(policy(name).plan(equal).holders) == min(len(equal.adapters), places)
 
 
-@pytest.mark.parametrize("name", EXCEPT_OPTIMAL)
+@pytest.mark.parametrize("name", sorted(POLICIES))
 @given(before=snapshots(), snapshot=snapshots())
 @settings(max_examples=100, deadline=None)
 def test_a_plan_is_valid_whatever_was_placed_before_under_other_limits(
