@@ -42,7 +42,7 @@ CONTENDERS = (
     Contender(name=OURS, policy="optimal", routing="marginal-cost"),
     Contender(name=RIVAL, policy="loraserve", routing="weighted-share", forecast="loraserve"),
     Contender(name=EVERYWHERE, policy="least-loaded", routing="least-outstanding"),
-    Contender(name="everywhere, marginal cost", policy="least-loaded", routing="marginal-cost"),
+    Contender(name="everywhere-marginal", policy="least-loaded", routing="marginal-cost"),
     Contender(name="slora-random", policy="slora-random", routing="least-outstanding"),
     Contender(name="slora-contiguous", policy="slora-contiguous", routing="least-outstanding"),
     Contender(name="rendezvous", policy="rendezvous", routing="least-outstanding", forecast="ema"),
