@@ -84,17 +84,47 @@ def retire(holdings: Holdings, table: RoutingTable) -> list[Command]:
 
 def load(holdings: Holdings, waiting: Collection[Waiting], max_loads: int = MAX_LOADS) -> list[Command]:
     """Load what is planned and absent, where there is room now and few enough loads are under way; the rest
-    waits. What nobody holds comes first."""
+    waits. What no ready replica holds comes first. What none loads either, and none planned for it has room
+    for, goes to any that has."""
+    if not waiting:
+        return []
     commands: list[Command] = []
-    held = holdings.all_holders() if waiting else {}
+    roomy: set[VersionId] = set()
+    held = {version for record in _ready(holdings) for version in record.copies if record.holds(version)}
     for one in sorted(
         waiting, key=lambda one: (one.adapter.version_id in held, one.adapter.version_id, one.replica_id)
     ):
         record = holdings.replicas[one.replica_id]
-        loading = sum(copy.phase is CopyPhase.LOADING for copy in record.copies.values())
-        if loading < max_loads and record.has_room(one.adapter):
-            commands.append(_begin(record, one.adapter))
+        if record.has_room(one.adapter):
+            roomy.add(one.adapter.version_id)
+            if _num_loading(record) < max_loads:
+                commands.append(_begin(record, one.adapter))
+    for adapter in _homeless(holdings, waiting):
+        place = None if adapter.version_id in roomy else _free_place(holdings, adapter)
+        if place is not None and _num_loading(place) < max_loads:
+            commands.append(_begin(place, adapter))
     return commands
+
+
+def _num_loading(record: ReplicaRecord) -> int:
+    return sum(copy.phase is CopyPhase.LOADING for copy in record.copies.values())
+
+
+def _present(holdings: Holdings) -> set[VersionId]:
+    """What ready replicas hold or load."""
+    return {
+        version
+        for record in _ready(holdings)
+        for version, copy in record.copies.items()
+        if copy.phase is not CopyPhase.RETIRING
+    }
+
+
+def _homeless(holdings: Holdings, waiting: Collection[Waiting]) -> list[AdapterVersion]:
+    """What waits and no ready replica holds or loads."""
+    present = _present(holdings)
+    found = {one.adapter.version_id: one.adapter for one in waiting if one.adapter.version_id not in present}
+    return [adapter for _, adapter in sorted(found.items())]
 
 
 def is_stuck(holdings: Holdings, waiting: Collection[Waiting]) -> bool:
@@ -123,32 +153,68 @@ def make_way(holdings: Holdings, full: frozenset[ReplicaId]) -> list[Command]:
 
 def possible(holdings: Holdings, waiting: Collection[Waiting]) -> Placement:
     """The plan without the copies that wait for room for ever: an adapter that has none of its planned
-    holders stays where it is held, and one that nobody holds gets a replica with room if there is one."""
+    holders stays where it is held; one that no ready replica holds takes the place of a copy that is not the
+    only one, if there is such a place."""
     absent: dict[VersionId, set[ReplicaId]] = {}
     for one in waiting:
         absent.setdefault(one.adapter.version_id, set()).add(one.replica_id)
     held = holdings.all_holders()
-    changed: dict[VersionId, tuple[Holder, ...]] = {}
+    changed = dict(holdings.plan.holders)
     for version, replicas in sorted(absent.items()):
         there = [holder for holder in holdings.plan.holders[version] if holder.replica_id not in replicas]
-        total = sum(holder.share for holder in there)
-        if total > 0:
-            changed[version] = tuple(replace(holder, share=holder.share / total) for holder in there)
-            continue
         ready = [one for one in held.get(version, ()) if _is_ready(holdings.replicas[one])]
-        if not ready:
-            place = _free_place(holdings, holdings.adapters[version], frozenset())
-            ready = [] if place is None else [place.replica_id]
-        if ready:
+        if sum(holder.share for holder in there) > 0:
+            changed[version] = _normalised(there)
+        elif ready:
             changed[version] = tuple(Holder(replica_id=one, share=1 / len(ready)) for one in sorted(ready))
-    holders: Mapping[VersionId, tuple[Holder, ...]] = MappingProxyType({**holdings.plan.holders, **changed})
-    return replace(holdings.plan, holders=holders)
+    taken: set[ReplicaId] = set()
+    for adapter in _homeless(holdings, waiting):
+        copy = _spare_copy(holdings, adapter, changed, taken)
+        if copy is not None:
+            replica, version = copy
+            taken.add(replica)
+            changed[version] = _normalised([one for one in changed[version] if one.replica_id != replica])
+            changed[adapter.version_id] = (Holder(replica_id=replica, share=1.0),)
+    return replace(holdings.plan, holders=MappingProxyType(changed))
+
+
+def _spare_copy(
+    holdings: Holdings,
+    adapter: AdapterVersion,
+    planned: Mapping[VersionId, tuple[Holder, ...]],
+    taken: Collection[ReplicaId],
+) -> tuple[ReplicaId, VersionId] | None:
+    """A copy that makes room for the adapter if it goes, of the version with the most holders left."""
+    found: list[tuple[int, ReplicaId, VersionId]] = []
+    for version, holders in planned.items():
+        others = [
+            one
+            for one in holders
+            if (known := holdings.replicas.get(one.replica_id)) is not None and known.holds(version)
+        ]
+        for holder in others if len(others) > 1 else ():
+            record = holdings.replicas[holder.replica_id]
+            if record.replica_id in taken or not _is_ready(record) or record.spec is None:
+                continue
+            used_bytes = sum(copy.size_bytes for copy in record.copies.values())
+            freed_bytes = record.copies[version].size_bytes
+            fits = used_bytes - freed_bytes + adapter.size_bytes <= record.spec.pool_bytes
+            if fits and record.spec.admits(adapter) and adapter.version_id not in record.refused:
+                found.append((-len(others), record.replica_id, version))
+    return min(found)[1:] if found else None
+
+
+def _normalised(holders: Collection[Holder]) -> tuple[Holder, ...]:
+    total = sum(holder.share for holder in holders)
+    if total <= 0:
+        return tuple(replace(holder, share=1 / len(holders), spill=False) for holder in holders)
+    return tuple(replace(holder, share=holder.share / total) for holder in holders)
 
 
 def _free_place(
-    holdings: Holdings, adapter: AdapterVersion, full: Collection[ReplicaId]
+    holdings: Holdings, adapter: AdapterVersion, full: Collection[ReplicaId] = frozenset()
 ) -> ReplicaRecord | None:
-    """The replica with the fewest copies that takes one more and nothing waits for."""
+    """The replica with the fewest copies that has room for one more, but for those that others wait for."""
     version = adapter.version_id
     return min(
         (

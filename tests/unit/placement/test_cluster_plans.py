@@ -103,6 +103,19 @@ def test_an_exchange_without_a_third_place_is_not_done_and_said() -> None:
     assert state.book.problem is None
 
 
+def test_new_weights_in_a_full_cluster_take_the_place_of_a_copy_that_is_not_the_only_one() -> None:
+    state = begun({R0: 1, R1: 1, R2: 1}, placed(a={R0: 1.0}, b={R1: 0.5, R2: 0.5}), A, B)
+    state.handle(messages.FreezeRequested(True))
+    newer = adapter("a", digest="1" * 64)
+    commands = acknowledge(state, state.handle(messages.AdapterRegistered(newer)))
+    assert state.is_served(newer.version_id)
+    assert held(state)[R2] == {B.version_id} or held(state)[R1] == {B.version_id}
+    tables = [command.table for command in commands if isinstance(command, messages.PublishTable)]
+    assert all(entry.holders for table in tables for entry in table.entries.values())
+    acknowledge(state, state.handle(messages.EpochElapsed()))
+    assert held(state) == {R0: {newer.version_id}, R1: {B.version_id}, R2: {B.version_id}}
+
+
 def test_a_share_is_lent_to_the_holder_before_until_the_new_one_has_acknowledged() -> None:
     state = begun({R0: 2, R1: 2, R2: 2}, placed(a={R0: 0.5, R1: 0.5}), A)
     assert isinstance(state.policy, Given)
