@@ -57,7 +57,7 @@ def simulate(
         Number, typer.Option(help="Seconds that demand is measured over. [default: an epoch]")
     ] = None,
     forecast: Annotated[
-        Text, typer.Option(help="Who forecasts demand, see loraserve forecast. [default: trend]")
+        Text, typer.Option(help="Who forecasts demand, see loraserve forecast. [default: adaptive]")
     ] = None,
     report_interval: Annotated[float, typer.Option(help="Seconds between a replica's reports.")] = 0.1,
     network_delay: Annotated[float, typer.Option(help="Seconds from router to replica.")] = 0.0005,

@@ -30,7 +30,7 @@ R0, R1 = ReplicaId("replica-0"), ReplicaId("replica-1")
 A, B = VersionId("a@1"), VersionId("b@1")
 QUIET = ReplicaReport(running=0, waiting=0, kv_cache_usage=0.0, resident=(), resident_bytes=0)
 REGISTERED = AdapterVersion(version_id=A, name=AdapterName("a"), sha256="1", rank=8, size_bytes=1)
-SECTION = PlacementSection(epoch_s=10.0, window_s=10.0, history_s=50.0)
+SECTION = PlacementSection(epoch_s=10.0, window_s=10.0, history_s=50.0, forecast="trend")
 
 
 def said(sequence: int, incarnation: str = "x", **tokens: int) -> ReplicaReport:

@@ -113,7 +113,9 @@ def test_what_is_no_rate_is_refused_and_changes_nothing(name: str, rate: float) 
 def test_the_state_of_something_else_is_refused(name: str) -> None:
     one = forecaster(name, OPTIONS)
     other = forecaster("ema" if name != "ema" else "last", OPTIONS)
-    for state in (other.export(), {}, {**one.export(), "silent": [1]}, {**one.export(), "columns": {}}):
+    own = one.export()
+    broken = [{**own, "silent": [1]}, {**own, "columns": {}}, {**own, "errors": [1.0], "windows": None}]
+    for state in (other.export(), {}, *broken):
         with pytest.raises(ValueError, match=r"expected|not the state"):
             one.restore(state)
 
@@ -171,6 +173,23 @@ def test_overlapping_windows_are_extrapolated_to_the_middle_of_the_next_epoch() 
     for rate in (10.0, 20.0, 30.0, 40.0, 50.0):
         one.observe({A: rate})
     assert one.forecast() == {A: pytest.approx(70.0)}
+
+
+def test_adaptive_follows_a_workload_that_slides_and_averages_one_that_only_scatters() -> None:
+    """Of 20 adapters: as close as the best of a slow average and a trend, on what each of them is for."""
+    rng = np.random.default_rng(7)
+    versions = [VersionId(f"{place}@1") for place in range(20)]
+    for slope, better, worse in ((0.0, "ema", "trend"), (30.0, "trend", "ema")):
+        missed = dict.fromkeys(("adaptive", "ema", "trend"), 0.0)
+        ones = {name: forecaster(name) for name in missed}
+        for at in range(60):
+            came = {one: float(rng.poisson(400 + slope * at)) for one in versions}
+            for name, one in ones.items():
+                if at >= 20:
+                    missed[name] += sum(abs(rate - one.forecast()[key]) for key, rate in came.items())
+                one.observe(came)
+        assert missed["adaptive"] < 1.02 * missed[better]
+        assert missed["adaptive"] < 0.98 * missed[worse]
 
 
 def test_a_season_is_known_after_it_has_passed_once() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from loraserve.errors import BadInputError
 from loraserve.simulator.result_files import read_result, write_result
-from placement.demand import FORECASTERS, ForecastOptions, forecaster
+from placement.demand import DEFAULT_FORECASTER, FORECASTERS, ForecastOptions, forecaster
 from placement.types import VersionId
 from tests.support.simulated import replicas_of, run_checked, scenario_of, trace_of_columns
 from traces.columns import TraceColumns
@@ -42,11 +42,11 @@ def test_demand_and_forecast_are_kept_in_files(tmp_path: Path) -> None:
     result = run_checked(scenario_of(ramp(), replicas_of(1), epoch_s=10.0, window_s=10.0))
     write_result(result, tmp_path)
     assert read_result(tmp_path).epochs == result.epochs
-    assert result.scenario["forecast"] == "trend"
+    assert result.scenario["forecast"] == DEFAULT_FORECASTER
 
 
 def test_a_forecaster_that_there_is_not_is_refused() -> None:
-    with pytest.raises(BadInputError, match="forecast: 'oracle'; expected one of ema, "):
+    with pytest.raises(BadInputError, match="forecast: 'oracle'; expected one of adaptive, ema, "):
         scenario_of(ramp(), replicas_of(1), forecast="oracle")
 
 
