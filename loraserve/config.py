@@ -16,6 +16,7 @@ from msgspec import Meta, inspect
 
 from loraserve.errors import ConfigError
 from placement.engine_sizes import MAX_POOL_ADAPTERS
+from placement.pairing import routing_for
 
 # As far as timers reach, about thirty years.
 MAX_SECONDS = 1e9
@@ -174,7 +175,7 @@ class PlacementSection(Section, frozen=True):
 class RouterSection(Section, frozen=True):
     """`max_in_flight` and `max_waiting_per_replica` bound what a router admits; `holder_wait_s` is how
     long a request waits for a replica when its last one has died, `lease_s` how long a replica picked
-    by a client is kept for it."""
+    by a client is kept for it. `routing` "auto", or left out, is what goes with the placement policy."""
 
     host: str = "127.0.0.1"
     port: Port = 50051
@@ -251,7 +252,7 @@ def load_config(path: Path | None, overrides: Mapping[str, object] | None = None
 
 def parse_config(tree: Mapping[str, Any], where: str = "the configuration") -> Config:
     """Validate a tree of plain values; ConfigError names the path and what would be right."""
-    tree = _with_auto(tree)
+    tree = _with_routing(_with_auto(tree))
     _refuse_unknown_keys(tree, Config, where, "")
     try:
         return msgspec.convert(tree, Config)
@@ -279,6 +280,17 @@ def _with_auto(tree: Mapping[str, Any]) -> Mapping[str, Any]:
         return tree
     rest = {key: value for key, value in engine.items() if key not in chosen}
     return {**tree, "engine": {**rest, "auto": chosen}}
+
+
+def _with_routing(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Name the routing policy that goes with the placement policy, where none is named."""
+    router, placement = tree.get("router", {}), tree.get("placement", {})
+    if not isinstance(router, Mapping) or not isinstance(placement, Mapping):
+        return tree
+    policy = placement.get("policy", PlacementSection().policy)
+    if router.get("routing", AUTO) != AUTO or not isinstance(policy, str):
+        return tree
+    return {**tree, "router": {**router, "routing": routing_for(policy)}}
 
 
 def _refuse_unknown_keys(tree: Mapping[str, Any], section: type[Section], where: str, prefix: str) -> None:

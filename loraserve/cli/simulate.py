@@ -24,7 +24,9 @@ DEFAULT_PROFILE = "a100-llama2-7b-bgmv"
 def simulate(
     trace: Annotated[str, typer.Argument(help="A trace file, 'demo' for the bundled one, or preset:NAME.")],
     policy: Annotated[str, typer.Option(help="Placement policies, a,b,...")] = "least-loaded",
-    routing: Annotated[str, typer.Option(help="Routing policies, a,b,...")] = "least-outstanding",
+    routing: Annotated[
+        str, typer.Option(help="Routing policies, a,b,...; auto: each policy's own.")
+    ] = "auto",
     replicas: Annotated[int, typer.Option(help="How many replicas.")] = 4,
     profile: Annotated[
         str, typer.Option(help="What a replica can do: a shipped profile, or a file of loraserve profile.")

@@ -12,6 +12,7 @@ from loraserve.simulator.from_profile import ClusterOptions, scenario_of
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.sweep import SweepRun, sweep
 from loraserve.simulator.workload import SimulatedWorkload
+from placement.pairing import AUTO, routing_for
 from placement.policies import POLICIES
 from placement.routing import ROUTING_POLICIES
 
@@ -20,7 +21,8 @@ MAX_RUNS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulateOptions:
-    """Every policy with every routing and every seed is one run; `ray_address` None is this machine."""
+    """Every policy with every routing and every seed is one run, the routing "auto" being what goes with
+    the policy; `ray_address` None is this machine."""
 
     workload: SimulatedWorkload
     cluster: ClusterOptions
@@ -49,7 +51,7 @@ class Plan:
 def prepare(options: SimulateOptions) -> Plan:
     """Read and check everything before anything is simulated; BadInputError says what is wrong."""
     _check(options.policies, POLICIES, "--policy")
-    _check(options.routings, ROUTING_POLICIES, "--routing")
+    _check(options.routings, {AUTO: None, **ROUTING_POLICIES}, "--routing")
     count = len(options.policies) * len(options.routings) * len(options.seeds)
     if count > MAX_RUNS:
         raise BadInputError(f"--policy, --routing, --seeds: {count} runs; expected {MAX_RUNS} at most")
@@ -65,7 +67,7 @@ def prepare(options: SimulateOptions) -> Plan:
             raise BadInputError(f"--warmup: {options.judging.warmup_s:g} s leaves nothing, {last}")
     scenarios, folders = {}, {}
     for policy, routing, seed in product(options.policies, options.routings, options.seeds):
-        cluster = replace(options.cluster, policy=policy, routing=routing)
+        cluster = replace(options.cluster, policy=policy, routing=routing_for(policy, routing))
         label, folder = policy, policy
         if len(options.routings) > 1:
             label, folder = f"{label} / {routing}", f"{folder}-{routing}"

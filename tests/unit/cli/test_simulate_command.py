@@ -207,7 +207,7 @@ OPTIONS = SimulateOptions(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (replace(OPTIONS, routings=("nope",)), "--routing: 'nope' is unknown; known: dlora, least-outstanding"),
+        (replace(OPTIONS, routings=("nope",)), "--routing: 'nope' is unknown; known: auto, dlora"),
         (replace(OPTIONS, profile="nope"), "--profile nope: no such profile"),
         (replace(OPTIONS, seeds=tuple(range(10_001))), "10001 runs"),
         (replace(OPTIONS, cluster=ClusterOptions(num_replicas=0)), "--replicas: 0"),
