@@ -167,13 +167,28 @@ class Dispatch:
     def lose(self, replica: ReplicaId, lost: Iterable[Sequence], now_ps: int) -> None:
         """A replica is down: its streams go on elsewhere, from what was drawn."""
         self._gone |= {replica}
-        ledger = self._ledger
         for sequence in lost:
-            row = sequence.request
-            ledger.drawn[row] = sequence.drawn
-            if ledger.first_ps[row] < 0 <= sequence.first_ps:
-                ledger.first_ps[row] = sequence.first_ps + self._network_ps
-            self._agenda.put(now_ps + self._network_ps, partial(self.route, row))
+            self.note_drawn(sequence)
+            self._agenda.put(now_ps + self._network_ps, partial(self.route, sequence.request))
+
+    def note_drawn(self, sequence: Sequence) -> None:
+        """A stream has ended in the middle: what it has drawn is not drawn again."""
+        ledger, row = self._ledger, sequence.request
+        ledger.drawn[row] = sequence.drawn
+        if ledger.first_ps[row] < 0 <= sequence.first_ps:
+            ledger.first_ps[row] = sequence.first_ps + self._network_ps
+
+    def num_attempts(self, row: int) -> int:
+        """How often the request was sent."""
+        return self._ledger.attempts[row]
+
+    def send_to(self, row: int, site: Site, now_ps: int) -> None:
+        """Send a request on to this replica, or where its router chooses if it is not taken there."""
+        version, _ = self._versions[self._ledger.adapter[row]]
+        if site.model is not None and (version is None or site.accepts(version)):
+            self._send(row, site, now_ps)
+        else:
+            self.route(row, now_ps)
 
     def _retry(self, now_ps: int) -> None:
         waiting, self._waiting = self._waiting, {}

@@ -53,6 +53,7 @@ class ClusterOptions:
     failures: tuple[Failure, ...] = ()
     max_lora_ranks: str = "fixed"
     restart_s: float = 60.0
+    migration: str = "off"
 
 
 def scenario_of(
@@ -96,6 +97,7 @@ def scenario_of(
         failures=options.failures,
         max_lora_ranks=options.max_lora_ranks,
         restart_s=options.restart_s,
+        migration=options.migration,
         seed=seed,
         profiles={profile.name: known},
     )

@@ -17,6 +17,7 @@ from loraserve.simulator.check import check_result
 from loraserve.simulator.dispatch import Dispatch
 from loraserve.simulator.epochs import Epochs
 from loraserve.simulator.ledger import Ledger
+from loraserve.simulator.migration import Migrations
 from loraserve.simulator.result import SimulationResult
 from loraserve.simulator.scenario import Failure, Scenario
 from loraserve.simulator.shell import Shell
@@ -66,6 +67,9 @@ class Simulation:
         self.shell = Shell(scenario, by_id, self.dispatch, self.agenda)
         if scenario.on_demand:
             self.dispatch.on_sent = self.shell.sent
+        self.migrations = Migrations(
+            scenario, sites=by_id, dispatch=self.dispatch, shell=self.shell, agenda=self.agenda
+        )
         self.epochs = Epochs(scenario, self.shell, self.dispatch, self.sites, self.ledger)
 
     def run(self, on_progress: Progress | None = None) -> SimulationResult:
@@ -73,6 +77,8 @@ class Simulation:
         begun_s = time.perf_counter()
         self.shell.begin()
         self.agenda.put(self.epochs.period_ps, self._elapse)
+        if self.scenario.migration != "off":
+            self.agenda.put(self.migrations.period_ps, self._migrate)
         for failure in self.scenario.failures:
             self.agenda.put(round(failure.at_s * PS_PER_S), partial(self._fail, failure))
         self._arrive(on_progress)
@@ -100,6 +106,11 @@ class Simulation:
         if not self._is_over(now_ps):
             self.epochs.elapse(now_ps)
             self.agenda.put(now_ps + self.epochs.period_ps, self._elapse)
+
+    def _migrate(self, now_ps: int) -> None:
+        if not self._is_over(now_ps):
+            self.migrations.look(now_ps)
+            self.agenda.put(now_ps + self.migrations.period_ps, self._migrate)
 
     def _fail(self, failure: Failure, now_ps: int) -> None:
         if not self._is_over(now_ps):

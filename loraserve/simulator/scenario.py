@@ -61,7 +61,8 @@ class Scenario:
     `profiles` are what policies know of the kinds of replicas, by `ReplicaSpec.profile`.
     `warm`: the first plan is loaded at the start. The controller hears of a failure `detection_s` after it.
     With `max_lora_ranks` planned, replicas whose kernel is padded_config are drained and started again, which
-    takes `restart_s`, with the setting that the plan wants.
+    takes `restart_s`, with the setting that the plan wants. With `migration` dlora, requests of overloaded
+    replicas move every `migration_period_s`.
 
     BadInputError names the field, what it is and what would be right.
     """
@@ -91,6 +92,8 @@ class Scenario:
     max_restarts: int = 3
     max_lora_ranks: str = "fixed"
     restart_s: float = 60.0
+    migration: str = "off"
+    migration_period_s: float = 10.0
     seed: int = 0
     profiles: Mapping[str, Profile] = field(default_factory=dict)
 
@@ -120,13 +123,16 @@ class Scenario:
             "peer_latency_s": None if self.peer is None else self.peer.latency_s,
             "failures": len(self.failures),
         }
-        names = _PLAIN if self.max_lora_ranks == "fixed" else (*_PLAIN, *_RESTARTING)
+        restarting = () if self.max_lora_ranks == "fixed" else _RESTARTING
+        migrating = () if self.migration == "off" else _MIGRATING
+        names = (*_PLAIN, *restarting, *migrating)
         return described | {name: getattr(self, name) for name in names}
 
 
 _DURATIONS = ("report_interval_s", "epoch_s", "window_s", "history_s")
 _DELAYS = ("network_delay_s", "report_delay_s", "table_delay_s", "holder_wait_s", "detection_s")
 _RESTARTING = ("max_lora_ranks", "restart_s")
+_MIGRATING = ("migration", "migration_period_s")
 _PLAIN = (
     *("policy", "routing", "forecast"),
     *("num_routers", "max_waiting", "on_demand", "warm", "max_restarts", "seed"),
@@ -173,12 +179,14 @@ def _check_names(scenario: Scenario) -> None:
         _refuse("routing", repr(scenario.routing), f"one of {', '.join(sorted(ROUTING_POLICIES))}")
     if scenario.max_lora_ranks not in ("fixed", "planned"):
         _refuse("max_lora_ranks", repr(scenario.max_lora_ranks), "fixed or planned")
+    if scenario.migration not in ("off", "dlora"):
+        _refuse("migration", repr(scenario.migration), "off or dlora")
     if scenario.forecast not in FORECASTERS:
         _refuse("forecast", repr(scenario.forecast), f"one of {', '.join(sorted(FORECASTERS))}")
 
 
 def _check_numbers(scenario: Scenario) -> None:
-    for name in _DURATIONS:
+    for name in (*_DURATIONS, "migration_period_s"):
         if not MIN_PERIOD_S <= getattr(scenario, name) <= MAX_DURATION_S:
             right = f"seconds from {MIN_PERIOD_S:g} to {MAX_DURATION_S:g}"
             _refuse(name, f"{getattr(scenario, name)} s", right)

@@ -14,6 +14,7 @@ from loraserve.engines.replica_model.sequence import Sequence
 from loraserve.simulator.agenda import FAR_PS
 from loraserve.simulator.ledger import OK, Ledger
 from loraserve.simulator.scenario import ReplicaSetup
+from placement.latency import StepCost
 from placement.routing import OwnRequests, RankLoad, ReplicaLoad
 from placement.types import ReplicaId, ReplicaSpec, VersionId
 
@@ -150,6 +151,11 @@ class Site:
         )
 
     @property
+    def cost(self) -> StepCost:
+        """What its steps cost."""
+        return self._setup.cost
+
+    @property
     def spec(self) -> ReplicaSpec:
         """What the placement may give it."""
         return self._setup.spec
@@ -170,6 +176,22 @@ class Site:
         for versions in (self.held, self.dropping, self.fetching):
             versions.clear()
         return lost
+
+    def sequences(self) -> list[Sequence]:
+        """What is in the batch, in its queue or waits for its adapter; not what is on its way here."""
+        model = self.model
+        return [] if model is None else [*model.batch.running, *model.batch.waiting, *model.gate.sequences()]
+
+    def give_up(self, sequence: Sequence, at_ps: int) -> bool:
+        """Let go of a request that goes on elsewhere, with what it has drawn; False if it is not here."""
+        model = self.settle(at_ps)
+        if model is None or not model.cancel(sequence, at_ps):
+            return False
+        router = sequence.request % self._num_routers
+        self.own[router] -= 1
+        if self.own_ranks:
+            self.own_ranks[router].end(sequence.version, sequence.rank)
+        return True
 
     def finish(self) -> None:
         """Let it finish what it has, when nothing comes any more."""
