@@ -70,6 +70,14 @@ def simulate(
     on_demand: Annotated[
         bool, typer.Option("--on-demand", help="Fetch copies when a request needs them, not as planned.")
     ] = False,
+    max_lora_ranks: Annotated[
+        Literal["fixed", "planned"],
+        typer.Option(help="Whether plans choose each replica's max_lora_rank, and restart it."),
+    ] = "fixed",
+    restart: Annotated[float, typer.Option(help="Seconds that such a restart takes.")] = 60.0,
+    migration: Annotated[
+        Literal["off", "dlora"], typer.Option(help="Move requests of overloaded replicas between epochs.")
+    ] = "off",
     failure: Annotated[
         list[str] | None, typer.Option("--fail", help="'replica-1@100s for 30s'; may be repeated.")
     ] = None,
@@ -128,6 +136,9 @@ def simulate(
             max_waiting=max_waiting,
             pool_adapters=pool_adapters,
             on_demand=on_demand,
+            max_lora_ranks=max_lora_ranks,
+            restart_s=restart,
+            migration=migration,
             failures=parse_failures(failure or ()),
         ),
         judging=_judging(slo_ttft_ms, slo_tbt_ms, warmup, per_adapter=per_adapter),

@@ -64,6 +64,11 @@ def scenario_of(
     if not 1 <= options.num_replicas <= MAX_REPLICAS:
         raise BadInputError(f"--replicas: {options.num_replicas}; expected from 1 to {MAX_REPLICAS}")
     _check_ranks(profile, trace)
+    if options.max_lora_ranks != "fixed" and not profile.operating_points:
+        raise BadInputError(
+            f"--max-lora-ranks {options.max_lora_ranks}: profile {profile.name} has no operating points to"
+            " choose by; give another with --profile"
+        )
     try:
         cost = _cost(profile, options)
         known = _known(profile, options, trace)

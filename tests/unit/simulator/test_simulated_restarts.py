@@ -3,7 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
+from loraserve.errors import BadInputError
+from loraserve.simulator.from_profile import ClusterOptions
+from loraserve.simulator.from_profile import scenario_of as of_profile
 from loraserve.simulator.run import Simulation
 from loraserve.simulator.scenario import Failure, Scenario
 from placement.invariants import check_cluster
@@ -79,3 +83,14 @@ def test_deaths_while_replicas_restart_do_no_harm() -> None:
     check_cluster(simulation.shell.state)
     assert (result.outcome == 0).all()
     assert (result.attempts[result.outcome == 0] >= 1).all()
+
+
+def test_planned_settings_need_operating_points() -> None:
+    with pytest.raises(BadInputError, match="has no operating points to choose by"):
+        of_profile(
+            replace(PROFILE, operating_points=()), _scenario().trace, ClusterOptions(max_lora_ranks="planned")
+        )
+    with pytest.raises(BadInputError, match="max_lora_ranks: 'later'; expected fixed or planned"):
+        _scenario(max_lora_ranks="later")
+    with pytest.raises(BadInputError, match="migration: 'on'; expected off or dlora"):
+        _scenario(migration="on")
