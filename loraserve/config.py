@@ -156,7 +156,8 @@ class PlacementSection(Section, frozen=True):
 
     `max_lora_ranks` "planned" lets the plan choose each replica's setting where the profile's kernel is
     padded_config, and restarts replicas to it, if that repays within `restart_horizon_epochs` the `restart_s`
-    that a start takes.
+    that a start takes. With `migration` "dlora", requests of overloaded replicas move with their adapters
+    every `migration_period_s`.
     """
 
     policy: str = "least-loaded"
@@ -169,7 +170,9 @@ class PlacementSection(Section, frozen=True):
     season_s: Seconds = 86_400.0
     max_lora_ranks: Literal["fixed", "planned"] = "fixed"
     restart_s: Seconds = 60.0
-    restart_horizon_epochs: Positive = 10
+    restart_horizon_epochs: Positive = 20
+    migration: Literal["off", "dlora"] = "off"
+    migration_period_s: Seconds = 10.0
 
 
 class RouterSection(Section, frozen=True):

@@ -14,6 +14,9 @@ class ChatTurn:
     content: str
 
 
+Prompt = str | tuple[int, ...] | tuple[ChatTurn, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn; the defaults are those of the OpenAI and vLLM interfaces.
@@ -59,10 +62,22 @@ class GenerationRequest:
     """
 
     request_id: str
-    prompt: str | tuple[int, ...] | tuple[ChatTurn, ...]
+    prompt: Prompt
     version_id: VersionId | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     resumed_token_ids: tuple[int, ...] = ()
+
+
+TEXT_CHARACTERS_PER_TOKEN = 4
+"""A rule of thumb for prompts that nobody has tokenized yet."""
+
+
+def num_prompt_tokens(prompt: Prompt) -> int:
+    """How long the prompt is, about: exact for token ids, by its characters for text; at least 1."""
+    if isinstance(prompt, str):
+        return max(1, len(prompt) // TEXT_CHARACTERS_PER_TOKEN)
+    texts = [len(one.content) for one in prompt if isinstance(one, ChatTurn)]
+    return max(1, len(prompt) - len(texts) + sum(texts) // TEXT_CHARACTERS_PER_TOKEN)
 
 
 class FinishReason(Enum):

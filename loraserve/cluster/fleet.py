@@ -18,7 +18,7 @@ from loraserve.cluster.replica_actor import ReplicaActor
 from loraserve.config import Config, config_tree
 from loraserve.controller.fleet import ReplicaLink
 from loraserve.engines.base import AdapterFiles
-from loraserve.engines.description import ReplicaDescription, ReplicaReport
+from loraserve.engines.description import ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError, WorkFailedError
 from placement.types import ReplicaId, VersionId
 
@@ -74,6 +74,16 @@ class RayLink:
     async def drain(self, deadline_s: float) -> int:
         """Finish what runs, take nothing new."""
         moved: int = await answer(self._actor.drain.remote(deadline_s))
+        return moved
+
+    async def in_flight(self) -> tuple[RequestReport, ...]:
+        """The requests in it."""
+        listed: tuple[RequestReport, ...] = await answer(self._actor.in_flight.remote())
+        return listed
+
+    async def move(self, request_ids: tuple[str, ...]) -> int:
+        """End these for routers to go on with elsewhere."""
+        moved: int = await answer(self._actor.move.remote(request_ids))
         return moved
 
     async def wait_lost(self) -> str:

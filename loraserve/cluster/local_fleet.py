@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from loraserve.config import Config
 from loraserve.controller.fleet import ReplicaLink
 from loraserve.engines.base import AdapterFiles, Engine
-from loraserve.engines.description import ReplicaDescription, ReplicaReport
+from loraserve.engines.description import ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError
 from loraserve.replica.server import ReplicaServer
 from placement.types import ReplicaId, VersionId
@@ -48,6 +48,15 @@ class LocalLink:
     async def drain(self, deadline_s: float) -> int:
         """Finish what runs, take nothing new."""
         return await self._call(self.server.drain(deadline_s))
+
+    async def in_flight(self) -> tuple[RequestReport, ...]:
+        """The requests in it."""
+        self._check()
+        return self.server.in_flight()
+
+    async def move(self, request_ids: tuple[str, ...]) -> int:
+        """End these for routers to go on with elsewhere."""
+        return await self._call(self.server.move(request_ids))
 
     async def wait_lost(self) -> str:
         """Returns once `LocalFleet.lose` has hit this replica."""

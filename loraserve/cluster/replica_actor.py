@@ -12,7 +12,7 @@ from typing import Any
 from loraserve.cluster.processes import begin_actor, tail
 from loraserve.config import parse_config
 from loraserve.engines.base import AdapterFiles
-from loraserve.engines.description import ReplicaDescription, ReplicaReport
+from loraserve.engines.description import ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError
 from placement.types import ReplicaId, VersionId
 
@@ -75,6 +75,14 @@ class ReplicaActor:
     async def drain(self, deadline_s: float) -> int:
         """Finish what runs, take nothing new."""
         return await self._server.drain(deadline_s)
+
+    async def in_flight(self) -> tuple[RequestReport, ...]:
+        """The requests in it."""
+        return self._server.in_flight()
+
+    async def move(self, request_ids: tuple[str, ...]) -> int:
+        """End these for routers to go on with elsewhere."""
+        return await self._server.move(request_ids)
 
     async def wait_stopped(self) -> None:
         """Returns when the replica was told to stop; a caller sees the actor die before that."""

@@ -15,6 +15,7 @@ from loraserve.controller.demand import DemandBook
 from loraserve.controller.fleet import Fleet
 from loraserve.controller.journal import Dependent, Journal
 from loraserve.controller.keeper import LOAD_TIMEOUT_S, ReplicaKeeper
+from loraserve.controller.migration import Migrator
 from loraserve.controller.ranks import resizer_of, with_max_lora_rank
 from loraserve.controller.sizing import sized
 from loraserve.controller.store import Changes, Store, StoredRegistration
@@ -112,6 +113,7 @@ class Controller:
             max_lora_ranks=store.max_lora_ranks(),
         )
         self.state.demand_tokens_per_s = self.demand.forecast
+        self.migrator = Migrator(self)
 
     def _starting(self, replica: ReplicaId) -> Config:
         """The configuration of a replica that starts now."""
@@ -129,6 +131,8 @@ class Controller:
             else:
                 self.keeper.begin(replica, find=self._recovering)
         self.keeper.spawn(self._epochs())
+        if self.config.placement.migration != "off":
+            self.keeper.spawn(self.migrator.run())
         self.keeper.spawn(self._journal.retry(self._news))
 
     async def stop(self) -> None:

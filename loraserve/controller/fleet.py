@@ -4,7 +4,7 @@ from typing import Protocol
 
 from loraserve.config import Config
 from loraserve.engines.base import AdapterFiles
-from loraserve.engines.description import ReplicaDescription, ReplicaReport
+from loraserve.engines.description import ReplicaDescription, ReplicaReport, RequestReport
 from placement.types import ReplicaId, VersionId
 
 
@@ -33,6 +33,14 @@ class ReplicaLink(Protocol):
 
     async def drain(self, deadline_s: float) -> int:
         """Take no new requests, return when nothing is in flight; how many were ended at the deadline."""
+        ...
+
+    async def in_flight(self) -> tuple[RequestReport, ...]:
+        """The requests in it."""
+        ...
+
+    async def move(self, request_ids: tuple[str, ...]) -> int:
+        """End these requests for routers to go on with elsewhere; how many of them were there."""
         ...
 
     async def wait_lost(self) -> str:

@@ -15,7 +15,7 @@ from loraserve.adapters import AdapterStore
 from loraserve.config import Config
 from loraserve.controller.fleet import Fleet, ReplicaLink
 from loraserve.engines.base import AdapterFiles, EngineInfo
-from loraserve.engines.description import ReplicaReport
+from loraserve.engines.description import ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError
 from placement import cluster_messages as messages
 from placement.types import AdapterVersion, ReplicaId, VersionId
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 120.0
 REPORT_TIMEOUT_S = 10.0
 STATUS_TIMEOUT_S = 0.5
+MOVE_TIMEOUT_S = 10.0
 MAX_BACKOFF_S = 10.0
 MAX_KILLS = 5
 """How often a replica that is to stay ended is killed before its process is left to the next start."""
@@ -101,6 +102,24 @@ class ReplicaKeeper:
                 # Its answer would come first, and knows nothing of what the new deadline ends.
                 before.cancel()
             self._drains[replica] = self.spawn(self._drain(replica, link, deadline_s))
+
+    async def in_flight(self, replica: ReplicaId) -> tuple[RequestReport, ...]:
+        """The requests in a replica; none if it does not answer in time."""
+        link = self._links.get(replica)
+        with contextlib.suppress(LoraServeError, TimeoutError):
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                return await link.in_flight() if link is not None else ()
+        return ()
+
+    async def move(self, replica: ReplicaId, request_ids: tuple[str, ...]) -> int:
+        """Have requests end there, to go on elsewhere; how many did in time."""
+        link = self._links.get(replica)
+        try:
+            async with asyncio.timeout(MOVE_TIMEOUT_S):
+                return await link.move(request_ids) if link is not None else 0
+        except (LoraServeError, TimeoutError) as error:
+            logger.warning("%s did not let all requests go: %s", replica, error)
+            return 0
 
     async def refresh_reports(self) -> None:
         """Ask every replica for its report now; one that is slow keeps its last one."""

@@ -26,6 +26,21 @@ class ReplicaDescription:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestReport:
+    """A request in a replica: about how long its prompt is, what it has drawn, and will at most.
+
+    One that cannot be gone on with elsewhere exactly, or that was moved often, may not move.
+    """
+
+    request_id: str
+    version_id: VersionId | None
+    prompt_tokens: int
+    drawn_tokens: int
+    remaining_tokens: int
+    may_move: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaReport:
     """A replica's state for operators, and what it has served.
 

@@ -17,7 +17,7 @@ import grpc
 from loraserve.clock import Clock, WallClock
 from loraserve.config import Config
 from loraserve.engines.base import AdapterFiles, Engine, EngineInfo
-from loraserve.engines.description import ReplicaDescription, ReplicaReport
+from loraserve.engines.description import ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import (
     AlreadyExistsError,
     LoraServeError,
@@ -27,6 +27,7 @@ from loraserve.errors import (
     WorkFailedError,
 )
 from loraserve.replica.leases import LeaseBook
+from loraserve.replica.listing import listed
 from loraserve.replica.meter import Meter
 from loraserve.replica.pool import AdapterPool, Residency
 from loraserve.replica.tokens import TokenCounts
@@ -332,6 +333,18 @@ class ReplicaServer:
         logger.warning("%d requests outlast the drain of replica %s", len(left), self.replica_id)
         await self._end_running(left)
         return len(left)
+
+    def in_flight(self) -> tuple[RequestReport, ...]:
+        """The requests that are here now, in their order."""
+        entries = self._in_flight.values()
+        return tuple(listed(one.request, one.remaining_tokens, one.order) for one in entries)
+
+    async def move(self, request_ids: Iterable[str]) -> int:
+        """End these requests with UnavailableError, for routers to go on with elsewhere; how many of them
+        were here."""
+        here = [request_id for request_id in request_ids if request_id in self._in_flight]
+        await self._end_running(here)
+        return len(here)
 
     async def _end_running(self, request_ids: Iterable[str]) -> None:
         """End these requests with UnavailableError: in the engine, then those whose readers stand still."""

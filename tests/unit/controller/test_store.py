@@ -57,6 +57,21 @@ def test_everything_comes_back_in_the_order_of_registration(tmp_path: Path) -> N
     again.close()
 
 
+def test_settings_are_kept_one_by_one_and_forgotten_with_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "controller.sqlite"
+    store = Store(path)
+    assert not store.begin_life("run-1", "m")
+    store.write(Changes(max_lora_ranks={R0: 8, R1: 16}))
+    store.write(Changes(max_lora_ranks={R1: None}))
+    store.close()
+    again = Store(path)
+    assert again.begin_life("run-1", "m")
+    assert again.max_lora_ranks() == {R0: 8}
+    assert not again.begin_life("run-2", "m")
+    assert again.max_lora_ranks() == {}
+    again.close()
+
+
 def test_what_was_written_survives_without_a_close(tmp_path: Path) -> None:
     path = tmp_path / "controller.sqlite"
     store = Store(path)
