@@ -69,8 +69,10 @@ WORKLOADS = {
         Workload(name="uniform", preset="preset:loraserve-uniform"),
     )
 }
-FLEETS = ("padded_batch", "padded_config", "sum")
-"""What an adapter's rank costs in a step, see `placement.latency.RankKernel`."""
+PLANNED = "_planned"
+FLEETS = ("padded_batch", f"padded_config{PLANNED}", "padded_config", "sum")
+"""What an adapter's rank costs in a step, see `placement.latency.RankKernel`; under `padded_config` every
+replica is set to rank 128, or plans choose each one's setting, and replicas restart to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,11 @@ class Setting:
     pool_bytes: int = 0
     routers: int = 1
     speed: float = 1.0
+
+    @property
+    def kernel(self) -> str:
+        """What ranks cost in a step."""
+        return self.fleet.removesuffix(PLANNED)
 
     @property
     def slo(self) -> Slo:
@@ -200,6 +207,7 @@ def scenario(case: Case) -> Scenario:
         forecast=case.contender.forecast,
         speed=setting.speed,
         pool_bytes=setting.pool_bytes or None,
+        max_lora_ranks="planned" if setting.fleet.endswith(PLANNED) else "fixed",
     )
     return scenario_of(_profile(setting), trace, options, seed=case.seed)
 
@@ -259,7 +267,7 @@ def outcome_from(
 
 def _kernel(setting: Setting) -> str | None:
     own = _profile(setting).latency
-    return None if own is not None and own.kernel == setting.fleet else setting.fleet
+    return None if own is not None and own.kernel == setting.kernel else setting.kernel
 
 
 def _profile(setting: Setting) -> Profile:

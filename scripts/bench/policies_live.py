@@ -63,6 +63,7 @@ speed = {speed}
 [placement]
 policy = "{policy}"
 profile = "{profile}"
+max_lora_ranks = "{max_lora_ranks}"
 epoch_s = {epoch_s}
 window_s = {window_s}
 history_s = {history_s}
@@ -217,7 +218,7 @@ class _Ground:
             rows=engine.max_num_seqs,
             batched=engine.max_num_batched_tokens,
             kv_bytes=engine.kv_tokens * KV_BYTES_PER_TOKEN,
-            kernel=setting.fleet,
+            kernel=setting.kernel,
             base=float(latency.base_ms),
             prefill=latency.prefill_token_ms,
             row=float(latency.row_ms),
@@ -228,6 +229,7 @@ class _Ground:
             speed=setting.speed,
             policy=case.contender.policy,
             profile=path,
+            max_lora_ranks="planned" if setting.fleet.endswith(cases.PLANNED) else "fixed",
             epoch_s=setting.epoch_s,
             window_s=setting.window_s or setting.epoch_s,
             history_s=5 * setting.epoch_s,

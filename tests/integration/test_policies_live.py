@@ -1,4 +1,4 @@
-"""Two placement policies on the emulated cluster by `scripts/bench/policies --live`; judges nothing by size."""
+"""Two placement policies on the emulated cluster by `scripts/bench/policies --live`; no figure is judged."""
 
 import json
 import os
