@@ -113,9 +113,9 @@ class Gauge:
                 tokens += (1 + peers) * sum(own.sent_tokens.values()) + sum(own.leased_tokens.values())
         self._by_rank = sorted(counts.items(), reverse=True)
         rows, rank_rows = 0.0, 0.0
-        for rank, number in counts.items():
-            rows += number
-            rank_rows += rank * number
+        for rank, count in counts.items():
+            rows += count
+            rank_rows += rank * count
         self._rows, self._rank_rows = rows, rank_rows
         self._adapter_rows = rows - counts.get(0, 0.0)
         self._prefill_tokens = tokens

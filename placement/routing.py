@@ -69,13 +69,15 @@ class HoldersFullError(RoutingError):
 
 
 class Decision(NamedTuple):
-    """The replica chosen among `candidates`, why, and by which table."""
+    """The replica chosen among `candidates`, why, and by which table; `rank` is the adapter's, 0 for the base
+    model."""
 
     replica_id: ReplicaId
     version_id: VersionId | None
     reason: str
     table_version: int
     candidates: tuple[ReplicaId, ...]
+    rank: int = 0
 
 
 ROUTING_POLICIES: Mapping[str, Callable[[], RoutingPolicy]] = MappingProxyType(
@@ -164,6 +166,7 @@ class Chooser:
             reason=f"retry:{reason}" if request.exclude else reason,
             table_version=table.version,
             candidates=candidates,
+            rank=known.target.rank,
         )
 
     def _learn(self, adapter: AdapterName | None) -> _Holders:

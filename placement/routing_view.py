@@ -110,13 +110,15 @@ class OwnRequests:
         """A client is told to go there itself."""
         self.stamp += 1
         self.leased[rank] = self.leased.get(rank, 0) + 1
-        self.leased_tokens[rank] = self.leased_tokens.get(rank, 0) + prompt_tokens
+        if prompt_tokens:
+            self.leased_tokens[rank] = self.leased_tokens.get(rank, 0) + prompt_tokens
 
     def end_lease(self, rank: int, prompt_tokens: int) -> None:
         """The replica counts that client's request by now, or it never came."""
         self.stamp += 1
         _take(self.leased, rank, 1)
-        _take(self.leased_tokens, rank, prompt_tokens)
+        if prompt_tokens:
+            _take(self.leased_tokens, rank, prompt_tokens)
 
     def report(self) -> None:
         """A report has come, in which every request sent so far is taken to be."""

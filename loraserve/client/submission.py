@@ -31,6 +31,7 @@ from loraserve.errors import (
 )
 from loraserve.request import GenerationStep, SamplingParams
 from loraserve.rpc.backoff import Backoff
+from loraserve.rpc.codec import prompt_length
 from loraserve.rpc.v1 import inference_pb2
 
 if TYPE_CHECKING:
@@ -267,6 +268,7 @@ class Submission:
             adapter_version=self.adapter_version if self._token_ids else None,
             max_tokens=self._sampling.max_tokens - len(self._token_ids),
             remaining_s=left_s,
+            prompt_tokens=prompt_length(self._message) + len(self._token_ids),
         )
         timeout_s = min(left_s, EXCLUDING_PICK_S) if self._excluded else left_s
         try:

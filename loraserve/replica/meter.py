@@ -7,6 +7,8 @@ whenever it reports.
 from typing import NamedTuple
 
 from loraserve.clock import Clock
+from loraserve.replica.ranks import RankCounts
+from loraserve.request import Prompt, num_prompt_tokens
 
 MIN_SAMPLE_S = 0.05
 """Reports may go to several routers; the counts are folded in at most so often."""
@@ -33,6 +35,7 @@ class Rates(NamedTuple):
     starts_per_s: float
     token_s: float
     output_tokens: float
+    prompt_tokens: float = 0.0
 
 
 class Meter:
@@ -55,11 +58,15 @@ class Meter:
         self._gaps_s = 0.0
         self._tokens = 0.0
         self._output_tokens = 0.0
+        self._prompt_tokens = 0.0
         self._num_outputs = 0
+        self.ranks = RankCounts()
+        """Those whose progress was begun and has not been left."""
 
-    def begin(self) -> "Progress":
-        """A request was given to the engine; tell the answer of its steps."""
-        return Progress(self)
+    def begin(self, rank: int = 0, prompt: Prompt = "") -> "Progress":
+        """A request was given to the engine, of an adapter of this rank (0: the base model); tell the answer
+        of its steps, and leave it when the request has gone."""
+        return Progress(self, rank, num_prompt_tokens(prompt))
 
     def rates(self, *, running: int, waiting: int) -> Rates:
         """The rates lately; `running` and `waiting` are the engine's now. To be called with every report."""
@@ -81,7 +88,8 @@ class Meter:
         self._sampled_s = now_s
         token_s = self._gaps_s / self._tokens if self._tokens > 1e-9 else self._rates.token_s
         self._longest_gap_s = MAX_SLOWDOWN * token_s if token_s > 0 else float("inf")
-        self._rates = Rates(self._starts_per_s(running, token_s), token_s, self._output_tokens)
+        starts_per_s = self._starts_per_s(running, token_s)
+        self._rates = Rates(starts_per_s, token_s, self._output_tokens, self._prompt_tokens)
         return self._rates
 
     def _starts_per_s(self, running: int, token_s: float) -> float:
@@ -91,19 +99,30 @@ class Meter:
             return (self._starts + PRIOR_S * running / output_s) / (self._queued_s + PRIOR_S)
         return self._starts / self._queued_s if self._queued_s >= PRIOR_S else self._rates.starts_per_s
 
-    def _end(self, output_tokens: int) -> None:
+    def _end(self, prompt_tokens: int, output_tokens: int) -> None:
         self._num_outputs = min(self._num_outputs + 1, OUTPUTS_REMEMBERED)
         self._output_tokens += (output_tokens - self._output_tokens) / self._num_outputs
+        self._prompt_tokens += (prompt_tokens - self._prompt_tokens) / self._num_outputs
 
 
 class Progress:
     """One request's part in the rates; dropped without a word if it does not finish."""
 
-    __slots__ = ("_last_s", "_meter")
+    __slots__ = ("_last_s", "_meter", "_prompt_tokens", "_rank")
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, rank: int, prompt_tokens: int) -> None:
         self._meter = meter
+        self._rank = rank
+        self._prompt_tokens = prompt_tokens
         self._last_s: float | None = None
+        meter.ranks.begin(rank, prompt_tokens)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        started = self._last_s is not None
+        self._meter.ranks.end(self._rank, self._prompt_tokens, started=started)
 
     def step(self, num_tokens: int) -> None:
         """An engine step gave the request so many tokens."""
@@ -115,6 +134,7 @@ class Progress:
         self._last_s = now_s
         if last_s is None:
             meter._new_starts += 1
+            meter.ranks.start(self._rank, self._prompt_tokens)
             return
         gap_s, longest_s = now_s - last_s, num_tokens * meter._longest_gap_s
         meter._new_gaps_s += gap_s if gap_s < longest_s else longest_s
@@ -122,4 +142,4 @@ class Progress:
 
     def finish(self, output_tokens: int) -> None:
         """The request came to its own end with so many tokens; a cancelled one does not call this."""
-        self._meter._end(output_tokens)
+        self._meter._end(self._prompt_tokens, output_tokens)

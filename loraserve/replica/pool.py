@@ -65,6 +65,10 @@ class AdapterPool:
         entry = self._entries.get(version)
         return None if entry is None else entry.residency
 
+    def rank(self, version: VersionId | None) -> int:
+        """The rank of a version that is here, 0 for the base model (None)."""
+        return 0 if version is None else self._entries[version].files.rank
+
     def begin_load(self, files: AdapterFiles) -> bool:
         """Reserve room; False if the version is resident already, so that a repeated load is no error.
 

@@ -10,7 +10,6 @@ import os
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
 
 import grpc
 
@@ -26,6 +25,7 @@ from loraserve.errors import (
     UnavailableError,
     WorkFailedError,
 )
+from loraserve.replica.in_flight import FIRST_TURN, InFlight, Turn
 from loraserve.replica.leases import LeaseBook
 from loraserve.replica.listing import listed
 from loraserve.replica.meter import Meter
@@ -39,7 +39,6 @@ from placement.types import NodeId, ReplicaId, ReplicaSpec, VersionId
 
 logger = logging.getLogger(__name__)
 
-
 ABORT_TIMEOUT_S = 5.0
 """What requests that a drain has ended get to let go."""
 
@@ -48,41 +47,6 @@ STALLED_S = 1.0
 
 SUPERSEDE_TIMEOUT_S = 10.0
 """How long a request waits for the earlier attempt that it ends to let go."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """Which attempt at a request this is: of two with one id, the one with the higher `order` runs.
-
-    `lease_id` is set for a client that comes directly.
-    """
-
-    order: tuple[int, int] = (0, 0)
-    lease_id: str = ""
-
-
-FIRST_TURN = Turn()
-
-
-@dataclass(slots=True)
-class InFlight:
-    """One admitted request: what it may still produce, and who runs it."""
-
-    request: GenerationRequest
-    remaining_tokens: int
-    order: tuple[int, int]
-    task: "asyncio.Task[object] | None"
-    verdict: LoraServeError | None = None
-    released: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def end(self, verdict: LoraServeError) -> None:
-        """End the request wherever it stands: in the engine, or with a reader that does not read.
-
-        Who runs it finds the verdict in the cancellation (`errors.verdict_of`).
-        """
-        if self.verdict is None and self.task is not None:
-            self.verdict = verdict
-            self.task.cancel(msg=verdict)
 
 
 class ReplicaServer:
@@ -257,7 +221,6 @@ class ReplicaServer:
         """The next load report for routers."""
         self._sequence += 1
         load = self.engine.load()
-        rates = self.meter.rates(running=load.running, waiting=load.waiting)
         return LoadReport(
             replica_id=self.replica_id,
             incarnation=self.incarnation,
@@ -267,9 +230,8 @@ class ReplicaServer:
             outstanding_tokens=sum(entry.remaining_tokens for entry in self._in_flight.values()),
             kv_cache_usage=load.kv_cache_usage,
             routers=self.routers,
-            starts_per_s=rates.starts_per_s,
-            token_s=rates.token_s,
-            output_tokens=rates.output_tokens,
+            ranks=self.meter.ranks.loads(),
+            **self.meter.rates(running=load.running, waiting=load.waiting)._asdict(),
         )
 
     async def generate(
@@ -283,8 +245,11 @@ class ReplicaServer:
             self.leases.check(turn.lease_id)
         await self._supersede(request.request_id, turn)
         # The engine lets go of the request before its pin does.
-        with self._admitted(request, turn) as accounted:
-            progress, tokens = self.meter.begin(), self.tokens.begin(request)
+        with (
+            self._admitted(request, turn) as accounted,
+            self.meter.begin(self.pool.rank(request.version_id), request.prompt) as progress,
+        ):
+            tokens = self.tokens.begin(request)
             try:
                 async with aclosing(self.engine.generate(request)) as steps:
                     async for step in steps:

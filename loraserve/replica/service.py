@@ -9,7 +9,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from loraserve.errors import BadInputError, StaleError, verdict_of
-from loraserve.replica.server import ReplicaServer, Turn
+from loraserve.replica.in_flight import Turn
+from loraserve.replica.server import ReplicaServer
 from loraserve.request import GenerationRequest
 from loraserve.rpc import server as rpc_server
 from loraserve.rpc.codec import encode_step, join_steps, parse_generate

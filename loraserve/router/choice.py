@@ -112,7 +112,7 @@ class Choice:
         exclude = flight.excluded
         if self.peers.down:
             exclude |= self.peers.down
-        request = RouteRequest(adapter=flight.adapter, exclude=exclude)
+        request = RouteRequest(flight.adapter, flight.prompt_tokens, flight.max_tokens, exclude)
         self.leases.sweep()
         view = self.loads.view()
         try:

@@ -32,6 +32,7 @@ class Flight:
         "max_tokens",
         "messages",
         "pinned_version",
+        "prompt_tokens",
         "refusals",
         "remaining_s",
         "request_id",
@@ -54,6 +55,7 @@ class Flight:
         self.remaining_s = 0.0
         self.attempt = 0
         self.max_tokens = 0
+        self.prompt_tokens = 0
         self.decision: Decision | None = None
         # What must not change any more, once the client has seen output: "" is the base model.
         self.pinned_version: str | None = None

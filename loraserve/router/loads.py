@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loraserve.clock import Clock
+from loraserve.router.own import OwnBook
 from loraserve.rpc.table_codec import LoadReport
 from placement.routing import LoadView, ReplicaLoad, active_peers
 from placement.types import ReplicaId
@@ -41,12 +42,14 @@ class LoadBook:
         clock: Clock,
         in_flight: Mapping[ReplicaId, int],
         leased: Mapping[ReplicaId, int] | None = None,
+        own: OwnBook | None = None,
         max_waiting: int | None = None,
         stale_after_s: float = STALE_AFTER_S,
     ) -> None:
         self._clock = clock
         self._in_flight = in_flight
         self._leased: Mapping[ReplicaId, int] = {} if leased is None else leased
+        self._own = OwnBook() if own is None else own
         self._max_waiting = max_waiting
         self._stale_after_s = stale_after_s
         self._entries: dict[ReplicaId, _Entry] = {}
@@ -82,14 +85,18 @@ class LoadBook:
                 starts_per_s=report.starts_per_s,
                 token_s=report.token_s,
                 output_tokens=report.output_tokens,
+                ranks=report.ranks,
+                prompt_tokens=report.prompt_tokens,
             ),
         )
+        self._own.at(report.replica_id).report()
         self._view_s = float("-inf")
         return True
 
     def forget(self, replica_id: ReplicaId) -> None:
         """The replica has left the table."""
         self._entries.pop(replica_id, None)
+        self._own.forget(replica_id)
         self._view_s = float("-inf")
 
     def view(self) -> LoadView:
@@ -109,6 +116,7 @@ class LoadBook:
             max_waiting=self._max_waiting,
             leased=self._leased,
             peers=active_peers(loads.values()),
+            own=self._own.by_replica,
         )
 
     def _fresh(self, entry: _Entry, now_s: float) -> ReplicaLoad | None:

@@ -19,6 +19,7 @@ from loraserve.router.choice import Choice
 from loraserve.router.leases import LeaseCounter
 from loraserve.router.ledger import Ledger, RequestOutcome, RouterCounters
 from loraserve.router.loads import LoadBook
+from loraserve.router.own import OwnBook
 from loraserve.router.peers import Peers
 from loraserve.router.service_inference import SERVICE as INFERENCE
 from loraserve.router.service_inference import InferenceParts, InferenceService
@@ -75,13 +76,15 @@ class Router:
         self._run_id = run_id or secrets.token_hex(4)
         self._rng = Random(f"{router_id}/{self._run_id}")
         self._ledger = Ledger(max_in_flight=config.max_in_flight)
+        self._own = OwnBook()
         self._leases = LeaseCounter(
-            prefix=f"{router_id}-{self._run_id}-", lease_s=config.lease_s, clock=self._clock
+            prefix=f"{router_id}-{self._run_id}-", lease_s=config.lease_s, clock=self._clock, own=self._own
         )
         self._loads = LoadBook(
             clock=self._clock,
             in_flight=self._ledger.in_flight,
             leased=self._leases.per_replica,
+            own=self._own,
             max_waiting=config.max_waiting_per_replica,
         )
         try:
@@ -119,6 +122,7 @@ class Router:
         """AssertionError unless requests are conserved; with `idle`, unless nothing is in flight."""
         self._ledger.check_invariants(idle=idle)
         self._leases.check_invariants()
+        self._own.check_invariants(self._ledger.in_flight, self._leases.per_replica)
 
     async def start(self) -> int:
         """Listen, begin to follow the controller, and return the port.
@@ -224,6 +228,7 @@ class Router:
             run_id=self._run_id,
             clock=self._clock,
             ledger=self._ledger,
+            own=self._own,
             peers=peers,
             choice=choice,
             default_deadline_s=config.default_deadline_s,

@@ -62,7 +62,7 @@ class PickHandlers:
                 raise BadInputError("the request is not a loraserve.v1.PickRequest") from None
             flight = self._flight(request)
             decision = self._choice.now(flight) or await self._choice.later(flight)
-            return self._answer(decision).SerializeToString()
+            return self._answer(flight, decision).SerializeToString()
         except Exception as error:
             # Who is told by the router itself does not take it for lost; one that is stopping soon will be.
             trailers = () if self.stopping else (("loraserve-router", self._router_id),)
@@ -99,7 +99,7 @@ class PickHandlers:
                 flight = self._flight(numbered.pick)
                 decision = self._choice.now(flight)
                 if decision is not None:
-                    answers.answers.add(id=numbered.id, picked=self._answer(decision))
+                    answers.answers.add(id=numbered.id, picked=self._answer(flight, decision))
                     continue
                 if len(waiting) >= MAX_WAITING:
                     raise OverloadedError(f"{MAX_WAITING} picks of this stream wait for a holder")
@@ -113,7 +113,7 @@ class PickHandlers:
     async def _answer_later(self, number: int, flight: Flight, out: "_Out") -> None:
         answers = inference_pb2.PickManyResponse()
         try:
-            answers.answers.add(id=number, picked=self._answer(await self._choice.later(flight)))
+            answers.answers.add(id=number, picked=self._answer(flight, await self._choice.later(flight)))
         except Exception as error:
             _add_error(answers, number, error)
         await out.write(answers)
@@ -132,6 +132,7 @@ class PickHandlers:
             deadline_s=now_s + (request.remaining_s if request.remaining_s > 0 else self._default_deadline_s),
         )
         flight.max_tokens = request.max_tokens
+        flight.prompt_tokens = request.prompt_tokens
         if request.exclude_replicas:
             flight.excluded = frozenset(map(ReplicaId, request.exclude_replicas))
             flight.excluded_at = self._choice.tables.table.version
@@ -139,12 +140,12 @@ class PickHandlers:
             flight.pinned_version = request.adapter_version
         return flight
 
-    def _answer(self, decision: Decision) -> inference_pb2.PickResponse:
+    def _answer(self, flight: Flight, decision: Decision) -> inference_pb2.PickResponse:
         peer = self._peers.find(decision.replica_id)
         if peer is None:
             raise UnavailableError(f"replica {decision.replica_id} has left the cluster")
         leases = self._leases
-        lease_id = leases.issue(decision.replica_id)
+        lease_id = leases.issue(decision.replica_id, decision.rank, flight.prompt_tokens)
         version = decision.version_id or ""
         peer.link.grant_lease(
             internal_pb2.LeaseGrant(lease_id=lease_id, version_id=version, lease_s=leases.lease_s)

@@ -11,6 +11,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from loraserve.errors import BadInputError
 from loraserve.request import (
+    TEXT_CHARACTERS_PER_TOKEN,
     ChatTurn,
     FinishReason,
     GenerationRequest,
@@ -22,7 +23,7 @@ from loraserve.rpc.limits import MAX_ADAPTER_CHARS, MAX_REQUEST_ID_CHARS, SAMPLI
 from loraserve.rpc.v1 import inference_pb2
 from placement.types import VersionId
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """What this code speaks in `loraserve.internal.v1`; another number is refused by both ends."""
 
 _DEFAULTS = SamplingParams()
@@ -101,6 +102,18 @@ def parse_generate(
         sampling=_parse_sampling(message.sampling),
         resumed_token_ids=tuple(message.resume.token_ids) + resumed_token_ids,
     )
+
+
+def prompt_length(message: inference_pb2.GenerateRequest) -> int:
+    """The tokens of the prompt, about, as `loraserve.request.num_prompt_tokens` has it."""
+    match message.WhichOneof("prompt"):
+        case "token_ids":
+            return max(1, len(message.token_ids.ids))
+        case "text":
+            return max(1, len(message.text) // TEXT_CHARACTERS_PER_TOKEN)
+        case _:
+            num_characters = sum(len(one.content) for one in message.chat.messages)
+            return max(1, num_characters // TEXT_CHARACTERS_PER_TOKEN)
 
 
 def is_resumable(sampling: inference_pb2.SamplingParams) -> bool:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from loraserve.errors import BadInputError
 from loraserve.rpc.codec import PROTOCOL_VERSION, check_protocol
+from loraserve.rpc.cost_codec import decode_cost, distinct, encode_cost, place_of
 from loraserve.rpc.internal.v1 import internal_pb2
+from placement.routing import RankLoad
 from placement.table import RoutingTable, TableEntry, TableReplica
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 
@@ -13,9 +15,10 @@ from placement.types import AdapterName, Holder, ReplicaId, VersionId
 class LoadReport:
     """What a replica says of its load; `sequence` grows by one per report of one `incarnation`.
 
-    `routers` counts the routers connected. The last three are measured lately, 0 for not known:
+    `routers` counts the routers connected. The next three are measured lately, 0 for not known:
     requests per second that got their first token while others waited, seconds between two tokens of
-    one request, and tokens of an output.
+    one request, and tokens of an output; so is `prompt_tokens`, of a prompt. `ranks` has all requests by
+    rank, the lowest first.
     """
 
     replica_id: ReplicaId
@@ -29,10 +32,13 @@ class LoadReport:
     starts_per_s: float = 0.0
     token_s: float = 0.0
     output_tokens: float = 0.0
+    prompt_tokens: float = 0.0
+    ranks: tuple[RankLoad, ...] = ()
 
 
 def encode_table(table: RoutingTable) -> internal_pb2.RoutingTable:
     """The table as the controller publishes it."""
+    costs = distinct(replica.cost for replica in table.replicas.values())
     return internal_pb2.RoutingTable(
         protocol_version=PROTOCOL_VERSION,
         version=table.version,
@@ -43,6 +49,7 @@ def encode_table(table: RoutingTable) -> internal_pb2.RoutingTable:
                 address=replica.address,
                 max_lora_rank=replica.max_lora_rank,
                 draining=replica.draining,
+                cost=0 if replica.cost is None else costs[replica.cost],
             )
             for replica in table.replicas.values()
         ],
@@ -52,36 +59,44 @@ def encode_table(table: RoutingTable) -> internal_pb2.RoutingTable:
                 version_id=entry.version_id,
                 rank=entry.rank,
                 holders=[
-                    internal_pb2.TableHolder(replica_id=holder.replica_id, share=holder.share)
+                    internal_pb2.TableHolder(
+                        replica_id=holder.replica_id, share=holder.share, spill=holder.spill
+                    )
                     for holder in entry.holders
                 ],
             )
             for entry in table.entries.values()
         ],
+        costs=[encode_cost(cost) for cost in costs],
     )
 
 
 def decode_table(message: internal_pb2.RoutingTable) -> RoutingTable:
-    """The table in a message; BadInputError for another protocol version or a holder that it lacks."""
+    """The table in a message; BadInputError for another protocol version, a holder that it lacks or a cost
+    that cannot be."""
     check_protocol(message.protocol_version, "the controller")
+    where = f"routing table {message.version}"
+    costs = [decode_cost(cost, f"{where}: costs[{index}]") for index, cost in enumerate(message.costs)]
     replicas = {
         ReplicaId(replica.replica_id): TableReplica(
             replica_id=ReplicaId(replica.replica_id),
             address=replica.address,
             max_lora_rank=replica.max_lora_rank,
             draining=replica.draining,
+            cost=place_of(costs, replica.cost, f"{where}: replica {replica.replica_id}"),
         )
         for replica in message.replicas
     }
     entries = {}
     for entry in message.entries:
         holders = tuple(
-            Holder(replica_id=ReplicaId(holder.replica_id), share=holder.share) for holder in entry.holders
+            Holder(replica_id=ReplicaId(holder.replica_id), share=holder.share, spill=holder.spill)
+            for holder in entry.holders
         )
         for holder in holders:
             if holder.replica_id not in replicas:
                 raise BadInputError(
-                    f"routing table {message.version}: entries[{entry.name}]: holder {holder.replica_id}"
+                    f"{where}: entries[{entry.name}]: holder {holder.replica_id}"
                     " is not among the table's replicas"
                 )
         entries[AdapterName(entry.name)] = TableEntry(
@@ -110,6 +125,11 @@ def encode_load(report: LoadReport) -> internal_pb2.LoadReport:
         starts_per_s=report.starts_per_s,
         token_s=report.token_s,
         output_tokens=report.output_tokens,
+        prompt_tokens=report.prompt_tokens,
+        ranks=[
+            internal_pb2.RankLoad(rank=rank, running=running, waiting=waiting, prefill_tokens=tokens)
+            for rank, running, waiting, tokens in report.ranks
+        ],
     )
 
 
@@ -128,4 +148,8 @@ def decode_load(message: internal_pb2.LoadReport) -> LoadReport:
         starts_per_s=message.starts_per_s,
         token_s=message.token_s,
         output_tokens=message.output_tokens,
+        prompt_tokens=message.prompt_tokens,
+        ranks=tuple(
+            [RankLoad(one.rank, one.running, one.waiting, one.prefill_tokens) for one in message.ranks]
+        ),
     )

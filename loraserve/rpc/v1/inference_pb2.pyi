@@ -172,6 +172,7 @@ class PickRequest(_message.Message):
     ADAPTER_VERSION_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     REMAINING_S_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """As in GenerateRequest."""
     adapter_version: _builtins.str
@@ -179,6 +180,8 @@ class PickRequest(_message.Message):
     max_tokens: _builtins.int
     """The request's, for early refusal; 0: not known."""
     remaining_s: _builtins.float
+    prompt_tokens: _builtins.int
+    """The length of its prompt, for routing; 0: not known."""
     @_builtins.property
     def exclude_replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Replicas that have failed this request already."""
@@ -191,10 +194,11 @@ class PickRequest(_message.Message):
         adapter_version: _builtins.str | None = ...,
         max_tokens: _builtins.int = ...,
         remaining_s: _builtins.float = ...,
+        prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "adapter_version", b"adapter_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "adapter", b"adapter", "adapter_version", b"adapter_version", "exclude_replicas", b"exclude_replicas", "max_tokens", b"max_tokens", "remaining_s", b"remaining_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "adapter", b"adapter", "adapter_version", b"adapter_version", "exclude_replicas", b"exclude_replicas", "max_tokens", b"max_tokens", "prompt_tokens", b"prompt_tokens", "remaining_s", b"remaining_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_version: _TypeAlias = _typing.Literal["adapter_version"]  # noqa: Y015
     _WhichOneofArgType__adapter_version: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version"]  # noqa: Y015

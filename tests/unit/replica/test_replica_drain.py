@@ -5,7 +5,7 @@ import asyncio
 import grpc
 import pytest
 
-from loraserve.replica.server import Turn
+from loraserve.replica.in_flight import Turn
 from loraserve.request import GenerationRequest, SamplingParams
 from tests.support.replica_bench import ReplicaBench, status_of_call
 

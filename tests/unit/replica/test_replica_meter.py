@@ -43,7 +43,7 @@ def test_nothing_is_known_of_an_engine_that_has_done_nothing() -> None:
     clock = ManualClock()
     meter = Meter(clock)
     clock.advance(1.0)
-    assert meter.rates(running=0, waiting=0) == (0.0, 0.0, 0.0)
+    assert meter.rates(running=0, waiting=0) == Rates(0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -272,6 +272,8 @@ class LoadReport(_message.Message):
     STARTS_PER_S_FIELD_NUMBER: _builtins.int
     TOKEN_S_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     sequence: _builtins.int
     """Grows by one per report of one replica process; a report that is not newer is dropped."""
@@ -290,6 +292,12 @@ class LoadReport(_message.Message):
     """Seconds between two tokens of one request; 0: not known."""
     output_tokens: _builtins.float
     """Mean output of the requests that finished; 0: not known."""
+    prompt_tokens: _builtins.float
+    """The same for prompts."""
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankLoad]:
+        """All requests there, by the rank of their adapters."""
+
     def __init__(
         self,
         *,
@@ -305,14 +313,46 @@ class LoadReport(_message.Message):
         starts_per_s: _builtins.float = ...,
         token_s: _builtins.float = ...,
         output_tokens: _builtins.float = ...,
+        prompt_tokens: _builtins.float = ...,
+        ranks: _abc.Iterable[Global___RankLoad] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "kv_cache_usage", b"kv_cache_usage", "output_tokens", b"output_tokens", "outstanding_tokens", b"outstanding_tokens", "protocol_version", b"protocol_version", "replica_id", b"replica_id", "routers", b"routers", "running", b"running", "sequence", b"sequence", "starts_per_s", b"starts_per_s", "token_s", b"token_s", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "kv_cache_usage", b"kv_cache_usage", "output_tokens", b"output_tokens", "outstanding_tokens", b"outstanding_tokens", "prompt_tokens", b"prompt_tokens", "protocol_version", b"protocol_version", "ranks", b"ranks", "replica_id", b"replica_id", "routers", b"routers", "running", b"running", "sequence", b"sequence", "starts_per_s", b"starts_per_s", "token_s", b"token_s", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+
+@_typing.final
+class RankLoad(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """0: the base model."""
+    running: _builtins.int
+    """Requests that have had a token, and those that have not with the tokens of their prompts."""
+    waiting: _builtins.int
+    prefill_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        prefill_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill_tokens", b"prefill_tokens", "rank", b"rank", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankLoad: _TypeAlias = RankLoad  # noqa: Y015
 
 @_typing.final
 class WatchTableRequest(_message.Message):
@@ -345,6 +385,7 @@ class RoutingTable(_message.Message):
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     version: _builtins.int
     base_model: _builtins.str
@@ -352,6 +393,8 @@ class RoutingTable(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___TableReplica]: ...
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___TableEntry]: ...
+    @_builtins.property
+    def costs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaCost]: ...
     def __init__(
         self,
         *,
@@ -360,14 +403,108 @@ class RoutingTable(_message.Message):
         base_model: _builtins.str = ...,
         replicas: _abc.Iterable[Global___TableReplica] | None = ...,
         entries: _abc.Iterable[Global___TableEntry] | None = ...,
+        costs: _abc.Iterable[Global___ReplicaCost] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "entries", b"entries", "protocol_version", b"protocol_version", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "costs", b"costs", "entries", b"entries", "protocol_version", b"protocol_version", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoutingTable: _TypeAlias = RoutingTable  # noqa: Y015
+
+@_typing.final
+class ReplicaCost(_message.Message):
+    """What routers know of the speed of replicas of one kind; see placement/latency.py for the formula."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KERNEL_FIELD_NUMBER: _builtins.int
+    MAX_LORA_RANK_FIELD_NUMBER: _builtins.int
+    BASE_MS_FIELD_NUMBER: _builtins.int
+    ROW_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKEN_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_PAIR_MS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKEN_MS_FIELD_NUMBER: _builtins.int
+    LORA_STEP_MS_FIELD_NUMBER: _builtins.int
+    ADAPTER_MS_FIELD_NUMBER: _builtins.int
+    DECODE_RANK_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_RANK_MS_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    ADAPTER_SLOTS_FIELD_NUMBER: _builtins.int
+    OPERATING_POINTS_FIELD_NUMBER: _builtins.int
+    TBT_SLO_MS_FIELD_NUMBER: _builtins.int
+    kernel: _builtins.str
+    max_lora_rank: _builtins.int
+    base_ms: _builtins.float
+    row_ms: _builtins.float
+    prefill_token_ms: _builtins.float
+    prefill_pair_ms: _builtins.float
+    context_token_ms: _builtins.float
+    lora_step_ms: _builtins.float
+    adapter_ms: _builtins.float
+    decode_rank_ms: _builtins.float
+    prefill_rank_ms: _builtins.float
+    max_num_seqs: _builtins.int
+    max_num_batched_tokens: _builtins.int
+    kv_tokens: _builtins.int
+    adapter_slots: _builtins.int
+    tbt_slo_ms: _builtins.float
+    """0: no target."""
+    @_builtins.property
+    def operating_points(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatingPoint]: ...
+    def __init__(
+        self,
+        *,
+        kernel: _builtins.str = ...,
+        max_lora_rank: _builtins.int = ...,
+        base_ms: _builtins.float = ...,
+        row_ms: _builtins.float = ...,
+        prefill_token_ms: _builtins.float = ...,
+        prefill_pair_ms: _builtins.float = ...,
+        context_token_ms: _builtins.float = ...,
+        lora_step_ms: _builtins.float = ...,
+        adapter_ms: _builtins.float = ...,
+        decode_rank_ms: _builtins.float = ...,
+        prefill_rank_ms: _builtins.float = ...,
+        max_num_seqs: _builtins.int = ...,
+        max_num_batched_tokens: _builtins.int = ...,
+        kv_tokens: _builtins.int = ...,
+        adapter_slots: _builtins.int = ...,
+        operating_points: _abc.Iterable[Global___OperatingPoint] | None = ...,
+        tbt_slo_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_ms", b"adapter_ms", "adapter_slots", b"adapter_slots", "base_ms", b"base_ms", "context_token_ms", b"context_token_ms", "decode_rank_ms", b"decode_rank_ms", "kernel", b"kernel", "kv_tokens", b"kv_tokens", "lora_step_ms", b"lora_step_ms", "max_lora_rank", b"max_lora_rank", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "operating_points", b"operating_points", "prefill_pair_ms", b"prefill_pair_ms", "prefill_rank_ms", b"prefill_rank_ms", "prefill_token_ms", b"prefill_token_ms", "row_ms", b"row_ms", "tbt_slo_ms", b"tbt_slo_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaCost: _TypeAlias = ReplicaCost  # noqa: Y015
+
+@_typing.final
+class OperatingPoint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    tokens_per_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        tokens_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperatingPoint: _TypeAlias = OperatingPoint  # noqa: Y015
 
 @_typing.final
 class TableReplica(_message.Message):
@@ -377,11 +514,14 @@ class TableReplica(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     MAX_LORA_RANK_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     address: _builtins.str
     max_lora_rank: _builtins.int
     draining: _builtins.bool
     """Only for the adapters that name it, until others hold them."""
+    cost: _builtins.int
+    """Which of the table's costs is this replica's, from 1; 0: not known."""
     def __init__(
         self,
         *,
@@ -389,10 +529,11 @@ class TableReplica(_message.Message):
         address: _builtins.str = ...,
         max_lora_rank: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        cost: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "draining", b"draining", "max_lora_rank", b"max_lora_rank", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cost", b"cost", "draining", b"draining", "max_lora_rank", b"max_lora_rank", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -433,17 +574,21 @@ class TableHolder(_message.Message):
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
+    SPILL_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     share: _builtins.float
+    spill: _builtins.bool
+    """Without a share: it may take requests where waiting at the others costs more."""
     def __init__(
         self,
         *,
         replica_id: _builtins.str = ...,
         share: _builtins.float = ...,
+        spill: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id", "share", b"share", "spill", b"spill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
