@@ -18,7 +18,7 @@ SPILL_PENALTY = 1.1
 """How many times its estimate a holder without a share costs: the plan knows what the estimate does not,
 that those of its own tier are yet to come."""
 
-MAX_LOOKS = 24
+MAX_LOOKS = 12
 """So many holders are looked at for one request. More would take longer than they are worth: the best of a
 few drawn by lot is nearly the best of all, and routers that draw differently do not herd together."""
 

@@ -128,7 +128,7 @@ class Gauge:
         rows, prompt, output = self._rows, self.prompt_tokens, self.output_tokens
         seats = self._seats(load, cost)
         batch = min(rows + 1, seats)
-        step = self._step(rank, batch, seats, cost)
+        step = self._step(rank, batch, cost)
         # While one output is drawn, every place in the batch gets a new prompt once.
         life_ms = output * step.decode_ms + batch * prompt * step.others_token_ms
         waiting = _soft_excess(rows + 1 - seats)
@@ -153,7 +153,7 @@ class Gauge:
             seats = min(seats, load.running)
         return max(1.0, seats)
 
-    def _step(self, rank: int, batch: float, seats: float, cost: ReplicaCost) -> _Step:
+    def _step(self, rank: int, batch: float, cost: ReplicaCost) -> _Step:
         model = cost.latency
         adapters = self._adapter_rows + (1 if rank else 0)
         share = batch / (self._rows + 1)
@@ -178,11 +178,10 @@ class Gauge:
         added_ms = raised * (
             model.decode_rank_ms * self._adapter_rows * share + model.prefill_rank_ms * prompts
         )
-        # In a full batch the place would be another's.
-        if self._rows + 1 <= seats:
-            added_ms += model.row_ms + context_ms
-            if rank:
-                added_ms += model.decode_rank_ms * own_rank + model.adapter_ms
+        # Also where the batch is full and it takes another's place, or full replicas would seem the cheaper.
+        added_ms += model.row_ms + context_ms
+        if rank:
+            added_ms += model.decode_rank_ms * own_rank + model.adapter_ms
         return _Step(
             decode_ms=decode_ms,
             others_token_ms=model.prefill_token_ms + model.prefill_rank_ms * others_rank,
