@@ -16,6 +16,8 @@ _LEAST_WEIGHT = 0.01
 """A member's least weight, of an equal one: who holds a copy may serve it."""
 _REPAIRS = 8
 _PARTNERS = 3
+_FEW = 64
+"""In larger tiers a single exchange is no matter."""
 
 
 class Pools(Protocol):
@@ -89,7 +91,7 @@ def _repaired(fleet: Fleet, ring: Pools, loads: Floats, able: Floats, slack: flo
                 break
             moved = most in ring.pools[adapter] and _handed(fleet, ring, adapter, most, over, at)
             done = done or moved
-        if over[at[most]] > slack / 2 * mean * able[at[most]]:
+        if over[at[most]] > slack / 2 * mean * able[at[most]] and len(ring.members) <= _FEW:
             done = _exchanged(fleet, ring, most, over, at, by_member) or done
     return done
 

@@ -6,6 +6,7 @@ ring, and a replica that comes or goes concerns its neighbours alone. What is he
 adapted before any byte moves.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
@@ -23,6 +24,12 @@ _FILL = 0.95
 
 _TIGHT = 0.8
 """From this fill on adapters are dealt by size as well as by load."""
+
+_COARSE = 0.04
+"""Adapters larger than this part of a room are hard to pack."""
+
+_FEW = 16
+"""So many neighbours on a large ring are looked at for one more copy."""
 
 _STICKY = 1.5
 """A further copy that is there already counts as so much more useful than one that has to be moved."""
@@ -106,7 +113,9 @@ class _Dealer:
         self._copies_of: dict[int, int] = dict(zip(tier.adapters.tolist(), copies.tolist(), strict=True))
         room = sum(ring.room_bytes.values()), sum(ring.room_places.values())
         asked = float((size * copies).sum()), float(copies.sum())
-        self._tight = asked[0] > _TIGHT * room[0] or asked[1] > _TIGHT * room[1]
+        is_full = asked[0] > _TIGHT * room[0] or asked[1] > _TIGHT * room[1]
+        is_coarse = float(size.max()) > _COARSE * min(ring.room_bytes.values())
+        self._tight = is_full and (is_coarse or float(copies.sum()) < 2 * len(copies))
         self._load_of = dict.fromkeys(ring.members, 0.0)
         self._pool_bytes = dict(ring.room_bytes)
         self._fair = max(float(tier.work.sum()) / len(ring.members), 1e-300)
@@ -145,10 +154,7 @@ class _Dealer:
     def deal(self) -> list[int]:
         """A pool to every adapter; those that found no room."""
         loose = self._work_order(list(self._size) if self._pools is None else self._kept(self._pools))
-        if not self._tight:
-            left = self._dealt(loose)
-        else:
-            left = self._packed(loose)
+        left = self._packed(loose) if self._tight else self._dealt(loose)
         for adapter in left:
             del self._ring.work[adapter]
         return left
@@ -261,9 +267,13 @@ class _Dealer:
     def _grow(self, adapter: int, number: int) -> None:
         ring, size = self._ring, self._size[adapter]
         pool = ring.pools[adapter]
+        members = ring.members
+        if len(members) > _FEW:
+            begin = bisect_left(members, pool[-1]) + 1
+            members = (members * 2)[begin : begin + _FEW]
         able = [
             place
-            for place in ring.members
+            for place in members
             if place not in pool and ring.room_bytes[place] >= size and ring.room_places[place] >= 1
         ]
         load = self._load_of

@@ -5,11 +5,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from placement.fleet import Fleet, Floats, Ints
-from placement.pooling import Pool, Ring
+from placement.fleet import Fleet, Ints
+from placement.pooling import MAX_POOL, Pool, Ring
 from placement.types import Holder, Placement, VersionId
 
-UP, DOWN = 4, 1
+UP, DOWN = 2, 1
 """How many replicas of higher and of lower tiers a pool's adapters may spill to. Upwards costs few bytes,
 since low ranks are small, and no padding; downwards both."""
 
@@ -37,6 +37,7 @@ class Layout:
                     self._split.setdefault(adapter, [before]).append(ring)
                 self._served[adapter] = ring
         self._alone: dict[int, int] = {}
+        self._known: dict[tuple[Pool, int], Pool] = {}
 
     def placement(self, left: Iterable[int]) -> Placement:
         """The placement, with `left` placed wherever there is room."""
@@ -103,12 +104,14 @@ class Layout:
             adapters = np.array(sorted(ring.pools), dtype=np.int64)
             size = fleet.size_bytes[adapters]
             order = np.lexsort((adapters, -fleet.work[adapters] / np.maximum(size, 1.0)))
-            wide = adapters[order].tolist(), np.cumsum(size[order])
             for place in targets:
-                self._spill_to(place, *wide)
+                self._spill_to(place, adapters[order].tolist())
 
     def _targets(self, ring: Ring) -> list[int]:
         fleet, tiers = self._fleet, self._tier_of
+        if len(ring.members) >= MAX_POOL:
+            # There are enough to choose from in the tier.
+            return []
         able = fleet.capacity[fleet.kind, ring.tier] > 0
         targets: list[int] = []
         for side, most in (
@@ -122,27 +125,20 @@ class Layout:
             targets += side[order[:most]].tolist()
         return targets
 
-    def _spill_to(self, place: int, adapters: list[int], ends: Floats) -> None:
-        extra, one = self._extra, (place,)
-        many = len(adapters)
-        if self._bytes[place] >= ends[-1] and self._places[place] >= many and not self._split:
-            known: dict[Pool, Pool] = {}
-            added, size = 0, 0.0
-            for adapter in adapters:
-                before = extra.get(adapter, ())
-                if place in before:
-                    continue
-                extra[adapter] = known.get(before) or known.setdefault(before, before + one)
-                added, size = added + 1, size + self._size[adapter]
-            self._bytes[place] -= size
-            self._places[place] -= added
-            return
+    def _spill_to(self, place: int, adapters: list[int]) -> None:
+        extra, size, known = self._extra, self._size, self._known
+        bytes_, places = float(self._bytes[place]), float(self._places[place])
         for adapter in adapters:
-            if self._places[place] < 1:
-                return
-            if self._bytes[place] >= self._size[adapter] and place not in self._held(adapter):
-                self._put(adapter, place)
-                extra[adapter] = extra.get(adapter, ()) + one
+            before = extra.get(adapter, ())
+            if places < 1 or size[adapter] > bytes_ or place in before:
+                continue
+            if adapter in self._split and place in self._held(adapter):
+                continue
+            key = before, place
+            extra[adapter] = known.get(key) or known.setdefault(key, (*before, place))
+            bytes_ -= size[adapter]
+            places -= 1
+        self._bytes[place], self._places[place] = bytes_, places
 
     def _made(self) -> Placement:
         shared: dict[tuple[int, Pool, Pool], tuple[Holder, ...]] = {}

@@ -8,6 +8,7 @@ kinds of replicas that is a start, bettered by moving and exchanging single repl
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 
@@ -153,7 +154,7 @@ def _smallest(fleet: Fleet, number: Ints, needs: _Needs, order: Ints) -> Ints | 
     high = _highest(fleet, best, needs)
     low = float(needs.work[0]) / float((fleet.capacity.max(axis=1) * number).sum())
     for _ in range(_BISECTIONS):
-        if high - low <= 1e-6 * high:
+        if high - low <= 1e-4 * high:
             break
         middle = (low + high) / 2
         counts = _cover(fleet, number, needs, order, middle)
@@ -167,33 +168,35 @@ def _smallest(fleet: Fleet, number: Ints, needs: _Needs, order: Ints) -> Ints | 
 def _cover(fleet: Fleet, number: Ints, needs: _Needs, order: Ints, utilisation: float) -> Ints | None:
     """The fewest replicas per tier, highest first, that keep to `utilisation`; None if there are too few.
     What is left over joins the lowest tier."""
-    capacity, kinds = fleet.capacity, order.tolist()
-    counts = np.zeros_like(capacity, dtype=np.int64)
+    kinds, capacity, rooms = order.tolist(), fleet.capacity.tolist(), needs.room.tolist()
+    work, sizes, numbers = needs.work.tolist(), needs.bytes.tolist(), needs.places.tolist()
+    counts = [[0] * fleet.num_levels for _ in kinds]
     left = number.tolist()
     given = held = places = 0.0
-    for tier in range(capacity.shape[1] - 1, -1, -1):
-        asked, size, many = needs.work[tier] / utilisation * (1 - _EPS), needs.bytes[tier], needs.places[tier]
+    for tier in range(fleet.num_levels - 1, -1, -1):
+        asked, size, many = work[tier] / utilisation * (1 - _EPS), sizes[tier], numbers[tier]
         for kind in kinds:
-            able, spec = float(capacity[kind, tier]), fleet.kinds[kind]
+            able, room, spec = capacity[kind][tier], rooms[kind][tier], fleet.kinds[kind]
             if able <= 0 or not left[kind]:
                 continue
             # A tier without any capacity above it needs at least one replica, however cold it is.
             least = 1e-12 if given == 0 else 0.0
             short = max(
                 max(asked - given, least) / able,
-                (size - held) / max(float(needs.room[kind, tier]), 1.0),
+                (size - held) / max(room, 1.0),
                 (many - places) / max(spec.pool_adapters, 1e-9),
             )
-            taken = min(left[kind], max(0, int(np.ceil(short))))
-            counts[kind, tier] += taken
+            taken = min(left[kind], max(0, ceil(short)))
+            counts[kind][tier] += taken
             left[kind] -= taken
             given += taken * able
-            held += taken * float(needs.room[kind, tier])
+            held += taken * room
             places += taken * float(spec.pool_adapters)
         if given < asked or given == 0 or held < size or places < many:
             return None
-    counts[:, 0] += np.array(left, dtype=np.int64)
-    return counts
+    for kind, number_left in enumerate(left):
+        counts[kind][0] += number_left
+    return np.array(counts, dtype=np.int64)
 
 
 def _highest(fleet: Fleet, counts: Ints, needs: _Needs) -> float:

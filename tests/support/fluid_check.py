@@ -1,8 +1,8 @@
-"""An independent judge of placements: the smallest fluid utilisation that any tiers could have, and a plan's own.
+"""An independent judge of placements: the smallest fluid utilisation of any tiers, and a plan's own.
 
-Shares no code with `placement` but its values. A fluid allocation may split an adapter's demand and bytes at
-will among the replicas of its tier and of higher ones. Up to `EXHAUSTIVE` replicas every division of them into
-tiers is tried; above, replicas may be divided too, which is a linear program for a given utilisation.
+Shares no code with `placement` but its values. A fluid allocation may split an adapter's demand and bytes
+at will among the replicas of its tier and of higher ones. Up to `EXHAUSTIVE` replicas every division of them
+into tiers is tried; above, replicas may be divided too, a linear program for a given utilisation.
 
 Replicas have profiles of the kernels `padded_batch` and `padded_config`, whose operating points name every
 rank that there is, or `sum`, if all have the same one.
@@ -125,7 +125,7 @@ def _problem(snapshot: Snapshot) -> _Problem:
 
 
 def _exhaustive(problem: _Problem) -> float:
-    """Tiers are nested: an allocation exists if no tier and those above it are asked for more than they have."""
+    """Tiers are nested: an allocation exists if none and those above it are asked for more than they have."""
     best = float("inf")
     work, size, copies = (_above(one) for one in (problem.work, problem.size_bytes, problem.copies))
     divisions = itertools.product(
