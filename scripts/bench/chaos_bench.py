@@ -5,7 +5,8 @@ namespaces can be made, a third router in one of its own. The Python client send
 time, half of them to replicas directly and half through routers; what each must say is known
 beforehand, token by token. Meanwhile replicas, their engines' processes, controller and routers get
 SIGKILL, and the third router's links to clients or to the cluster are cut for a while. Every few
-seconds an adapter's weights are replaced.
+seconds an adapter's weights are replaced. With --rebalance-every a plan drawn at random, which leaves no
+replica a free place, is applied so often.
 
   lost               requests that ended neither with their whole right answer nor with an error that
                      says so
@@ -20,9 +21,11 @@ seconds an adapter's weights are replaced.
                      that needed what was killed
   restored_p99_s     the same until it is back: a replica ready, the controller and all replicas, a
                      router serving with the controller in reach
+  longest_pause_s    between two messages of one stream, or before the first, until the first kill
   unsettled          what did not add up in the end: requests in flight, pools, tables, processes
 """
 
+import argparse
 import asyncio
 import json
 import sys
@@ -38,6 +41,7 @@ import bench_common as common
 from chaos_account import Bucket, Kind, percentile, plan_kills
 from chaos_load import Load, Oracle
 from chaos_netns import ApartRouter, why_not
+from chaos_plans import Rebalancer
 from chaos_settle import unsettled
 from chaos_versions import Replacer, Versions
 from chaos_victims import Monkey, Recovery, Sight, Watcher
@@ -154,11 +158,15 @@ async def clients(addresses: list[str]) -> AsyncIterator[tuple[dict[str, Client]
 
 
 async def measure(
-    ground: Ground, apart: ApartRouter | None, plan: list[Kind], seed: int, on_kill: Callable[[int], None]
+    ground: Ground,
+    apart: ApartRouter | None,
+    plan: list[Kind],
+    options: argparse.Namespace,
+    on_kill: Callable[[int], None],
 ) -> dict[str, Any]:
     """Load, kills, settling; all figures."""
     addresses = [*ground.running.router_addresses, *([apart.address] if apart else [])]
-    rng = Random(seed)
+    rng = Random(options.seed)
     async with clients(addresses) as (modes, admin, each):
         for client in each:
             await client.wait_ready(READY_S)
@@ -171,13 +179,18 @@ async def measure(
         replacer = Replacer(each[0], versions, ground.sources, Random(rng.random()))
         begun_s = time.monotonic()
         load.start(WORKERS)
-        replacing = asyncio.create_task(replacer.run())
+        beside = [asyncio.create_task(replacer.run())]
+        rebalancer = Rebalancer(each[-1], options.rebalance_every or 1.0, Random(rng.random()))
+        if options.rebalance_every:
+            beside.append(asyncio.create_task(rebalancer.run()))
         try:
-            await asyncio.sleep(CALM_S)
+            await asyncio.sleep(max(CALM_S, options.calm))
+            load.is_calm = False
             await monkey.run(plan, on_kill)
         finally:
             replacer.stop()
-            await replacing
+            rebalancer.stop()
+            await asyncio.gather(*beside)
             await load.stop()
             watching.cancel()
         duration_s = time.monotonic() - begun_s
@@ -185,7 +198,14 @@ async def measure(
             each, replicas=REPLICAS, run_id=ground.running.run_id, versions=versions.all_newest()
         )
     replaced = {"replaced": replacer.replaced, "replacements_undone": replacer.undone}
-    return {**_figures(load, monkey), **replaced, "unsettled": left, "duration_s": round(duration_s, 1)}
+    plans = {
+        "plans_applied": rebalancer.applied,
+        "plans_refused": rebalancer.refused,
+        "plans_unanswered": rebalancer.unanswered,
+        "planned_bytes_moved": rebalancer.bytes_moved,
+    }
+    rest = {"unsettled": left, "duration_s": round(duration_s, 1)}
+    return {**_figures(load, monkey), **replaced, **plans, **rest}
 
 
 def _figures(load: Load, monkey: Monkey) -> dict[str, Any]:
@@ -205,6 +225,7 @@ def _figures(load: Load, monkey: Monkey) -> dict[str, Any]:
         "requests_by_kind": dict(sorted(load.by_kind.items())),
         "longest_request_s": round(load.longest_s, 2),
         "longest_request": load.longest,
+        "longest_pause_s": round(load.longest_pause_s, 2),
         "recovery_p99_s": _rounded(percentile(_known(recoveries, "served_s"), 0.99)),
         "restored_p99_s": _rounded(percentile(_known(recoveries, "restored_s"), 0.99)),
         "recovery_by_kind": {kind.value: _by_kind(recoveries, kind) for kind in Kind},
@@ -290,6 +311,8 @@ def main() -> int:
     """Kill, count and print; 1 if a requirement is not met."""
     parser = common.parser("chaos", __doc__, quick="10 kills, about a minute")
     parser.add_argument("--kills", type=common.at_least_one, help="how many (200)")
+    parser.add_argument("--calm", type=float, default=CALM_S, help="seconds before the first kill (3)")
+    parser.add_argument("--rebalance-every", type=float, metavar="SECONDS", help="apply plans so often")
     parser.add_argument("--seed", type=int, default=0, help="of kills and requests (0)")
     options = parser.parse_args()
     num_kills = options.kills or (10 if options.quick else 200)
@@ -299,7 +322,7 @@ def main() -> int:
         print(f"  no links are cut: {unwilling}", file=sys.stderr, flush=True)
     plan = plan_kills(num_kills, links=not unwilling, seed=options.seed)
     with cluster() as ground, router_apart(ground, unwilling) as apart, progress(num_kills) as on_kill:
-        found = asyncio.run(measure(ground, apart, plan, options.seed, on_kill))
+        found = asyncio.run(measure(ground, apart, plan, options, on_kill))
     found["seed"] = options.seed
     found["conditions"] = common.conditions(
         "chaos",

@@ -72,6 +72,7 @@ class Outcome:
     version: str | None = None
     moved: bool = False
     attempts: int = 1
+    pause_s: float = 0.0
     error: LoraServeError | None = None
     hung: bool = False
 
@@ -130,6 +131,9 @@ class Load:
         self.by_kind: Counter[str] = Counter()
         self.longest_s = 0.0
         self.longest = ""
+        self.longest_pause_s = 0.0
+        self.is_calm = True
+        """Until the first kill, after which pauses are the kills'."""
         self.notes: list[str] = []
         self.begun_s = time.monotonic()
 
@@ -206,6 +210,8 @@ class Load:
         if bucket is Bucket.COMPLETED:
             self.resumed += outcome.moved
             self.sent_again += outcome.attempts > 1
+            if self.is_calm:
+                self.longest_pause_s = max(self.longest_pause_s, outcome.pause_s)
         self.tally.end(bucket)
         return bucket
 
@@ -224,9 +230,12 @@ class Load:
             request.prompt, adapter=request.adapter, sampling=request.sampling, timeout_s=TIMEOUT_S
         )
         async with aclosing(stream):
+            last_s = time.monotonic()
             try:
                 async for step in stream:
                     steps.append(step)
+                    now_s = time.monotonic()
+                    outcome.pause_s, last_s = max(outcome.pause_s, now_s - last_s), now_s
             finally:
                 outcome.version = stream.adapter_version
                 outcome.moved = stream.resumed or stream.served_by.failovers > 0
