@@ -16,8 +16,12 @@ MARK = "loraserve-"
 
 
 def is_unavailable(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the peer, or what it needs, was lost or could not be reached."""
-    return error.code() is grpc.StatusCode.UNAVAILABLE
+    """Whether the peer, or what it needs, was lost or could not be reached.
+
+    A server that is being stopped cancels calls that come meanwhile; nobody asks here about those that the
+    caller cancelled.
+    """
+    return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 def never_sent(error: grpc.aio.AioRpcError) -> bool:

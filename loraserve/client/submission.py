@@ -335,7 +335,7 @@ class Submission:
             self._give_up_on(replica_id)
             return True
         self._num_failures += 1
-        if code is grpc.StatusCode.UNAVAILABLE:
+        if failures.is_unavailable(error):
             self._excluded.add(replica_id)
             return True
         if self._heard:
