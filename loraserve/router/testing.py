@@ -113,6 +113,7 @@ class FakeReplica(internal_pb2_grpc.ReplicaServicer):
         waiting: int = 0,
         incarnation: str = "first",
         starts_per_s: float = 0.0,
+        ranks: Iterable[internal_pb2.RankLoad] = (),
     ) -> None:
         """What whoever is connected is told from now on."""
         self._report = internal_pb2.LoadReport(
@@ -123,6 +124,7 @@ class FakeReplica(internal_pb2_grpc.ReplicaServicer):
             running=running,
             waiting=waiting,
             starts_per_s=starts_per_s,
+            ranks=ranks,
         )
 
     async def Connect(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
