@@ -54,7 +54,6 @@ class Gauge:
 
     __slots__ = (
         "_adapter_rows",
-        "_by_rank",
         "_cost",
         "_load",
         "_peers",
@@ -63,6 +62,8 @@ class Gauge:
         "_rank_rows",
         "_rows",
         "_stamp",
+        "_stretches",
+        "_top",
         "output_tokens",
         "prompt_tokens",
     )
@@ -73,7 +74,9 @@ class Gauge:
         self._stamp = -1
         self._peers = 0.0
         self._prices: dict[int, Price] = {}
-        self._by_rank: list[tuple[int, float]] = []
+        self._top = 0
+        # Ranks from low to high, and for what part of a life requests of at least high are there.
+        self._stretches: list[tuple[int, int, float]] = []
         self._rows = self._adapter_rows = self._rank_rows = self._prefill_tokens = 0.0
         self.prompt_tokens = PROMPT_TOKENS
         self.output_tokens = OUTPUT_TOKENS
@@ -111,11 +114,17 @@ class Gauge:
                 counts[rank] = counts.get(rank, 0.0) + number
             if own.sent_tokens or own.leased_tokens:
                 tokens += (1 + peers) * sum(own.sent_tokens.values()) + sum(own.leased_tokens.values())
-        self._by_rank = sorted(counts.items(), reverse=True)
-        rows, rank_rows = 0.0, 0.0
-        for rank, count in counts.items():
+        rows = rank_rows = 0.0
+        self._top = high = max(counts, default=0)
+        self._stretches = stretches = []
+        for rank in sorted(counts, reverse=True):
+            if high > rank:
+                stretches.append((rank, high, rows / (rows + 1)))
+            high, count = rank, counts[rank]
             rows += count
             rank_rows += rank * count
+        if high:
+            stretches.append((0, high, rows / (rows + 1)))
         self._rows, self._rank_rows = rows, rank_rows
         self._adapter_rows = rows - counts.get(0, 0.0)
         self._prefill_tokens = tokens
@@ -195,16 +204,17 @@ class Gauge:
         With m others of at least some rank and lives as in the module's docstring, one of them is there for
         m / (m + 1) of the request's life; for the rest of it the request alone makes the batch so high.
         """
-        charged, raised, above = float(rank), 0.0, 0.0
-        high = max(rank, self._by_rank[0][0]) if self._by_rank else rank
-        for level, number in (*self._by_rank, (0, 0.0)):
-            # Of the ranks between two levels, those above the request's own are others' doing alone.
-            if high > rank:
-                charged += (high - max(level, rank)) * above / (above + 1)
-            if level < rank:
-                raised += (min(high, rank) - level) / (above + 1)
-            above += number
-            high = level
+        charged, raised = float(rank), 0.0
+        if rank > self._top:
+            raised += rank - self._top
+        for low, high, part in self._stretches:
+            if low >= rank:
+                charged += (high - low) * part
+            elif high > rank:
+                charged += (high - rank) * part
+                raised += (rank - low) * (1 - part)
+            else:
+                raised += (high - low) * (1 - part)
         return charged, raised
 
 
