@@ -26,6 +26,8 @@ MAX_REMEMBERED = 65_536
 """Adapters, and blocks of prompts, that are remembered."""
 
 _Best = tuple[Sequence[Holder], Holder]
+_Cached = tuple[ReplicaId | None, int]
+_NOT_CACHED: _Cached = (None, 0)
 
 
 class MarginalCost:
@@ -53,13 +55,37 @@ class MarginalCost:
     ) -> Picked:
         """The holder with the lowest cost, and "spill" or "prefix" if it is one for that."""
         looked = self._few(target, holders, rng) if len(holders) > MAX_LOOKS else holders
-        cached_at, cached_tokens = self._prefixes.find(request, target) if request.prefix else (None, 0)
+        cached = self._prefixes.find(request, target) if request.prefix else _NOT_CACHED
+        best, silent = self._cheapest(request, target, looked, view, rng, cached)
+        if best is None:
+            return self._fall_back(request, target, holders, view, rng)
+        if silent:
+            best = silent[int(rng.random() * len(silent))]
+        if looked is not holders:
+            self._remember(target, holders, best)
+        if request.prefix:
+            self._prefixes.note(request, target, best.replica_id)
+        if best.share == 0:
+            return best, "spill"
+        return best, "prefix" if best.replica_id == cached[0] else ""
+
+    def _cheapest(
+        self,
+        request: RouteRequest,
+        target: Target,
+        holders: Sequence[Holder],
+        view: LoadView,
+        rng: Random,
+        cached: _Cached,
+    ) -> tuple[Holder | None, list[Holder]]:
+        """The cheapest holder of those with a report; and if all of these cost the same, as where there is
+        only one, it with those that are silent."""
         silent: list[Holder] = []
         best: Holder | None = None
         lowest, highest, ties = float("inf"), 0.0, 1
         costs, loads, own, peers, gauges = target.costs, view.loads, view.own, view.peers, self._gauges
         rank, prompt_tokens, most_tokens = target.rank, request.prompt_tokens, request.expected_tokens
-        for holder in looked:
+        for holder in holders:
             name = holder.replica_id
             load, cost = loads.get(name), costs.get(name)
             if load is None or cost is None:
@@ -68,36 +94,21 @@ class MarginalCost:
             gauge = gauges.get(name)
             if gauge is None:
                 gauge = gauges[name] = Gauge()
-            fixed_ms, prompt_ms, pair_ms, output_ms = gauge.price(rank, load, own.get(name), peers, cost)
+            price = gauge.price(rank, load, own.get(name), peers, cost)
             prompt = prompt_tokens or gauge.prompt_tokens
-            if name == cached_at:
-                prompt = max(1, prompt - cached_tokens)
+            if name == cached[0]:
+                prompt = max(1, prompt - cached[1])
             output = gauge.output_tokens
-            if 0 < most_tokens < output:
-                output = most_tokens
-            cost_ms = fixed_ms + (prompt_ms + pair_ms * prompt) * prompt + output_ms * output
+            cost_ms = price.of(prompt, most_tokens if 0 < most_tokens < output else output)
             if holder.share == 0:
                 cost_ms *= SPILL_PENALTY
-            if cost_ms > highest:
-                highest = cost_ms
+            highest = max(highest, cost_ms)
             if cost_ms < lowest:
                 lowest, best, ties = cost_ms, holder, 1
             elif cost_ms == lowest:
                 ties += 1
-                if rng.random() * ties < 1:
-                    best = holder
-        if best is None:
-            return self._fall_back(request, target, holders, view, rng)
-        if silent and lowest == highest:
-            silent.append(best)
-            best = silent[int(rng.random() * len(silent))]
-        if looked is not holders:
-            self._remember(target, holders, best)
-        if request.prefix:
-            self._prefixes.note(request, target, best.replica_id)
-        if best.share == 0:
-            return best, "spill"
-        return best, "prefix" if best.replica_id == cached_at else ""
+                best = holder if rng.random() * ties < 1 else best
+        return best, [*silent, best] if silent and best and lowest == highest else []
 
     def _few(self, target: Target, holders: Sequence[Holder], rng: Random) -> Sequence[Holder]:
         """Every so many-th holder from one drawn by lot, and the best of the last time."""
@@ -129,12 +140,12 @@ class PrefixMemory:
         self._limit = limit
         self._replicas: OrderedDict[tuple[VersionId | None, int], ReplicaId] = OrderedDict()
 
-    def find(self, request: RouteRequest, target: Target) -> tuple[ReplicaId | None, int]:
+    def find(self, request: RouteRequest, target: Target) -> _Cached:
         """The replica that has the first blocks of the request's prompt, and their tokens."""
         replicas, version = self._replicas, target.version_id
         first = replicas.get((version, request.prefix[0]))
         if first is None:
-            return None, 0
+            return _NOT_CACHED
         num_blocks = 0
         for block in request.prefix:
             if replicas.get((version, block)) != first:

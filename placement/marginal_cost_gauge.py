@@ -37,6 +37,11 @@ class Price(NamedTuple):
     pair_ms: float
     output_ms: float
 
+    def of(self, prompt_tokens: float, output_tokens: float) -> float:
+        """The cost of a request of these lengths."""
+        fixed_ms, prompt_ms, pair_ms, output_ms = self
+        return fixed_ms + (prompt_ms + pair_ms * prompt_tokens) * prompt_tokens + output_ms * output_tokens
+
 
 class _Step(NamedTuple):
     """The engine's steps with one request more: ms of a decoding step, per prompt token of the others and of
