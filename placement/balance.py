@@ -16,8 +16,9 @@ _LEAST_WEIGHT = 0.01
 """A member's least weight, of an equal one: who holds a copy may serve it."""
 _REPAIRS = 8
 _PARTNERS = 3
-_FEW = 64
-"""In larger tiers a single exchange is no matter."""
+_FEW, _TRIES = 64, 200
+"""So many members are considered for a copy more, and so many adapters of one; in larger
+tiers a single exchange is no matter."""
 
 
 class Pools(Protocol):
@@ -86,10 +87,12 @@ def _repaired(fleet: Fleet, ring: Pools, loads: Floats, able: Floats, slack: flo
     for most in sorted(ring.members, key=lambda place: (-over[at[place]], place)):
         if over[at[most]] <= slack / 2 * mean * able[at[most]]:
             break
-        for adapter in sorted(by_member.get(most, ()), key=lambda one: _worth(fleet, ring, one)):
+        # Ever so many members are not looked at for ever so many adapters.
+        under = [ring.members[index] for index in np.argsort(over, kind="stable")[:_FEW].tolist()]
+        for adapter in sorted(by_member.get(most, ()), key=lambda one: _worth(fleet, ring, one))[:_TRIES]:
             if over[at[most]] <= 0:
                 break
-            moved = most in ring.pools[adapter] and _handed(fleet, ring, adapter, most, over, at)
+            moved = most in ring.pools[adapter] and _handed(fleet, ring, adapter, most, over, at, under)
             done = done or moved
         if over[at[most]] > slack / 2 * mean * able[at[most]] and len(ring.members) <= _FEW:
             done = _exchanged(fleet, ring, most, over, at, by_member) or done
@@ -146,13 +149,21 @@ def _worth(fleet: Fleet, ring: Pools, adapter: int) -> tuple[float, int]:
     return -ring.work[adapter] / max(float(fleet.size_bytes[adapter]), 1.0), adapter
 
 
-def _handed(fleet: Fleet, ring: Pools, adapter: int, most: int, over: Floats, at: Mapping[int, int]) -> bool:
+def _handed(
+    fleet: Fleet,
+    ring: Pools,
+    adapter: int,
+    most: int,
+    over: Floats,
+    at: Mapping[int, int],
+    under: Sequence[int],
+) -> bool:
     """One adapter's copy more on, or moved to, the member with the least to do that has room."""
     size, pool = float(fleet.size_bytes[adapter]), ring.pools[adapter]
     part = ring.work[adapter] * _part(ring, adapter, most)
     able = [
         place
-        for place in ring.members
+        for place in under
         if place not in pool
         and over[at[place]] < 0
         and ring.room_bytes[place] >= size

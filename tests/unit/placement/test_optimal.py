@@ -1,0 +1,130 @@
+"""What `optimal` promises beside what every policy does."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.fluid_check import plan_utilisation, smallest_utilisation
+from support.placement_instances import Instance, drawn
+
+from placement.invariants import check_placement
+from placement.latency import RankKernel
+from placement.policies import policy
+from placement.types import Placement, ReplicaId, Snapshot
+
+SMALL = Instance(seed=1, replicas=4, adapters=25, popularity="uniform")
+
+instances = st.builds(
+    Instance,
+    seed=st.integers(0, 99),
+    replicas=st.integers(2, 12),
+    adapters=st.integers(5, 60),
+    popularity=st.sampled_from(["uniform", "skewed", "anti-correlated"]),
+    room=st.sampled_from([None, 4.0, 8.0]),
+    load=st.floats(0.2, 1.3),
+)
+
+
+def _plan(snapshot: Snapshot) -> Placement:
+    plan = policy("optimal").plan(snapshot)
+    check_placement(snapshot, plan)
+    return plan
+
+
+def _highest_served(snapshot: Snapshot, plan: Placement) -> dict[ReplicaId, int]:
+    rank = {adapter.version_id: adapter.rank for adapter in snapshot.adapters}
+    served = {spec.replica_id: 0 for spec in snapshot.replicas}
+    for version, holders in plan.holders.items():
+        for holder in holders:
+            if holder.share > 0:
+                served[holder.replica_id] = max(served[holder.replica_id], rank[version])
+    return served
+
+
+def test_plans_are_near_the_smallest_utilisation_that_any_tiers_have() -> None:
+    gaps = []
+    for instance in drawn(36, seed=5, most_replicas=24):
+        snapshot = instance.snapshot()
+        best = smallest_utilisation(snapshot)
+        used = plan_utilisation(snapshot, _plan(snapshot))
+        assert used >= best * (1 - 1e-6), f"{instance}: better than possible, so the checker is wrong"
+        gaps.append(used / best - 1)
+    assert np.median(gaps) <= 0.02
+    assert max(gaps) <= 0.10
+
+
+@given(instance=instances)
+@settings(max_examples=40, deadline=None)
+def test_every_adapter_has_two_holders_where_memory_allows(instance: Instance) -> None:
+    plan = _plan(replace(instance, room=None).snapshot())
+    assert len(plan.holders) == instance.adapters
+    assert min(len(holders) for holders in plan.holders.values()) >= 2
+
+
+@given(instance=instances)
+@settings(max_examples=30, deadline=None)
+def test_an_unchanged_workload_moves_nothing(instance: Instance) -> None:
+    snapshot = instance.snapshot()
+    plan = _plan(snapshot)
+    assert _plan(replace(snapshot, current=plan)) == plan
+
+
+@pytest.mark.parametrize("kernel", [RankKernel.SUM, RankKernel.PADDED_CONFIG])
+def test_tiers_dissolve_where_rank_does_not_matter(kernel: RankKernel) -> None:
+    snapshot = replace(SMALL, kernel=kernel).snapshot()
+    plan = _plan(snapshot)
+    everyone = {spec.replica_id for spec in snapshot.replicas}
+    assert all(plan.replicas_of(version) == everyone for version in plan.holders)
+    assert not any(holder.spill for holders in plan.holders.values() for holder in holders)
+
+
+def test_ranks_are_kept_apart_where_batches_are_padded() -> None:
+    snapshot = SMALL.snapshot()
+    assert len(set(_highest_served(snapshot, _plan(snapshot)).values())) > 1
+
+
+def test_spill_is_marked_until_the_cluster_is_overfull() -> None:
+    def spills(load: float, current: Placement) -> bool:
+        plan = _plan(replace(replace(SMALL, load=load).snapshot(), current=current))
+        return any(holder.spill for holders in plan.holders.values() for holder in holders)
+
+    calm = _plan(replace(SMALL, load=0.5).snapshot())
+    assert spills(0.5, Placement())
+    assert not spills(1.6, Placement())
+    assert not spills(1.6, calm)
+
+
+def test_a_leaving_replica_gets_no_copies() -> None:
+    snapshot = SMALL.snapshot()
+    leaving = snapshot.replicas[2].replica_id
+    plan = _plan(replace(snapshot, leaving=frozenset({leaving})))
+    assert len(plan.holders) == len(snapshot.adapters)
+    assert all(leaving not in plan.replicas_of(version) for version in plan.holders)
+
+
+def test_a_weight_counts_as_demand() -> None:
+    snapshot = SMALL.snapshot()
+    high = [adapter.version_id for adapter in snapshot.adapters if adapter.rank == 128]
+    demand = snapshot.demand_tokens_per_s
+    weighted = _plan(replace(snapshot, weights=dict.fromkeys(high, 3.0)))
+    tripled = _plan(
+        replace(
+            snapshot,
+            demand_tokens_per_s={one: demand[one] * (3 if one in high else 1) for one in demand},
+        )
+    )
+    assert weighted == tripled
+
+
+def test_a_little_more_demand_moves_no_bytes() -> None:
+    snapshot = replace(SMALL, room=4.0, replicas=8, adapters=60).snapshot()
+    plan = _plan(snapshot)
+    rng = np.random.default_rng(0)
+    noisy = {
+        version: value * float(rng.uniform(0.97, 1.03))
+        for version, value in snapshot.demand_tokens_per_s.items()
+    }
+    after = _plan(replace(snapshot, current=plan, demand_tokens_per_s=noisy))
+    assert all(after.replicas_of(version) <= plan.replicas_of(version) for version in plan.holders)
