@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from loraserve.engines.replica_model.sequence import ReplicaLimits
+from loraserve.profiling.files import find_simulatable
 from loraserve.simulator.ledger import OUTCOMES
 from loraserve.simulator.links import LinkSpeed
 from loraserve.simulator.run import simulate
@@ -23,6 +24,9 @@ from traces.read import bundled_trace
 from traces.synthesis.tiling import scale_rate
 
 FILE = Path(__file__).with_name("golden.json")
+PROFILE = "a100-llama2-7b-bgmv-42"
+"""What the policies of the golden runs that plan by rank know of replicas, but for its latency model."""
+
 LINK = LinkSpeed(bytes_per_s=100e6, latency_s=0.01)
 
 
@@ -41,10 +45,19 @@ def scenarios() -> dict[str, Scenario]:
     limits = ReplicaLimits(kv_blocks=400, max_num_seqs=12, adapter_slots=4)
     plain = scenario_of(trace, replicas_of(3, latency=latency, limits=limits))
     padded = replace(latency, kernel=RankKernel.PADDED_CONFIG)
+    batch = replace(latency, kernel=RankKernel.PADDED_BATCH)
     pool = replace(limits, pool_adapters=3, load_bytes_per_s=1e9)
     failures = (
         Failure(at_s=4.0, replica_id=ReplicaId("r0"), down_s=3.0),
         Failure(at_s=9.0, replica_id=ReplicaId("r1"), down_s=1.0),
+    )
+    profiles = {PROFILE: replace(find_simulatable(PROFILE), latency=batch)}
+    kinds = tuple(
+        replace(one, spec=replace(one.spec, profile=PROFILE))
+        for one in replicas_of(3, latency=batch, limits=limits)
+    )
+    known = replace(
+        plain, replicas=kinds, profiles=profiles, origin=LINK, peer=LINK, epoch_s=2.0, window_s=2.0
     )
     return {
         "plain": plain,
@@ -55,6 +68,8 @@ def scenarios() -> dict[str, Scenario]:
             plain, replicas=replicas_of(3, latency=padded, limits=limits), routing="weighted-share"
         ),
         "cold-slora": replace(plain, policy="slora-random", warm=False, origin=LINK, peer=LINK, epoch_s=5.0),
+        "loraserve": replace(known, policy="loraserve", routing="weighted-share", forecast="loraserve"),
+        "optimal": replace(known, policy="optimal", routing="marginal-cost"),
         "failures": replace(plain, failures=failures, num_routers=2, origin=LINK),
         "on-demand": replace(
             plain,
