@@ -22,9 +22,9 @@ OUTPUT_TOKENS = 128.0
 SPREAD_ROWS = 2.0
 """How far the number of requests there may be from what it seems: so near to a full batch, some will wait."""
 
-BUSY = 4.0
+BUSY = 3.0
 """How many of those who come later a wait delays for each that waits now: load / (1 - load) at a load of
-0.8. It counts the more the longer the queue; by experiment 3 to 8 do equally well."""
+0.75. It counts the more the longer the queue; by experiment 2 to 8 do about equally well."""
 
 FULL_KV = 0.95
 
