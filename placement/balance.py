@@ -10,15 +10,15 @@ from placement.fleet import Fleet, Floats
 Weights = dict[tuple[int, ...], tuple[float, ...]]
 """By pool: the part of its adapters' work that each member is meant for, adding up to one."""
 
-_ROUNDS = 40
+_ROUNDS = 120
 _EVEN = 0.002
 _LEAST_WEIGHT = 0.01
 """A member's least weight, of an equal one: who holds a copy may serve it."""
 _REPAIRS = 8
 _PARTNERS = 3
-_FEW, _TRIES = 64, 200
-"""So many members are considered for a copy more, and so many adapters of one; in larger
-tiers a single exchange is no matter."""
+_FEW_UNDER, _FEW, _TRIES = 16, 64, 50
+"""So many members are considered for a copy more, and so many adapters of one (the last); in tiers larger
+than the second a single exchange is no matter."""
 
 
 class Pools(Protocol):
@@ -88,7 +88,7 @@ def _repaired(fleet: Fleet, ring: Pools, loads: Floats, able: Floats, slack: flo
         if over[at[most]] <= slack / 2 * mean * able[at[most]]:
             break
         # Ever so many members are not looked at for ever so many adapters.
-        under = [ring.members[index] for index in np.argsort(over, kind="stable")[:_FEW].tolist()]
+        under = [ring.members[index] for index in np.argsort(over, kind="stable")[:_FEW_UNDER].tolist()]
         for adapter in sorted(by_member.get(most, ()), key=lambda one: _worth(fleet, ring, one))[:_TRIES]:
             if over[at[most]] <= 0:
                 break

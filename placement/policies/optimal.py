@@ -46,6 +46,8 @@ CLOSE = 1.02
 FEW, SIMILAR = 2000, 3
 """Up to so many adapters, so many more divisions into tiers are tried where memory spoils the first."""
 
+_SMALL = 64
+
 BETTER = 0.97
 """A placement that moves bytes has to have at most so much of the present one's utilisation."""
 
@@ -154,8 +156,10 @@ def _built(fleet: Fleet, sized: Tiers, present: Present | None) -> Placement:
     np.add.at(counts, (fleet.kind, tier_of), 1)
     rings: list[Ring] = []
     left: list[int] = []
+    # What is there already may be less even, and in a large fleet evenness takes longest to plan.
+    slack = 0.04 if present is not None else 0.01 if len(fleet.replicas) <= _SMALL else 0.02
     for tier in divide(fleet, flows(fleet, counts), tier_of, home_tier):
-        ring, unplaced = pack(fleet, tier, pools, 0.01 if present is None else 0.04)
+        ring, unplaced = pack(fleet, tier, pools, slack)
         rings.append(ring)
         left += unplaced
     return Layout(fleet, rings, tier_of).placement(left)

@@ -30,10 +30,10 @@ from choose_bench import choose_us
 from placement.policies import POLICIES
 from placement.types import Placement, Snapshot
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from support.fluid_check import plan_utilisation, smallest_utilisation
-from support.placement_instances import Instance, drawn
+from tests.support.fluid_check import plan_utilisation, smallest_utilisation
+from tests.support.placement_instances import Instance, drawn
 
 OURS, RIVAL = "optimal", "loraserve"
 SIZES = ((1000, 16), (10_000, 64), (100_000, 1000))

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.fluid_check import plan_utilisation, smallest_utilisation
-from support.placement_instances import Instance, drawn
 
 from placement.invariants import check_placement
 from placement.latency import RankKernel
 from placement.policies import policy
 from placement.types import Placement, ReplicaId, Snapshot
+from tests.support.fluid_check import plan_utilisation, smallest_utilisation
+from tests.support.placement_instances import Instance, drawn
 
 SMALL = Instance(seed=1, replicas=4, adapters=25, popularity="uniform")
 
