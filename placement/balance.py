@@ -161,14 +161,7 @@ def _handed(
     """One adapter's copy more on, or moved to, the member with the least to do that has room."""
     size, pool = float(fleet.size_bytes[adapter]), ring.pools[adapter]
     part = ring.work[adapter] * _part(ring, adapter, most)
-    able = [
-        place
-        for place in under
-        if place not in pool
-        and over[at[place]] < 0
-        and ring.room_bytes[place] >= size
-        and ring.room_places[place] >= 1
-    ]
+    able = [place for place in under if over[at[place]] < 0 and _may_take(ring, place, pool, size)]
     if not able or part <= 0:
         return False
     least = min(able, key=lambda place: (over[at[place]], place))
@@ -191,6 +184,10 @@ def _handed(
     over[at[most]] -= part
     over[at[least]] += part
     return True
+
+
+def _may_take(ring: Pools, place: int, pool: tuple[int, ...], size: float) -> bool:
+    return place not in pool and ring.room_bytes[place] >= size and ring.room_places[place] >= 1
 
 
 def _part(ring: Pools, adapter: int, place: int) -> float:
