@@ -11,7 +11,7 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "policies_bench.py"
-CONTENDERS = ("optimal/least-outstanding", "loraserve")
+CONTENDERS = ("optimal", "loraserve")
 ARGUMENTS = ("--rates", "12", "--seeds", "0", "--duration", "8", "--warmup", "2", "--epoch", "2", "--json")
 
 
