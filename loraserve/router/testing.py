@@ -259,6 +259,30 @@ class FakeController(internal_pb2_grpc.ControlServicer, management_pb2_grpc.Mana
         """Ready at once."""
         yield _drains(request.replica_ids, "ready")
 
+    async def GetPlan(  # noqa: N802
+        self, request: management_pb2.GetPlanRequest, context: Context
+    ) -> management_pb2.GetPlanResponse:
+        """No plan."""
+        return management_pb2.GetPlanResponse()
+
+    async def ApplyPlan(  # noqa: N802
+        self, request: management_pb2.ApplyPlanRequest, context: Context
+    ) -> management_pb2.PlanChanged:
+        """Nothing changed."""
+        return management_pb2.PlanChanged()
+
+    async def FreezePlan(  # noqa: N802
+        self, request: management_pb2.FreezePlanRequest, context: Context
+    ) -> management_pb2.PlanChanged:
+        """Nothing changed."""
+        return management_pb2.PlanChanged()
+
+    async def RollbackPlan(  # noqa: N802
+        self, request: management_pb2.RollbackPlanRequest, context: Context
+    ) -> management_pb2.PlanChanged:
+        """Nothing changed."""
+        return management_pb2.PlanChanged()
+
     async def GetStatus(  # noqa: N802
         self, request: management_pb2.GetStatusRequest, context: Context
     ) -> management_pb2.GetStatusResponse:

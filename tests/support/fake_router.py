@@ -169,6 +169,22 @@ class FakeRouter(FakeAnswers, management_pb2_grpc.ManagementServicer):
         """The controller's work, not played here."""
         raise NotImplementedError
 
+    def GetPlan(self, request: management.GetPlanRequest, context: Any) -> Any:  # noqa: N802
+        """The controller's work, not played here."""
+        raise NotImplementedError
+
+    def ApplyPlan(self, request: management.ApplyPlanRequest, context: Any) -> Any:  # noqa: N802
+        """The controller's work, not played here."""
+        raise NotImplementedError
+
+    def FreezePlan(self, request: management.FreezePlanRequest, context: Any) -> Any:  # noqa: N802
+        """The controller's work, not played here."""
+        raise NotImplementedError
+
+    def RollbackPlan(self, request: management.RollbackPlanRequest, context: Any) -> Any:  # noqa: N802
+        """The controller's work, not played here."""
+        raise NotImplementedError
+
     def _adapter(self, name: str) -> management.Adapter:
         version, rank = self.adapters[name]
         holder = management.Holder(replica_id="replica-0", share=1.0)

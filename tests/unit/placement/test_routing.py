@@ -255,5 +255,5 @@ def test_round_robin_turns_per_adapter() -> None:
 
 
 def test_an_unknown_policy_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="known: .*least-outstanding, .*weighted-share"):
+    with pytest.raises(ValueError, match=r"known: .*least-outstanding, .*weighted-share"):
         make_routing_policy("best")

@@ -231,9 +231,7 @@ async def test_a_public_host_needs_the_flag() -> None:
 
 
 def test_an_unknown_routing_policy_lists_the_known_ones() -> None:
-    with pytest.raises(
-        ConfigError, match=r"router\.routing: .*least-outstanding, .*weighted-share"
-    ):
+    with pytest.raises(ConfigError, match=r"router\.routing: .*least-outstanding, .*weighted-share"):
         router(routing="best")
 
 
