@@ -32,16 +32,6 @@ from placement.veto import veto
 _Planless = messages.AdapterLoaded | messages.AdapterUnloaded | messages.AdapterLoadFailed
 """What changes nothing that a plan is made from."""
 
-_Lasting = (
-    messages.EpochElapsed
-    | messages.ReplicaReady
-    | messages.ReplicaLost
-    | messages.FreezeRequested
-    | messages.DrainRequested
-    | messages.UndrainRequested
-)
-"""What a plan can be rolled back over; one for an adapter that comes or goes is part of the plan before."""
-
 
 class ClusterState:
     """One door: `handle(event) -> commands`. Commands are to be executed in their order."""
@@ -108,14 +98,17 @@ class ClusterState:
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event in and say what is to be done about it."""
+        before = self.plan
         commands = self._take_in(event)
         if self._is_starting():
             return commands
-        commands += self.resizer.take_in(event, self.replicas, self.snapshot, self.book.frozen)
+        follows = self.resizer.take_in(event, self.replicas, self.snapshot, self.book.frozen)
         is_chosen = isinstance(event, messages.PlanGiven) and self.book.frozen is None
         if not is_chosen and not isinstance(event, _Planless):
-            commands += self._replan(event)
-        return commands + self._settle()
+            follows += self._replan()
+        follows += self._settle()
+        # Not before: a plan that cannot be carried out at all makes way at once.
+        return commands + self.book.keep(before, event) + follows
 
     def _take_in(self, event: Event) -> list[Command]:
         match event:
@@ -160,9 +153,11 @@ class ClusterState:
     ) -> list[Command]:
         """What an operator wants of the plan; `_replan` follows from what is frozen then."""
         match event:
+            case messages.PlanGiven(frozen=False) if self.book.frozen is not None:
+                pass  # What is frozen stays, and no plan is kept that was never in force.
             case messages.PlanGiven(plan=plan, frozen=frozen) if self.plan_problem(plan) is None:
                 kept = self.book.freeze(plan) if frozen else []
-                return kept + self.book.adopt(plan, "a plan was applied")
+                return kept + self.book.adopt(plan)
             case messages.FreezeRequested(frozen=frozen):
                 return self.book.freeze(self.plan if frozen else None)
             case messages.RollbackRequested() if not self._is_starting():
@@ -313,9 +308,8 @@ class ClusterState:
             waiting_for.add(ReplicaPhase.STARTING)
         return any(record.phase in waiting_for for record in self.replicas.values())
 
-    def _replan(self, event: Event) -> list[Command]:
-        plan = self._planned_on(self.snapshot(), is_final=True)
-        return self.book.adopt(plan, _words(event) if isinstance(event, _Lasting) else None)
+    def _replan(self) -> list[Command]:
+        return self.book.adopt(self._planned_on(self.snapshot(), is_final=True))
 
     def _planned_on(self, snapshot: Snapshot, *, is_final: bool = False) -> Placement:
         """What is to be in force with these replicas; `is_final` notes what the policy got wrong."""
@@ -351,7 +345,7 @@ class ClusterState:
             self.book.problem = (
                 "no replica has a free place to exchange copies over: some stay where they are"
             )
-            commands += self.book.adopt(plan, None)
+            commands += self.book.adopt(plan)
         return commands
 
     def _publish(self, holdings: Holdings, full: Collection[ReplicaId]) -> list[Command]:
@@ -378,21 +372,3 @@ class ClusterState:
 
     def _ready(self) -> list[ReplicaRecord]:
         return [record for record in self.replicas.values() if record.phase is ReplicaPhase.READY]
-
-
-def _words(event: Event) -> str:
-    """Why a plan was changed, in words."""
-    match event:
-        case messages.EpochElapsed():
-            return "an epoch"
-        case messages.ReplicaReady(spec=spec):
-            return f"{spec.replica_id} came"
-        case messages.ReplicaLost(replica_id=replica_id):
-            return f"{replica_id} was lost"
-        case messages.DrainRequested(replica_id=replica_id):
-            return f"{replica_id} is drained"
-        case messages.UndrainRequested(replica_id=replica_id):
-            return f"{replica_id} is undrained"
-        case messages.FreezeRequested():
-            return "it was unfrozen"
-    return "an adapter came or went"

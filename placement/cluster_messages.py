@@ -119,7 +119,7 @@ class UndrainRequested:
 @dataclass(frozen=True, slots=True)
 class PlanGiven:
     """An operator wants this plan, now; with `frozen` it stays. One that `ClusterState.plan_problem` refuses
-    is not adopted."""
+    is not adopted, nor one that is not to stay while another is frozen."""
 
     plan: Placement
     frozen: bool

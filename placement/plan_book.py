@@ -6,7 +6,8 @@ No I/O: it answers with the commands that make each change durable.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from placement.cluster_messages import Command, KeepPlan, SaveFreeze, SavePlan
+from placement import cluster_messages as messages
+from placement.cluster_messages import Command, Event, KeepPlan, SaveFreeze, SavePlan
 from placement.types import Placement
 
 MAX_EARLIER = 16
@@ -38,20 +39,27 @@ class PlanBook:
         self.frozen = frozen
         self.problem: str | None = None
 
-    def adopt(self, plan: Placement, why: str | None) -> list[Command]:
-        """The plan is in force from now on. `why` is what the one before made way for, and keeps that one
-        to go back to; None for a change that is nobody's decision and goes with the present one."""
+    def adopt(self, plan: Placement) -> list[Command]:
+        """The plan is in force from now on."""
         if plan == self.plan:
             return []
-        commands: list[Command] = []
-        if why is not None and self.plan.holders:
-            number = self.earlier[-1].number + 1 if self.earlier else 1
-            self.earlier.append(EarlierPlan(number=number, plan=self.plan, ended_by=why))
-            commands.append(KeepPlan(number, self.plan, why))
-            while len(self.earlier) > MAX_EARLIER:
-                commands.append(KeepPlan(self.earlier.pop(0).number, None))
         self.plan = plan
-        return [*commands, SavePlan(plan)]
+        return [SavePlan(plan)]
+
+    def keep(self, before: Placement, event: Event) -> list[Command]:
+        """Keep the plan that was in force when the event came, to go back to, if the present one is another.
+        A change that goes with an adapter is part of the plan before; one that was kept last is not kept
+        twice."""
+        why = _words(event)
+        is_last = bool(self.earlier) and self.earlier[-1].plan == before
+        if why is None or before == self.plan or is_last or not before.holders:
+            return []
+        number = self.earlier[-1].number + 1 if self.earlier else 1
+        self.earlier.append(EarlierPlan(number=number, plan=before, ended_by=why))
+        commands: list[Command] = [KeepPlan(number, before, why)]
+        while len(self.earlier) > MAX_EARLIER:
+            commands.append(KeepPlan(self.earlier.pop(0).number, None))
+        return commands
 
     def freeze(self, plan: Placement | None) -> list[Command]:
         """This plan is to stay; None: none is."""
@@ -66,3 +74,23 @@ class PlanBook:
             return None, []
         last = self.earlier.pop()
         return last.plan, [KeepPlan(last.number, None)]
+
+
+def _words(event: Event) -> str | None:
+    """Why a plan was changed, in words; None for what is nobody's decision."""
+    match event:
+        case messages.EpochElapsed():
+            return "an epoch"
+        case messages.ReplicaReady(spec=spec):
+            return f"{spec.replica_id} came"
+        case messages.ReplicaLost(replica_id=replica_id):
+            return f"{replica_id} was lost"
+        case messages.DrainRequested(replica_id=replica_id):
+            return f"{replica_id} is drained"
+        case messages.UndrainRequested(replica_id=replica_id):
+            return f"{replica_id} is undrained"
+        case messages.FreezeRequested():
+            return "it was unfrozen"
+        case messages.PlanGiven():
+            return "a plan was applied"
+    return None

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from placement import cluster_messages as messages
 from placement.cluster import ClusterState
 from placement.cluster_records import CopyPhase
-from placement.plan_book import MAX_EARLIER
+from placement.plan_book import MAX_EARLIER, EarlierPlan
 from placement.policies import policy
 from placement.types import AdapterVersion, Holder, Placement, ReplicaId, Snapshot, VersionId
 from tests.support.cluster_kit import R0, R1, acknowledge, adapter, spec
@@ -198,6 +198,35 @@ def test_a_rollback_goes_back_plan_by_plan_and_stays_there() -> None:
         replan(state, plans[2])
         assert state.plan == plan, "frozen"
     assert state.handle(messages.RollbackRequested()) == []
+
+
+def test_a_plan_that_is_not_to_stay_changes_nothing_while_another_is_frozen() -> None:
+    frozen = placed(a={R0: 1.0})
+    state = begun({R0: 1, R1: 1}, frozen, A)
+    state.handle(messages.FreezeRequested(True))
+    for _ in range(3):
+        assert state.handle(messages.PlanGiven(placed(a={R0: 0.5, R1: 0.5}), False)) == []
+    assert state.plan == frozen
+    assert state.book.earlier == [], "there is nothing to go back to"
+
+
+def test_an_exchange_that_is_never_done_leaves_the_plans_before_it_to_go_back_to() -> None:
+    before = placed(a={R0: 1.0}, b={R1: 1.0})
+    state = begun({R0: 1, R1: 1}, before, A, B)
+    first = [EarlierPlan(number=one, plan=placed(a={R0: 1.0}), ended_by="") for one in range(MAX_EARLIER)]
+    state.book.earlier = list(first)
+    kept = {one.number: one for one in first}
+    for _ in range(2 * MAX_EARLIER):
+        for command in replan(state, placed(a={R1: 1.0}, b={R0: 1.0})):
+            match command:
+                case messages.KeepPlan(number=number, plan=None):
+                    del kept[number]
+                case messages.KeepPlan(number=number, plan=plan, ended_by=why):
+                    assert plan is not None
+                    kept[number] = EarlierPlan(number=number, plan=plan, ended_by=why)
+        assert state.plan == before
+    assert state.book.earlier == first
+    assert list(kept.values()) == first, "nor does the store keep more"
 
 
 def test_the_plans_kept_are_bounded() -> None:
