@@ -189,7 +189,8 @@ class ClusterState:
         snapshot = self.snapshot() if snapshot is None else snapshot
         try:
             plan = self.resizer.named(self.policy.plan(snapshot), snapshot)
-        except (ValueError, ArithmeticError, LookupError) as error:
+        except Exception as error:
+            # Whatever it is: the cluster goes on with the plan that it has, and says why.
             return self.plan, f"it failed: {type(error).__name__}: {error}"
         return plan, veto(snapshot, plan)
 

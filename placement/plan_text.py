@@ -73,9 +73,14 @@ def _holders(version: str, shares: Any, spill: Any) -> tuple[Holder, ...]:
     if not isinstance(shares, dict):
         raise ValueError(f"not a plan: holders of {version}: expected an object of shares by replica")
     for replica, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, int | float):
-            raise ValueError(f"not a plan: the share of {version} on {replica}: expected a number")
-    if not isinstance(spill, list | tuple) or not all(one in shares for one in spill):
+        is_number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not is_number or (isinstance(share, int) and abs(share) > 1):
+            raise ValueError(
+                f"not a plan: the share of {version} on {replica}: expected a number from 0 to 1"
+            )
+    if not isinstance(spill, list | tuple) or not all(
+        isinstance(one, str) and one in shares for one in spill
+    ):
         raise ValueError(f"not a plan: spill of {version}: expected a list of its holders")
     return tuple(
         Holder(replica_id=ReplicaId(replica), share=float(share), spill=replica in spill)

@@ -2,6 +2,8 @@
 
 from types import MappingProxyType
 
+import pytest
+
 from placement import cluster_messages as messages
 from placement.cluster import ClusterState
 from placement.cluster_records import CopyPhase
@@ -157,6 +159,22 @@ def test_a_plan_that_may_not_be_is_refused_and_the_one_before_kept() -> None:
         assert state.book.frozen is None
     replan(state, before)
     assert state.book.problem is None
+
+
+@pytest.mark.parametrize("error", [TypeError("no"), AssertionError(), RuntimeError("deep"), ValueError("no")])
+def test_a_policy_that_fails_leaves_the_plan_before_in_force(error: Exception) -> None:
+    class Failing(Given):
+        def plan(self, snapshot: Snapshot) -> Placement:
+            raise error
+
+    before = placed(a={R0: 1.0}, b={R1: 1.0})
+    state = begun({R0: 2, R1: 2}, before, A, B)
+    state.policy = Failing()
+    acknowledge(state, state.handle(messages.EpochElapsed()))
+    assert state.plan == before
+    assert f"it failed: {type(error).__name__}" in str(state.book.problem)
+    acknowledge(state, state.handle(messages.ReplicaLost(R1, "killed")))
+    assert held(state)[R0] == {A.version_id, B.version_id}
 
 
 def test_a_refused_plan_leaves_no_adapter_on_a_lost_replica() -> None:

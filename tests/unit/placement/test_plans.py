@@ -152,7 +152,8 @@ def test_a_plan_of_the_first_releases_is_read() -> None:
         [], {"plan": {}}, {"holders": []}, {"holders": {"a@1": ["replica-0"]}},
         {"holders": {"a@1": {"replica-0": "1"}}}, {"holders": {"a@1": {"replica-0": True}}},
         {"holders": {"a@1": {"replica-0": 1}}, "spill": {"a@1": ["replica-1"]}},
-        {"holders": {}, "max_lora_ranks": {"replica-0": 8.5}},
+        {"holders": {"a@1": {"replica-0": 1}}, "spill": {"a@1": [["replica-0"]]}},
+        {"holders": {"a@1": {"replica-0": 10**400}}}, {"holders": {}, "max_lora_ranks": {"replica-0": 8.5}},
     ],
 )  # fmt: skip
 def test_a_text_that_is_no_plan_is_a_value_error(tree: object) -> None:
