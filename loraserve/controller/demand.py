@@ -1,7 +1,7 @@
 """Demand as the controller sees it: from what replicas have counted to a forecast of the next epoch.
 
-Replicas count tokens and never reset; the differences between two reports of one life of a replica are what
-was served in between. So a report that is lost loses nothing but time.
+Replicas count the tokens they are asked for and never reset; the differences between two reports of one life
+of a replica are what came in between. So a report that is lost loses nothing but time.
 """
 
 import logging
@@ -24,17 +24,17 @@ MIN_WINDOW_S = 0.001
 
 
 class TokenMeter:
-    """What replicas have served since it was last asked. Reports may come late, twice or not at all."""
+    """What replicas were asked for since it was last asked. Reports may come late, twice or not at all."""
 
     def __init__(self) -> None:
         self._seen: dict[ReplicaId, ReplicaReport] = {}
         self._tokens: dict[VersionId, int] = {}
 
     def heard(self, replica: ReplicaId, report: ReplicaReport) -> None:
-        """Count what the replica has served since its last report.
+        """Count what has come to the replica since its last report.
 
-        The first one of a life that an earlier controller has watched says nothing: what it counts was
-        served before.
+        The first one of a life that an earlier controller has watched says nothing: what it counts came
+        before.
         """
         last = self._seen.get(replica)
         if last is not None and last.incarnation == report.incarnation:
@@ -59,7 +59,7 @@ class DemandBook:
 
     `measured` and `forecast` are tokens per second by version, as of the end of the last epoch; who is in
     neither has none. What a window saw is kept in the store, so that a controller that comes back goes on
-    where the last one was; what was served while there was none is not known and not missed.
+    where the last one was; what came while there was none is not known and not missed.
     """
 
     def __init__(

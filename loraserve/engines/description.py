@@ -42,10 +42,11 @@ class RequestReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaReport:
-    """A replica's state for operators, and what it has served.
+    """A replica's state for operators, and what it was asked for.
 
-    `tokens` are prompt and output tokens by version since the `incarnation` began, which the controller
-    takes demand from; `sequence` grows by one per report of it.
+    `tokens` are prompt and output tokens by version since the `incarnation` began, of what was served, what
+    waits and what was turned away, which the controller takes demand from; `sequence` grows by one per
+    report of it.
     """
 
     running: int

@@ -248,8 +248,8 @@ class ReplicaServer:
         with (
             self._admitted(request, turn) as accounted,
             self.meter.begin(self.pool.rank(request.version_id), request.prompt) as progress,
+            self.tokens.begin(request) as tokens,
         ):
-            tokens = self.tokens.begin(request)
             try:
                 async with aclosing(self.engine.generate(request)) as steps:
                     async for step in steps:

@@ -66,6 +66,11 @@ class ReplicaService(internal_pb2_grpc.ReplicaServicer):
         version = VersionId(lease.version_id) if lease.version_id else None
         self._replica.leases.grant(lease.lease_id, version, lease.lease_s, ended)
 
+    def refused(self, refusal: internal_pb2.Refusal) -> None:
+        """It was asked for all the same."""
+        version = VersionId(refusal.version_id)
+        self._replica.tokens.refused(version, refusal.prompt_tokens, refusal.max_tokens)
+
     def load(self) -> internal_pb2.LoadReport:
         """The replica's load now."""
         self._replica.leases.sweep()

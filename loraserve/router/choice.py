@@ -19,6 +19,7 @@ from loraserve.router.leases import LeaseCounter
 from loraserve.router.loads import LoadBook
 from loraserve.router.peers import Peers
 from loraserve.router.tables import TableFollower
+from loraserve.rpc.internal.v1 import internal_pb2
 from placement.admission import Demand, TooLateError, choose_in_time
 from placement.routing import (
     Chooser,
@@ -74,7 +75,10 @@ class Choice:
             except NoHolderError as error:
                 left_s = until_s - self.clock.now_s()
                 if left_s <= 0:
-                    raise _all_refused(flight, str(error)) from error
+                    refusal = _all_refused(flight, str(error))
+                    if isinstance(refusal, OverloadedError):
+                        self.count_refusal(flight)
+                    raise refusal from error
                 if self._is_cut_off():
                     # Another router may well see what this one does not.
                     left_s = min(left_s, begun_s + CUT_OFF_WAIT_S - self.clock.now_s())
@@ -89,6 +93,26 @@ class Choice:
             except TimeoutError:
                 continue
             flight.excluded = frozenset()
+
+    def count_refusal(self, flight: Flight) -> None:
+        """Let a request that is turned away for lack of room count as demand, at a holder that is reached.
+
+        One that has begun has counted before.
+        """
+        entry = None if flight.adapter is None else self.tables.table.entries.get(flight.adapter)
+        if entry is None or flight.pinned_version is not None:
+            return
+        for holder in entry.holders:
+            peer = self.peers.find(holder.replica_id)
+            if peer is not None and peer.link.up:
+                peer.link.tell_refusal(
+                    internal_pb2.Refusal(
+                        version_id=entry.version_id,
+                        prompt_tokens=flight.prompt_tokens,
+                        max_tokens=flight.max_tokens,
+                    )
+                )
+                return
 
     def _is_cut_off(self) -> bool:
         """Whether this router reaches neither its controller nor any replica of its table."""
@@ -125,10 +149,12 @@ class Choice:
                 # Who has part of an answer gets the rest, late or not.
                 decision = self.chooser.choose(request, table, view)
         except TooLateError as error:
+            self.count_refusal(flight)
             raise OverloadedError(f"{error}; try again in {error.retry_after_s:.1f} s") from error
         except UnknownAdapterError as error:
             raise NotFoundError(f"adapter: {error}") from error
         except HoldersFullError as error:
+            self.count_refusal(flight)
             raise OverloadedError(f"{error}; try again later") from error
         if flight.pinned_version is not None and flight.pinned_version != (decision.version_id or ""):
             raise _replaced(flight, decision)

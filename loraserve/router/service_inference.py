@@ -204,7 +204,11 @@ class InferenceService:
 
     def _admit(self, flight: Flight, context: Context) -> None:
         """Open the request, to be closed by `_close`."""
-        self._parts.ledger.open(flight.request_id)
+        try:
+            self._parts.ledger.open(flight.request_id)
+        except OverloadedError:
+            self._parts.choice.count_refusal(flight)
+            raise
         self._flights[flight.request_id] = flight
         if context.time_remaining() is None:
             # A client's own deadline ends the call by itself.
@@ -253,6 +257,7 @@ class InferenceService:
                 raise error
         elif len(flight.refusals) - flight.losses > (MAX_LOSSES if flight.messages else MAX_RETRIES):
             if set(flight.refusals) == {grpc.StatusCode.RESOURCE_EXHAUSTED}:
+                self._parts.choice.count_refusal(flight)
                 raise OverloadedError(f"every holder is full: {error}") from error
             raise UnavailableError(str(error)) from error
         return True

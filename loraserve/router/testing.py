@@ -82,6 +82,7 @@ class FakeReplica(internal_pb2_grpc.ReplicaServicer):
         self.failure: grpc.StatusCode | None = None
         self.received: list[Received] = []
         self.leases: list[internal_pb2.LeaseGrant] = []
+        self.refusals: list[internal_pb2.Refusal] = []
         self.end_lease: Callable[[str], None] = lambda lease_id: None
         self.arrived = asyncio.Event()
         self.cancelled = asyncio.Event()
@@ -140,6 +141,10 @@ class FakeReplica(internal_pb2_grpc.ReplicaServicer):
         """Remember the lease; `end_lease` is how a test ends it."""
         self.leases.append(lease)
         self.end_lease = ended
+
+    def refused(self, refusal: internal_pb2.Refusal) -> None:
+        """Remember the request that was turned away."""
+        self.refusals.append(refusal)
 
     async def open(self, start: internal_pb2.Start) -> AsyncGenerator[bytes, None]:
         """The script's messages, joined for a unary request."""

@@ -170,6 +170,10 @@ class Link:
             self.loop.call_later(LEASE_FLUSH_S, self._dirty.set)
         self._frame.leases.append(lease)
 
+    def tell_refusal(self, refusal: internal_pb2.Refusal) -> None:
+        """Tell the replica of a request that was turned away, with the next frame or sign of life."""
+        self._frame.refusals.append(refusal)
+
     def give_credit(self, stream: LinkStream) -> None:
         """The stream's reader has taken `GRANT` messages."""
         if stream.stream_id in self._streams:

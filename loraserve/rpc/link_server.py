@@ -48,6 +48,10 @@ class LinkHandler(Protocol):
         """A client will come with this lease; `ended` is to be called once it is used or has run out."""
         ...
 
+    def refused(self, refusal: internal_pb2.Refusal) -> None:
+        """The router had to turn a request away."""
+        ...
+
     def load(self) -> internal_pb2.LoadReport:
         """The replica's load now."""
         ...
@@ -142,6 +146,8 @@ class LinkServer:
     def _take(self, frame: internal_pb2.RouterFrame) -> None:
         for lease in frame.leases:
             self._handler.grant(lease, self._lease_ended)
+        for refusal in frame.refusals:
+            self._handler.refused(refusal)
         for start in frame.starts:
             self._start(start)
         for credit in frame.credits:

@@ -91,6 +91,9 @@ class CannedReplica(internal_pb2_grpc.ReplicaServicer):
         """Over at once, as if the client had come."""
         ended(lease.lease_id)
 
+    def refused(self, refusal: internal_pb2.Refusal) -> None:
+        """Nobody is turned away here."""
+
     def load(self) -> internal_pb2.LoadReport:
         """The same load every time."""
         self._sequence += 1

@@ -41,6 +41,10 @@ async def test_what_would_come_too_late_is_refused_unless_it_has_begun(
     assert await code_of(stub.Generate(ask(adapter), timeout=DEADLINE_S)) is Code.RESOURCE_EXHAUSTED
     with pytest.raises(grpc.aio.AioRpcError, match=late):
         await stub.Pick(pick)
+    # A holder counts them as asked for: told with the next sign of life.
+    told, num_told = bench.replicas["r0"].refusals, 3 if adapter else 0
+    await until(lambda: len(told) == num_told)
+    assert all(refusal.version_id == "one@0" for refusal in told)
     patient = inference_pb2.PickRequest(adapter=adapter, remaining_s=1000.0)
     assert (await stub.Pick(patient)).replica_id == "r0"
     resume = inference_pb2.Resume(token_ids=[1], adapter_version=version)

@@ -28,6 +28,7 @@ class Echo(internal_pb2_grpc.ReplicaServicer):
     def __init__(self) -> None:
         self.sent: dict[str, int] = {}
         self.closed: list[str] = []
+        self.refusals: list[internal_pb2.Refusal] = []
         self.links = 0
         self.address = ""
         self.server: grpc.aio.Server
@@ -56,6 +57,9 @@ class Echo(internal_pb2_grpc.ReplicaServicer):
 
     def grant(self, lease: internal_pb2.LeaseGrant, ended: Callable[[str], None]) -> None:
         ended(lease.lease_id)
+
+    def refused(self, refusal: internal_pb2.Refusal) -> None:
+        self.refusals.append(refusal)
 
     def load(self) -> internal_pb2.LoadReport:
         return internal_pb2.LoadReport(protocol_version=PROTOCOL_VERSION, replica_id="echo")
