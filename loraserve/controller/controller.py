@@ -16,6 +16,7 @@ from loraserve.controller.fleet import Fleet
 from loraserve.controller.journal import Dependent, Journal
 from loraserve.controller.keeper import LOAD_TIMEOUT_S, ReplicaKeeper
 from loraserve.controller.migration import Migrator
+from loraserve.controller.periodic import every
 from loraserve.controller.ranks import resizer_of, with_max_lora_rank
 from loraserve.controller.sizing import sized
 from loraserve.controller.store import Changes, Store, StoredRegistration
@@ -130,9 +131,10 @@ class Controller:
                 self.keeper.stop(replica)
             else:
                 self.keeper.begin(replica, find=self._recovering)
-        self.keeper.spawn(self._epochs())
-        if self.config.placement.migration != "off":
-            self.keeper.spawn(self.migrator.run())
+        section = self.config.placement
+        self.keeper.spawn(every(section.epoch_s, "an epoch", self._epoch))
+        if section.migration != "off":
+            self.keeper.spawn(every(section.migration_period_s, "a migration", self.migrator.look))
         self.keeper.spawn(self._journal.retry(self._news))
 
     async def stop(self) -> None:
@@ -379,8 +381,6 @@ class Controller:
         """Plan the next epoch, for the demand that is forecast for it."""
         self.dispatch(messages.EpochElapsed(self.demand.end_epoch(self.state.adapters.values())))
 
-    async def _epochs(self) -> None:
-        while True:
-            await asyncio.sleep(self.config.placement.epoch_s)
-            await self.refresh_reports()
-            self.end_epoch()
+    async def _epoch(self) -> None:
+        await self.refresh_reports()
+        self.end_epoch()

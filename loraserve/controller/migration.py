@@ -38,19 +38,12 @@ TOKEN_S = 0.02
 
 
 class Migrator:
-    """`look` once, or `run` for ever. `num_moved` counts the requests that were ended to go on elsewhere."""
+    """`look` every period. `num_moved` counts the requests that were ended to go on elsewhere."""
 
     def __init__(self, controller: "Controller", limits: MigrationLimits | None = None) -> None:
         self.num_moved = 0
         self._controller = controller
         self._limits = limits or MigrationLimits()
-
-    async def run(self) -> None:
-        """Look every period."""
-        period_s = self._controller.config.placement.migration_period_s
-        while True:
-            await asyncio.sleep(period_s)
-            await self.look()
 
     async def look(self) -> int:
         """Move what makes the busiest replica less busy, if one is overloaded; how many requests it was."""
