@@ -24,8 +24,10 @@ def print_plan(status: "PlanStatus") -> None:
     show(table)
     for replica, rank in sorted(status.current.max_lora_ranks.items()):
         print(f"{replica} is to take ranks up to {rank}")
+    number = len(status.earlier)
+    frozen, earlier = "frozen" if status.frozen else "not frozen", "plan" if number == 1 else "plans"
     print(
-        f"{'frozen' if status.frozen else 'not frozen'}; {len(status.earlier)} earlier plans to go back to"
+        f"{frozen}; {number or 'no'} earlier {earlier} to go back to"
         + (f", the last one ended by {status.earlier[-1]}" if status.earlier else "")
     )
     if status.problem:

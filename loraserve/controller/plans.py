@@ -1,7 +1,7 @@
 """What operators may ask of the plan: to see it, to apply one, to freeze it, to go back."""
 
 from loraserve.controller.controller import Controller
-from loraserve.errors import StaleError, UnavailableError, WorkFailedError
+from loraserve.errors import NotFoundError, StaleError, UnavailableError, WorkFailedError
 from loraserve.rpc.plan_codec import encode_diff, encode_plan
 from loraserve.rpc.v1 import management_pb2
 from placement import cluster_messages as messages
@@ -32,8 +32,8 @@ def show_plan(controller: Controller, *, propose: bool) -> management_pb2.GetPla
 def apply_plan(controller: Controller, plan: Placement | None) -> management_pb2.PlanChanged:
     """Adopt this plan, which is frozen then, or the one that the policy makes now.
 
-    StaleError for one that may not be, and then nothing is changed; WorkFailedError if it is in force and
-    cannot be saved.
+    NotFoundError for one with names that the cluster does not have, StaleError for one that may not be, and
+    then nothing is changed; WorkFailedError if it is in force and cannot be saved.
     """
     _require_begun(controller)
     state = controller.state
@@ -41,6 +41,7 @@ def apply_plan(controller: Controller, plan: Placement | None) -> management_pb2
         plan, refusal = state.proposed()
         whose, frozen = f"the plan of policy {state.policy.name}", state.book.frozen is not None
     else:
+        _check_names(controller, plan)
         whose, frozen, refusal = "the plan", True, state.plan_problem(plan)
     if refusal is not None:
         raise StaleError(f"{whose} is refused: {refusal}")
@@ -60,6 +61,16 @@ def roll_back_plan(controller: Controller) -> management_pb2.PlanChanged:
     if not controller.state.book.earlier:
         raise StaleError("there is no plan before this one to go back to")
     return _carry_out(controller, messages.RollbackRequested())
+
+
+def _check_names(controller: Controller, plan: Placement) -> None:
+    state = controller.state
+    replicas = {holder.replica_id for holders in plan.holders.values() for holder in holders}
+    known = ", ".join(sorted(state.replicas))
+    for replica in sorted(replicas.union(plan.max_lora_ranks).difference(state.replicas)):
+        raise NotFoundError(f"the plan names {replica}, which is no replica here; replicas: {known}")
+    for version in sorted(set(plan.holders).difference(state.active.values())):
+        raise NotFoundError(f"the plan names {version}, which is not registered, or no longer")
 
 
 def _carry_out(controller: Controller, event: messages.Event) -> management_pb2.PlanChanged:

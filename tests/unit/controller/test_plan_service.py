@@ -8,10 +8,10 @@ from types import MappingProxyType
 import pytest
 
 from loraserve.client import Client
-from loraserve.errors import StaleError
+from loraserve.errors import NotFoundError, StaleError
 from loraserve.samples import SampleSet
 from placement import cluster_messages as messages
-from placement.types import Holder, Placement, ReplicaId
+from placement.types import Holder, Placement, ReplicaId, VersionId
 from tests.support.cli import run_cli
 from tests.support.local_cluster import LocalCluster, local_cluster
 
@@ -63,11 +63,17 @@ async def test_a_plan_that_may_not_be_is_refused_and_nothing_is_changed(cluster:
     async with Client(cluster.address) as client:
         before = (await client.plan()).current
         some = Placement(MappingProxyType(dict(list(before.holders.items())[:1])))
-        for bad, reason in (
-            (some, "the plan is refused: it drops the last copy of"),
-            (everything_on(before, ReplicaId("replica-9")), "replica-9, which is not ready"),
+        unknown = Placement(MappingProxyType({VersionId("x@0"): next(iter(before.holders.values()))}))
+        for bad, kind, reason in (
+            (some, StaleError, "the plan is refused: it drops the last copy of"),
+            (
+                everything_on(before, ReplicaId("replica-9")),
+                NotFoundError,
+                "replica-9, which is no replica here;",
+            ),
+            (unknown, NotFoundError, "the plan names x@0, which is not registered"),
         ):
-            with pytest.raises(StaleError, match=reason):
+            with pytest.raises(kind, match=reason):
                 await client.apply_plan(bad)
         after = await client.plan()
         assert (after.current, after.frozen, after.earlier) == (before, False, ())
@@ -89,6 +95,10 @@ async def test_the_commands_save_apply_and_roll_back(cluster: LocalCluster, tmp_
     ran = await run_cli("plan", "rollback", "--json", *where)
     assert ran.exit_code == 0, ran.stderr
     assert ran.json()["frozen"]
+    wanted.write_text(json.dumps(tree).replace("replica-0", "replica-9"))
+    ran = await run_cli("plan", "apply", str(wanted), *where)
+    assert ran.exit_code == 2
+    assert ran.stderr.count("\n") == 1
     wanted.write_text('{"holders": []}')
     ran = await run_cli("plan", "apply", str(wanted), *where)
     assert ran.exit_code == 2
