@@ -31,6 +31,9 @@ _COARSE = 0.04
 _FEW = 16
 """So many neighbours on a large ring are looked at for one more copy."""
 
+_ENOUGH = 2
+"""Neighbours with room for an adapter, from which on no others are looked for."""
+
 _STICKY = 1.5
 """A further copy that is there already counts as so much more useful than one that has to be moved."""
 
@@ -109,6 +112,7 @@ class _Dealer:
         self._pools = now
         size = fleet.size_bytes[tier.adapters]
         self._size: dict[int, float] = dict(zip(tier.adapters.tolist(), size.tolist(), strict=True))
+        self._usual = 1
         copies = self._copies(tier, size)
         self._copies_of: dict[int, int] = dict(zip(tier.adapters.tolist(), copies.tolist(), strict=True))
         room = sum(ring.room_bytes.values()), sum(ring.room_places.values())
@@ -118,6 +122,7 @@ class _Dealer:
         self._tight = is_full and (is_coarse or float(copies.sum()) < 2 * len(copies))
         self._load_of = dict.fromkeys(ring.members, 0.0)
         self._pool_bytes = dict(ring.room_bytes)
+        self._pool_places = dict(ring.room_places)
         self._fair = max(float(tier.work.sum()) / len(ring.members), 1e-300)
 
     def _copies(self, tier: TierWork, size: Floats) -> Ints:
@@ -128,6 +133,7 @@ class _Dealer:
         least, most = min(ring.room_bytes.values()), min(number, MAX_POOL)
         affordable = min(bytes_ / max(float(size.sum()), 1.0), places / max(many, 1))
         base = max(1, min(int(affordable), most))
+        self._usual = base
         copies = np.full(many, base, dtype=np.int64)
         # What would load a member with more than half its part by itself goes to more of them.
         fair = float(tier.work.sum()) / number
@@ -175,20 +181,59 @@ class _Dealer:
         return left
 
     def _dealt(self, loose: list[int]) -> list[int]:
-        """Each to neighbours on the ring, from the member on that has the least to do."""
-        ring, members, copies_of = self._ring, self._ring.members, self._copies_of
-        heap = [(load, place) for place, load in enumerate(self._loads())]
-        heapify(heap)
+        """Each to neighbours on the ring, from the member on that has the least to do and to hold."""
+        ring, copies_of, number = self._ring, self._copies_of, len(self._ring.members)
+        windows: dict[tuple[int, int], Pool] = {}
         left = []
-        for adapter in loose:
-            load, place = heap[0]
-            copies = copies_of[adapter]
-            pool = members if copies >= len(members) else _window(members, place, copies)
-            if not self._put(adapter, pool) and not self._put_anywhere(adapter, copies):
+        for adapter, place in zip(loose, self._starts(loose), strict=True):
+            key = place, copies_of[adapter]
+            pool = windows.get(key)
+            if pool is None:
+                pool = ring.members if key[1] >= number else _window(ring.members, place, key[1])
+                windows[key] = pool
+            if not self._put(adapter, pool) and not self._put_near(adapter, pool):
                 left.append(adapter)
-            elif copies < len(members):
-                heapreplace(heap, (load + ring.work[adapter], place))
         return left
+
+    def _starts(self, loose: list[int]) -> list[int]:
+        """The place on the ring from which on each adapter is to be held, those with the most work first.
+
+        A place is charged for what begins there, and a run of places for what is more than the part of one,
+        so that pools of the usual width from anywhere have alike to do.
+        """
+        ring, copies_of, work, size = self._ring, self._copies_of, self._ring.work, self._size
+        number, usual, fair = len(ring.members), self._usual, self._fair
+        pool_bytes = [_FILL * max(self._pool_bytes[place], 1.0) for place in ring.members]
+        rooms = [1 / (_FILL * max(self._pool_places[place], 1.0)) for place in ring.members]
+        loads = np.array(self._loads()) / fair
+        starts = []
+        for adapter in loose:
+            copies, asked = copies_of[adapter], work[adapter] / fair
+            if copies <= usual + 1 and asked <= 1:
+                break
+            width = min(max(copies - usual + 1, int(asked) + 1), number)
+            begin = _lightest(loads, width)
+            loads[(begin + np.arange(width)) % number] += asked / width
+            starts.append((begin + (width - 1 - copies + usual) // 2) % number)
+        full = [
+            max(
+                (self._pool_bytes[place] - ring.room_bytes[place]) / pool_bytes[at],
+                (self._pool_places[place] - ring.room_places[place]) * rooms[at],
+            )
+            for at, place in enumerate(ring.members)
+        ]
+        load_of = loads.tolist()
+        heap = [(max(load_of[place], full[place]), place) for place in range(number)]
+        heapify(heap)
+        for adapter in loose[len(starts) :]:
+            place = heap[0][1]
+            copies = copies_of[adapter]
+            starts.append(place)
+            if copies < number:
+                load_of[place] += work[adapter] / fair
+                full[place] += copies * max(size[adapter] / pool_bytes[place], rooms[place])
+                heapreplace(heap, (max(load_of[place], full[place]), place))
+        return starts
 
     def _dealt_tightly(self, loose: list[int]) -> list[int]:
         """Where room is short everything gets the copies that it needs, on the members with the least to do
@@ -311,14 +356,21 @@ class _Dealer:
         ring.pools[adapter] = pool
         return True
 
-    def _put_anywhere(self, adapter: int, copies: int) -> bool:
-        """On the members with the most room, as many of them as can be."""
+    def _put_near(self, adapter: int, pool: Pool) -> bool:
+        """On those of the pool that have room, if they are enough, else on the members with the most."""
         ring, size = self._ring, self._size[adapter]
-        able = [
-            place for place in ring.members if ring.room_bytes[place] >= size and ring.room_places[place] >= 1
-        ]
-        able.sort(key=lambda place: (-ring.room_bytes[place], -ring.room_places[place], place))
-        return bool(able) and self._put(adapter, tuple(sorted(able[:copies])))
+        room_bytes, room_places = ring.room_bytes, ring.room_places
+        able = [place for place in pool if room_bytes[place] >= size and room_places[place] >= 1]
+        if len(able) < min(_ENOUGH, len(pool)):
+            able = [place for place in ring.members if room_bytes[place] >= size and room_places[place] >= 1]
+            able.sort(key=lambda place: (-room_bytes[place], -room_places[place], place))
+        return bool(able) and self._put(adapter, tuple(sorted(able[: len(pool)])))
+
+
+def _lightest(loads: Floats, copies: int) -> int:
+    """Where the run of so many places of the ring begins that has the least to do."""
+    sums = np.cumsum(np.concatenate(([0.0], loads, loads[: copies - 1])))
+    return int(np.argmin(sums[copies:] - sums[:-copies]))
 
 
 def _window(members: Pool, start: int, copies: int) -> Pool:
