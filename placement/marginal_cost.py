@@ -6,12 +6,13 @@ balance. `placement.marginal_cost_gauge` has the estimate.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
-from placement.marginal_cost_gauge import Gauge
+from placement.marginal_cost_gauge import NO_REQUESTS, Gauge
+from placement.replica_cost import ReplicaCost
 from placement.routing_simple import LeastOutstanding
-from placement.routing_view import LoadView, Picked, RouteRequest, Target
+from placement.routing_view import LoadView, OwnRequests, Picked, RouteRequest, Target
 from placement.types import Holder, ReplicaId, VersionId
 
 SPILL_PENALTY = 1.1
@@ -46,6 +47,9 @@ class MarginalCost:
 
     def __init__(self) -> None:
         self._gauges: dict[ReplicaId, Gauge] = {}
+        self._costs: Mapping[ReplicaId, ReplicaCost] = {}
+        self._own: Mapping[ReplicaId, OwnRequests] = {}
+        self._peers = 0.0
         self._best: dict[VersionId | None, _Best] = {}
         self._prefixes = PrefixMemory()
         self._fallback = LeastOutstanding()
@@ -83,32 +87,68 @@ class MarginalCost:
         silent: list[Holder] = []
         best: Holder | None = None
         lowest, highest, ties = float("inf"), 0.0, 1
-        costs, loads, own, peers, gauges = target.costs, view.loads, view.own, view.peers, self._gauges
+        peers, find_load, find_own = view.peers, view.loads.get, view.own.get
+        find_gauge = self._gauges_of(target, view).get
+        cached_at, cached_tokens = cached
         rank, prompt_tokens, most_tokens = target.rank, request.prompt_tokens, request.expected_tokens
         for holder in holders:
             name = holder.replica_id
-            load, cost = loads.get(name), costs.get(name)
-            if load is None or cost is None:
+            load, gauge = find_load(name), find_gauge(name)
+            if load is None or (gauge is None and (gauge := self._learn(name, target)) is None):
                 silent.append(holder)
                 continue
-            gauge = gauges.get(name)
-            if gauge is None:
-                gauge = gauges[name] = Gauge()
-            price = gauge.price(rank, load, own.get(name), peers, cost)
+            own = gauge.own
+            if own is NO_REQUESTS:
+                own = find_own(name, own)
+            if load is not gauge.load or own.stamp != gauge.stamp:
+                gauge.update(load, own, peers)
+            charged = gauge.charged.get(rank)
+            if charged is None:
+                charged = gauge.charge(rank)
             prompt = prompt_tokens or gauge.prompt_tokens
-            if name == cached[0]:
-                prompt = max(1, prompt - cached[1])
+            if name == cached_at:
+                prompt = max(1, prompt - cached_tokens)
             output = gauge.output_tokens
-            cost_ms = price.of(prompt, most_tokens if 0 < most_tokens < output else output)
+            if 0 < most_tokens < output:
+                output = most_tokens
+            # `cost_ms` of the gauge's module, without the call.
+            q, q_rank, a, a_rank, f, f_rank, p, p_rank, pair, o, o_rank = (
+                gauge.terms if rank else gauge.base_terms()
+            )
+            wait_ms, ahead_ms = q + q_rank * charged, a + a_rank * charged
+            cost_ms = (
+                (wait_ms if wait_ms > ahead_ms else ahead_ms)
+                + (f + f_rank * charged)
+                + (p + p_rank * charged + pair * prompt) * prompt
+                + (o + o_rank * charged) * output
+            )
             if holder.share == 0:
                 cost_ms *= SPILL_PENALTY
-            highest = max(highest, cost_ms)
+            if cost_ms > highest:
+                highest = cost_ms
             if cost_ms < lowest:
                 lowest, best, ties = cost_ms, holder, 1
             elif cost_ms == lowest:
                 ties += 1
                 best = holder if rng.random() * ties < 1 else best
         return best, [*silent, best] if silent and best and lowest == highest else []
+
+    def _gauges_of(self, target: Target, view: LoadView) -> dict[ReplicaId, Gauge]:
+        """The gauges, as far as they still hold: costs are of one table, and peers count in all of them."""
+        if target.costs is not self._costs or view.own is not self._own:
+            self._costs, self._own, self._gauges = target.costs, view.own, {}
+        if view.peers != self._peers:
+            self._peers = view.peers
+            for gauge in self._gauges.values():
+                gauge.stamp = -1
+        return self._gauges
+
+    def _learn(self, replica: ReplicaId, target: Target) -> Gauge | None:
+        cost = target.costs.get(replica)
+        if cost is None:
+            return None
+        gauge = self._gauges[replica] = Gauge(cost)
+        return gauge
 
     def _few(self, target: Target, holders: Sequence[Holder], rng: Random) -> Sequence[Holder]:
         """Every so many-th holder from one drawn by lot, and the best of the last time."""

@@ -160,14 +160,11 @@ class Chooser:
             raise HoldersFullError(
                 f"every holder of {_shown(request.adapter)} has {view.max_waiting} requests waiting"
             )
-        return Decision(
-            replica_id=picked.replica_id,
-            version_id=known.target.version_id,
-            reason=f"retry:{reason}" if request.exclude else reason,
-            table_version=table.version,
-            candidates=candidates,
-            rank=known.target.rank,
-        )
+        if request.exclude:
+            reason = f"retry:{reason}"
+        target = known.target
+        # By position, which is faster.
+        return Decision(picked.replica_id, target.version_id, reason, table.version, candidates, target.rank)
 
     def _learn(self, adapter: AdapterName | None) -> _Holders:
         table = self._table

@@ -79,13 +79,28 @@ class OwnRequests:
     `ranks` and `versions` count its requests in flight (rank 0 and None: the base model), without those
     `leased` to clients that go there themselves. `reported` is `ranks` as it was when the last report came,
     `sent_tokens` the prompt tokens sent since then, by rank; `leased_tokens` those of the leases.
-    `stamp` grows with every change, so that what follows from the rest can be kept until then.
+    `num_sent_tokens` and `num_leased_tokens` are their sums. `stamp` grows by one with every change, so that
+    what follows from the rest can be kept until then; `changed_rank` is the only rank that the last one was
+    about, -1 if it was about all.
     """
 
-    __slots__ = ("leased", "leased_tokens", "ranks", "reported", "sent_tokens", "stamp", "versions")
+    __slots__ = (
+        "changed_rank",
+        "leased",
+        "leased_tokens",
+        "num_leased_tokens",
+        "num_sent_tokens",
+        "ranks",
+        "reported",
+        "sent_tokens",
+        "stamp",
+        "versions",
+    )
 
     def __init__(self) -> None:
         self.stamp = 0
+        self.changed_rank = -1
+        self.num_sent_tokens = self.num_leased_tokens = 0
         self.ranks: dict[int, int] = {}
         self.versions: dict[VersionId | None, int] = {}
         self.reported: dict[int, int] = {}
@@ -96,6 +111,8 @@ class OwnRequests:
     def send(self, version: VersionId | None, rank: int, prompt_tokens: int) -> None:
         """A request goes there."""
         self.stamp += 1
+        self.changed_rank = rank
+        self.num_sent_tokens += prompt_tokens
         self.ranks[rank] = self.ranks.get(rank, 0) + 1
         self.versions[version] = self.versions.get(version, 0) + 1
         self.sent_tokens[rank] = self.sent_tokens.get(rank, 0) + prompt_tokens
@@ -103,12 +120,15 @@ class OwnRequests:
     def end(self, version: VersionId | None, rank: int) -> None:
         """One that went there has ended."""
         self.stamp += 1
+        self.changed_rank = rank
         _take(self.ranks, rank, 1)
         _take(self.versions, version, 1)
 
     def lease(self, rank: int, prompt_tokens: int) -> None:
         """A client is told to go there itself."""
         self.stamp += 1
+        self.changed_rank = rank
+        self.num_leased_tokens += prompt_tokens
         self.leased[rank] = self.leased.get(rank, 0) + 1
         if prompt_tokens:
             self.leased_tokens[rank] = self.leased_tokens.get(rank, 0) + prompt_tokens
@@ -116,6 +136,8 @@ class OwnRequests:
     def end_lease(self, rank: int, prompt_tokens: int) -> None:
         """The replica counts that client's request by now, or it never came."""
         self.stamp += 1
+        self.changed_rank = rank
+        self.num_leased_tokens -= prompt_tokens
         _take(self.leased, rank, 1)
         if prompt_tokens:
             _take(self.leased_tokens, rank, prompt_tokens)
@@ -123,6 +145,8 @@ class OwnRequests:
     def report(self) -> None:
         """A report has come, in which every request sent so far is taken to be."""
         self.stamp += 1
+        self.changed_rank = -1
+        self.num_sent_tokens = 0
         self.reported = self.ranks.copy()
         if self.sent_tokens:
             self.sent_tokens = {}
@@ -130,6 +154,8 @@ class OwnRequests:
     def clear(self) -> None:
         """The replica has died, and all that was there with it."""
         self.stamp += 1
+        self.changed_rank = -1
+        self.num_sent_tokens = 0
         for counts in (self.ranks, self.reported, self.sent_tokens):
             counts.clear()
         self.versions.clear()

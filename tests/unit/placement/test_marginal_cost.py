@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from placement.latency import LatencyModel, RankKernel
 from placement.marginal_cost import MAX_LOOKS, PrefixMemory
-from placement.marginal_cost_gauge import Gauge
+from placement.marginal_cost_gauge import Gauge, cost_ms
 from placement.profile import EngineFacts, Profile
 from placement.replica_cost import CostBook, ReplicaCost, cost_of
 from placement.routing import Chooser, LoadView, OwnRequests, RankLoad, ReplicaLoad, RouteRequest, Target
@@ -64,8 +64,9 @@ def view_of(*loads: ReplicaLoad, own: Mapping[ReplicaId, OwnRequests] | None = N
 
 def price(by_rank: Mapping[int, int], rank: int, kernel: RankKernel = RankKernel.PADDED_BATCH) -> float:
     """What a request of 500 prompt and 150 output tokens costs there."""
-    found = Gauge().price(rank, load_of("r", by_rank), None, 0.0, cost(kernel))
-    return found.fixed_ms + found.prompt_ms * 500 + found.pair_ms * 500**2 + found.output_ms * 150
+    gauge = Gauge(cost(kernel))
+    gauge.update(load_of("r", by_rank), OwnRequests(), 0.0)
+    return cost_ms(gauge.terms if rank else gauge.base_terms(), gauge.charge(rank), 500, 150)
 
 
 counts = st.dictionaries(st.sampled_from((0, *RANKS)), st.integers(1, 12), max_size=5)
