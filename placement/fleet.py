@@ -7,6 +7,8 @@ replica's tier does (`capacity`), which is exact unless kinds with different ker
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,19 +68,24 @@ def fleet_of(snapshot: Snapshot) -> Fleet:
     Replicas that are leaving are left out, unless all are. Without any demand every adapter counts alike.
     """
     staying = [spec for spec in snapshot.replicas if spec.replica_id not in snapshot.leaving]
-    kinds, _ = _kinds(staying or snapshot.replicas)
-    of_use = {_key(spec) for spec in kinds if any(spec.admits(adapter) for adapter in snapshot.adapters)}
+    known = sorted(snapshot.adapters, key=attrgetter("version_id"))
+    rank = np.array([adapter.rank for adapter in known], dtype=np.int64)
+    size_bytes = np.array([adapter.size_bytes for adapter in known], dtype=np.int64)
+    kinds, kind = _kinds(staying or snapshot.replicas)
+    admitted = [_admitted(spec, rank, size_bytes) for spec in kinds]
+    of_use = np.array([bool(able.any()) for able in admitted], dtype=bool)
     replicas = sorted(
-        (spec for spec in staying or snapshot.replicas if _key(spec) in of_use),
-        key=lambda spec: spec.replica_id,
+        (
+            spec
+            for spec, own in zip(staying or snapshot.replicas, kind.tolist(), strict=True)
+            if bool(of_use[own])
+        ),
+        key=attrgetter("replica_id"),
     )
     kinds, kind = _kinds(replicas)
-    adapters = [
-        adapter
-        for adapter in sorted(snapshot.adapters, key=lambda adapter: adapter.version_id)
-        if any(spec.admits(adapter) for spec in kinds)
-    ]
-    rank = np.array([adapter.rank for adapter in adapters], dtype=np.int64)
+    eligible = np.any(admitted, axis=0) if admitted else np.zeros(len(known), dtype=bool)
+    adapters = known if eligible.all() else list(compress(known, eligible.tolist()))
+    rank, size_bytes = rank[eligible], size_bytes[eligible]
     ranks = np.unique(rank).tolist()
     by_rank, factor = _capacities(snapshot, kinds, ranks)
     level_of, tops = _levels(by_rank)
@@ -86,7 +93,7 @@ def fleet_of(snapshot: Snapshot) -> Fleet:
     return Fleet(
         ids=tuple([adapter.version_id for adapter in adapters]),
         rank=rank,
-        size_bytes=np.array([adapter.size_bytes for adapter in adapters], dtype=np.float64),
+        size_bytes=size_bytes.astype(np.float64),
         work=_demand(snapshot, adapters) * factor[at] if ranks else np.zeros(0),
         level=level_of[at] if ranks else np.zeros(0, dtype=np.int64),
         replicas=tuple(replicas),
@@ -107,6 +114,11 @@ def _kinds(replicas: Sequence[ReplicaSpec]) -> tuple[list[ReplicaSpec], Ints]:
             kinds.append(spec)
         kind[place] = found[key]
     return kinds, kind
+
+
+def _admitted(spec: ReplicaSpec, rank: Ints, size_bytes: Ints) -> NDArray[np.bool_]:
+    """Which adapters the replica admits, see `ReplicaSpec.admits`."""
+    return (rank <= spec.max_lora_rank) & (size_bytes <= spec.pool_bytes) & (spec.pool_adapters > 0)
 
 
 def _key(spec: ReplicaSpec) -> tuple[str, int, int, int]:

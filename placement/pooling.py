@@ -9,12 +9,13 @@ adapted before any byte moves.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
 from placement.balance import Weights, even_weights
 from placement.fleet import Fleet, Floats, Ints
+from placement.ring_runs import along, begins, run
 
 MAX_POOL = 8
 """Choosing among more replicas than this wins little over choosing among so many, and costs their bytes."""
@@ -182,58 +183,63 @@ class _Dealer:
 
     def _dealt(self, loose: list[int]) -> list[int]:
         """Each to neighbours on the ring, from the member on that has the least to do and to hold."""
-        ring, copies_of, number = self._ring, self._copies_of, len(self._ring.members)
-        windows: dict[tuple[int, int], Pool] = {}
-        left = []
-        for adapter, place in zip(loose, self._starts(loose), strict=True):
-            key = place, copies_of[adapter]
-            pool = windows.get(key)
+        ring = self._ring
+        copies = [self._copies_of[adapter] for adapter in loose]
+        starts = self._starts(loose, copies)
+        made: dict[tuple[int, int], Pool] = {}
+        pools = []
+        for key in zip(starts, copies, strict=True):
+            pool = made.get(key)
             if pool is None:
-                pool = ring.members if key[1] >= number else _window(ring.members, place, key[1])
-                windows[key] = pool
-            if not self._put(adapter, pool) and not self._put_near(adapter, pool):
-                left.append(adapter)
-        return left
-
-    def _starts(self, loose: list[int]) -> list[int]:
-        """The place on the ring from which on each adapter is to be held, those with the most work first.
-
-        A place is charged for what begins there, and a run of places for what is more than the part of one,
-        so that pools of the usual width from anywhere have alike to do.
-        """
-        ring, copies_of, work, size = self._ring, self._copies_of, self._ring.work, self._size
-        number, usual, fair = len(ring.members), self._usual, self._fair
-        pool_bytes = [_FILL * max(self._pool_bytes[place], 1.0) for place in ring.members]
-        rooms = [1 / (_FILL * max(self._pool_places[place], 1.0)) for place in ring.members]
-        loads = np.array(self._loads()) / fair
-        starts = []
-        for adapter in loose:
-            copies, asked = copies_of[adapter], work[adapter] / fair
-            if copies <= usual + 1 and asked <= 1:
-                break
-            width = min(max(copies - usual + 1, int(asked) + 1), number)
-            begin = _lightest(loads, width)
-            loads[(begin + np.arange(width)) % number] += asked / width
-            starts.append((begin + (width - 1 - copies + usual) // 2) % number)
-        full = [
-            max(
-                (self._pool_bytes[place] - ring.room_bytes[place]) / pool_bytes[at],
-                (self._pool_places[place] - ring.room_places[place]) * rooms[at],
-            )
-            for at, place in enumerate(ring.members)
+                pool = made[key] = run(ring.members, *key)
+            pools.append(pool)
+        if self._all_put(loose, starts, copies):
+            ring.pools.update(zip(loose, pools, strict=True))
+            return []
+        return [
+            adapter
+            for adapter, pool in zip(loose, pools, strict=True)
+            if not self._put(adapter, pool) and not self._put_near(adapter, pool)
         ]
-        load_of = loads.tolist()
-        heap = [(max(load_of[place], full[place]), place) for place in range(number)]
-        heapify(heap)
-        for adapter in loose[len(starts) :]:
-            place = heap[0][1]
-            copies = copies_of[adapter]
-            starts.append(place)
-            if copies < number:
-                load_of[place] += work[adapter] / fair
-                full[place] += copies * max(size[adapter] / pool_bytes[place], rooms[place])
-                heapreplace(heap, (max(load_of[place], full[place]), place))
-        return starts
+
+    def _starts(self, loose: list[int], copies: list[int]) -> list[int]:
+        """Where on the ring each adapter's run of neighbours begins; a place in a pool counts as its part
+        of the bytes."""
+        ring, fair = self._ring, self._fair
+        filled = [
+            max(
+                1 - ring.room_bytes[place] / max(self._pool_bytes[place], 1.0),
+                1 - ring.room_places[place] / max(self._pool_places[place], 1.0),
+            )
+            for place in ring.members
+        ]
+        rooms = [_FILL * max(self._pool_bytes[place], 1.0) for place in ring.members]
+        least = max(self._pool_bytes[place] / max(self._pool_places[place], 1.0) for place in ring.members)
+        return begins(
+            [ring.work[one] / fair for one in loose],
+            copies,
+            [max(self._size[one], least) for one in loose],
+            np.array(self._loads()) / fair,
+            filled,
+            rooms,
+            self._usual,
+        )
+
+    def _all_put(self, loose: list[int], starts: list[int], copies: list[int]) -> bool:
+        """Take the room for these runs of neighbours, if there is room for all of them."""
+        ring, number = self._ring, len(self._ring.members)
+        begin, many = np.array(starts, dtype=np.int64), np.array(copies, dtype=np.int64)
+        bytes_ = along(begin, many, np.array([self._size[one] for one in loose]), number).tolist()
+        places = along(begin, many, np.ones(len(loose)), number).tolist()
+        asked = list(zip(ring.members, bytes_, places, strict=True))
+        if any(
+            ring.room_bytes[place] < size or ring.room_places[place] < often for place, size, often in asked
+        ):
+            return False
+        for place, size, often in asked:
+            ring.room_bytes[place] -= size
+            ring.room_places[place] -= often
+        return True
 
     def _dealt_tightly(self, loose: list[int]) -> list[int]:
         """Where room is short everything gets the copies that it needs, on the members with the least to do
@@ -340,7 +346,9 @@ class _Dealer:
     def _work_order(self, adapters: list[int]) -> list[int]:
         work, size = self._ring.work, self._size
         if not self._tight:
-            return sorted(adapters, key=lambda one: (-work[one] / self._copies_of[one], one))
+            each = np.array([work[one] / self._copies_of[one] for one in adapters])
+            order = np.lexsort((np.array(adapters), -each))
+            return [adapters[at] for at in order.tolist()]
         load, total = sum(work.values()) or 1.0, sum(size.values()) or 1.0
         return sorted(adapters, key=lambda one: (-max(work[one] / load, size[one] / total), one))
 
@@ -365,16 +373,3 @@ class _Dealer:
             able = [place for place in ring.members if room_bytes[place] >= size and room_places[place] >= 1]
             able.sort(key=lambda place: (-room_bytes[place], -room_places[place], place))
         return bool(able) and self._put(adapter, tuple(sorted(able[: len(pool)])))
-
-
-def _lightest(loads: Floats, copies: int) -> int:
-    """Where the run of so many places of the ring begins that has the least to do."""
-    sums = np.cumsum(np.concatenate(([0.0], loads, loads[: copies - 1])))
-    return int(np.argmin(sums[copies:] - sums[:-copies]))
-
-
-def _window(members: Pool, start: int, copies: int) -> Pool:
-    end = start + copies
-    if end <= len(members):
-        return members[start:end]
-    return (*members[: end - len(members)], *members[start:])

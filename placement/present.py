@@ -3,12 +3,13 @@
 Adapters that share one tuple of holders are looked at together, as `optimal` makes such plans.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from placement.fleet import Fleet, Floats, Ints
-from placement.types import Holder, Placement
+from placement.types import Holder, Placement, ReplicaId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,25 +41,22 @@ class Present:
 def present_of(fleet: Fleet, placement: Placement) -> Present:
     """The placement on the fleet; holders that are not of the fleet are left out."""
     place_of = {spec.replica_id: place for place, spec in enumerate(fleet.replicas)}
+    held = list(map(placement.holders.get, fleet.ids))
     by_object: dict[int, int] = {}
     by_value: dict[tuple[tuple[int, float, bool], ...], int] = {}
-    of_adapter, whole, get = [], True, placement.holders.get
-    for version in fleet.ids:
-        holders = get(version)
-        if holders is None:
-            of_adapter.append(-1)
-            continue
-        group = by_object.get(id(holders))
-        if group is None:
-            known = _known(holders, place_of)
-            whole = whole and len(known) == len(holders)
-            group = by_value.setdefault(known, len(by_value)) if known else -1
-            by_object[id(holders)] = group
-        of_adapter.append(group)
-    return Present(groups=tuple(by_value), of_adapter=np.array(of_adapter, dtype=np.int64), whole=whole)
+    whole = True
+    # The same tuple is looked at once, however many adapters share it.
+    for key, holders in dict(zip(map(id, held), held, strict=True)).items():
+        known = _known(holders, place_of) if holders is not None else ()
+        whole = whole and len(known) == len(holders or ())
+        by_object[key] = by_value.setdefault(known, len(by_value)) if known else -1
+    of_adapter = np.array([by_object[id(holders)] for holders in held], dtype=np.int64)
+    return Present(groups=tuple(by_value), of_adapter=of_adapter, whole=whole)
 
 
-def _known(holders: tuple[Holder, ...], place_of: dict[str, int]) -> tuple[tuple[int, float, bool], ...]:
+def _known(
+    holders: tuple[Holder, ...], place_of: Mapping[ReplicaId, int]
+) -> tuple[tuple[int, float, bool], ...]:
     return tuple(
         [
             (place_of[holder.replica_id], holder.share, holder.spill)
@@ -70,7 +68,8 @@ def _known(holders: tuple[Holder, ...], place_of: dict[str, int]) -> tuple[tuple
 
 def _by_group(present: Present, weights: Floats) -> Floats:
     placed = present.of_adapter >= 0
-    return np.bincount(present.of_adapter[placed], weights=weights[placed], minlength=len(present.groups))
+    sums = np.bincount(present.of_adapter[placed], weights=weights[placed], minlength=len(present.groups))
+    return sums.astype(np.float64)
 
 
 def tiers_of(fleet: Fleet, present: Present) -> Ints:

@@ -1,11 +1,12 @@
 """From pools to a placement: what had no room, second copies, spill, and shares."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 
 import numpy as np
 
-from placement.fleet import Fleet, Ints
+from placement.fleet import Fleet, Floats, Ints
 from placement.pooling import MAX_POOL, Pool, Ring
 from placement.types import Holder, Placement, VersionId
 
@@ -41,21 +42,21 @@ class Layout:
 
     def placement(self, left: Iterable[int]) -> Placement:
         """The placement, with `left` placed wherever there is room."""
+        rooms = _Rooms(self._fleet, self._tier_of, self._bytes, self._places)
         for adapter in sorted(set(left), key=lambda one: (-self._size[one], one)):
             if self._served[adapter] is None:
-                self._place_alone(adapter)
-        self._second_copies()
+                self._place_alone(adapter, rooms)
+        self._second_copies(rooms)
         self._spill()
         return self._made()
 
-    def _place_alone(self, adapter: int) -> None:
+    def _place_alone(self, adapter: int, rooms: "_Rooms") -> None:
         """On the replica of the nearest tier above with room, else below."""
-        place = self._roomiest(adapter, ())
+        place = rooms.take(adapter, ())
         if place is not None:
-            self._put(adapter, place)
             self._alone[adapter] = place
 
-    def _second_copies(self) -> None:
+    def _second_copies(self, rooms: "_Rooms") -> None:
         singles = [
             adapter
             for ring in self._rings
@@ -64,9 +65,8 @@ class Layout:
         ]
         density = self._fleet.work / np.maximum(self._fleet.size_bytes, 1.0)
         for adapter in sorted((*singles, *self._alone), key=lambda one: (-density[one], one)):
-            place = self._roomiest(adapter, self._held(adapter))
+            place = rooms.take(adapter, self._held(adapter))
             if place is not None:
-                self._put(adapter, place)
                 self._extra[adapter] = (*self._extra.get(adapter, ()), place)
 
     def _held(self, adapter: int) -> Pool:
@@ -77,22 +77,6 @@ class Layout:
             ring = self._served[adapter]
             return (*(ring.pools[adapter] if ring is not None else ()), *self._extra.get(adapter, ()))
         return (*(place for ring in rings for place in ring.pools[adapter]), *self._extra.get(adapter, ()))
-
-    def _roomiest(self, adapter: int, but: Pool) -> int | None:
-        fleet, size = self._fleet, self._size[adapter]
-        level = int(fleet.level[adapter])
-        fitting = (self._places >= 1) & (self._bytes >= size) & (fleet.capacity[fleet.kind, level] > 0)
-        fitting[list(but)] = False
-        found = np.flatnonzero(fitting)
-        if not len(found):
-            return None
-        tier = self._tier_of[found]
-        order = np.lexsort((found, -self._bytes[found], np.abs(tier - level), tier < level))
-        return int(found[order[0]])
-
-    def _put(self, adapter: int, place: int) -> None:
-        self._bytes[place] -= self._size[adapter]
-        self._places[place] -= 1
 
     def _spill(self) -> None:
         """Copies outside the tier, the most work per byte first: upwards, then downwards."""
@@ -141,18 +125,27 @@ class Layout:
         self._bytes[place], self._places[place] = bytes_, places
 
     def _made(self) -> Placement:
-        shared: dict[tuple[int, Pool, Pool], tuple[Holder, ...]] = {}
+        shared: dict[tuple[int, int, int], tuple[Holder, ...]] = {}
         holders: dict[VersionId, tuple[Holder, ...]] = {}
-        extra_of = self._extra.get
+        extra_of, split = self._extra.get, self._split
+        known: dict[int, int] = {}
+        number: dict[Pool, int] = {}
         for adapter, (version, ring) in enumerate(zip(self._fleet.ids, self._served, strict=True)):
             extra = extra_of(adapter, ())
             if ring is None:
                 if adapter in self._alone:
                     holders[version] = self._tuple({self._alone[adapter]: 1.0}, extra)
-            elif adapter in self._split:
-                holders[version] = self._tuple(self._shares(adapter, self._split[adapter]), extra)
+            elif adapter in split:
+                holders[version] = self._tuple(self._shares(adapter, split[adapter]), extra)
             else:
-                key = (ring.tier, ring.pools[adapter], extra)
+                pool = ring.pools[adapter]
+                # By object first: most pools are one for all that share them, and hashing long ones is slow.
+                key = (
+                    ring.tier,
+                    known.get(id(pool)) or known.setdefault(id(pool), number.setdefault(pool, len(number))),
+                    known.get(id(extra))
+                    or known.setdefault(id(extra), number.setdefault(extra, len(number))),
+                )
                 found = shared.get(key)
                 if found is None:
                     found = shared[key] = self._tuple(self._shares(adapter, (ring,)), extra)
@@ -175,3 +168,58 @@ class Layout:
         return tuple(
             [Holder(replica_id=replicas[place].replica_id, share=found[place]) for place in sorted(found)]
         )
+
+
+class _Rooms:
+    """The rooms of all replicas, in each tier and kind the roomiest first; the arrays of what is left are
+    kept up to date."""
+
+    def __init__(self, fleet: Fleet, tier_of: Ints, bytes_: Floats, places: Floats) -> None:
+        self._fleet = fleet
+        self._bytes, self._places = bytes_, places
+        self._of: dict[tuple[int, int], list[tuple[float, int]]] = {}
+        for place, key in enumerate(zip(tier_of.tolist(), fleet.kind.tolist(), strict=True)):
+            if places[place] >= 1:
+                self._of.setdefault(key, []).append((-float(bytes_[place]), place))
+        for rooms in self._of.values():
+            rooms.sort()
+        self._near: dict[int, list[list[tuple[int, int]]]] = {}
+
+    def take(self, adapter: int, but: Pool) -> int | None:
+        """Room for the adapter on the roomiest replica, none of `but`, of the nearest tier from its level
+        upwards that has any, else below; None if there is none."""
+        size, level = float(self._fleet.size_bytes[adapter]), int(self._fleet.level[adapter])
+        near = self._near.get(level)
+        if near is None:
+            near = self._near[level] = self._by_distance(level)
+        for keys in near:
+            found = [one for key in keys if (one := self._first(key, size, but)) is not None]
+            if found:
+                room, place, key = min(found)
+                rooms = self._of[key]
+                del rooms[bisect_left(rooms, (room, place))]
+                self._bytes[place] -= size
+                self._places[place] -= 1
+                if self._places[place] >= 1:
+                    insort(rooms, (-float(self._bytes[place]), place))
+                return place
+        return None
+
+    def _by_distance(self, level: int) -> list[list[tuple[int, int]]]:
+        """The tiers with the kinds that may serve the level there, the nearest first, those below last."""
+        able = self._fleet.capacity[:, level] > 0
+        found: dict[tuple[bool, int], list[tuple[int, int]]] = {}
+        for tier, kind in sorted(self._of):
+            if able[kind]:
+                found.setdefault((tier < level, abs(tier - level)), []).append((tier, kind))
+        return [keys for _, keys in sorted(found.items())]
+
+    def _first(
+        self, key: tuple[int, int], size: float, but: Pool
+    ) -> tuple[float, int, tuple[int, int]] | None:
+        for room, place in self._of[key]:
+            if -room < size:
+                return None
+            if place not in but:
+                return room, place, key
+        return None

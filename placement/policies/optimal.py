@@ -194,14 +194,11 @@ def _marked(plan: Placement, fleet: Fleet, present: Present) -> Placement:
     soft = utilisation < STRICT_ABOVE if present.spills else utilisation < SOFT_BELOW
     if all(spill == (soft and share == 0) for group in present.groups for _, share, spill in group):
         return plan
-    made: dict[int, tuple[Holder, ...]] = {}
-    holders = {}
-    for version, own in plan.holders.items():
-        marked = made.get(id(own))
-        if marked is None:
-            marked = made[id(own)] = tuple(
-                Holder(replica_id=one.replica_id, share=one.share, spill=soft and one.share == 0)
-                for one in own
-            )
-        holders[version] = marked
+    made = {
+        key: tuple(
+            Holder(replica_id=one.replica_id, share=one.share, spill=soft and one.share == 0) for one in own
+        )
+        for key, own in {id(own): own for own in plan.holders.values()}.items()
+    }
+    holders = {version: made[id(own)] for version, own in plan.holders.items()}
     return Placement(MappingProxyType(holders), plan.max_lora_ranks)
