@@ -59,10 +59,11 @@ class Resizer:
         for record in waiting:
             self._reconsider(record, snapshot, is_epoch=is_epoch)
         if is_epoch:
-            if frozen is None:
-                self.sizing = size_ranks(snapshot, self.limits, begun=self.sizing.max_lora_ranks)
-            else:
+            if frozen is not None:
                 self.sizing = RankPlan(max_lora_ranks=frozen.max_lora_ranks, reason="the plan is frozen")
+            elif all(record.resize is None for record in replicas.values()):
+                # Chosen for the replicas that are left, settings would change with each one that is away.
+                self.sizing = size_ranks(snapshot, self.limits, begun=self.sizing.max_lora_ranks)
             if all(record.phase in _AT_REST for record in replicas.values()):
                 self._begin(replicas, snapshot)
         return commands

@@ -71,7 +71,7 @@ async def test_a_plan_that_may_not_be_is_refused_and_nothing_is_changed(cluster:
                 NotFoundError,
                 "replica-9, which is no replica here;",
             ),
-            (unknown, NotFoundError, "the plan names x@0, which is not registered"),
+            (unknown, NotFoundError, "the plan names x@0, whose adapter is not registered"),
         ):
             with pytest.raises(kind, match=reason):
                 await client.apply_plan(bad)

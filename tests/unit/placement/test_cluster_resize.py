@@ -181,3 +181,16 @@ def test_what_is_remembered_is_what_a_new_controllers_replicas_start_with() -> N
         replica_ids=(R0, R1), policy=policy("least-loaded"), max_lora_ranks={R1: 8, ReplicaId("gone"): 8}
     )
     assert [record.max_lora_rank for record in state.replicas.values()] == [None, 8]
+
+
+def test_settings_stand_until_the_replica_that_restarts_is_back() -> None:
+    state = _mixed(replicas=(R0, R1, R2))
+    first = _leaves(state)
+    wanted = state.resizer.sizing.max_lora_ranks
+    mostly_high = messages.EpochElapsed({LOW.version_id: 100.0, HIGH.version_id: 2000.0})
+    for event in (mostly_high, messages.ReplicaDrained(first), mostly_high):
+        acknowledge(state, state.handle(event))
+        assert state.resizer.sizing.max_lora_ranks == wanted
+    _up(state, first)
+    acknowledge(state, state.handle(mostly_high))
+    assert state.resizer.sizing.max_lora_ranks != wanted
