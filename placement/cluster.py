@@ -10,7 +10,7 @@ is HELD; it is retired only after a table without it was published; the last cop
 table still names is never retired. A plan is checked before it is adopted (`veto`).
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -29,12 +29,10 @@ from placement.table import RoutingTable, TableEntry
 from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, Snapshot, VersionId
 from placement.veto import veto
 
-_Planless = messages.AdapterLoaded | messages.AdapterUnloaded | messages.AdapterLoadFailed
-"""What changes nothing that a plan is made from."""
-
 
 class ClusterState:
-    """One door: `handle(event) -> commands`. Commands are to be executed in their order."""
+    """One door: `handle(event) -> commands`, and `handle_answers` for many at once. Commands are to be
+    executed in their order."""
 
     def __init__(
         self,
@@ -104,11 +102,20 @@ class ClusterState:
             return commands
         follows = self.resizer.take_in(event, self.replicas, self.snapshot, self.book.frozen)
         is_chosen = isinstance(event, messages.PlanGiven) and self.book.frozen is None
-        if not is_chosen and not isinstance(event, _Planless):
+        if not is_chosen and not isinstance(event, messages.Answer):
             follows += self._replan()
         follows += self._settle()
         # Not before: a plan that cannot be carried out at all makes way at once.
         return commands + self.book.keep(before, event) + follows
+
+    def handle_answers(self, answers: Sequence[messages.Answer]) -> list[Command]:
+        """Take several answers to loads and drops in at once: to find what follows from many takes no longer
+        than from one."""
+        commands = [command for answer in answers for command in self._take_in(answer)]
+        if not answers or self._is_starting():
+            return commands
+        commands += self.resizer.take_in(answers[-1], self.replicas, self.snapshot, self.book.frozen)
+        return commands + self._settle()
 
     def _take_in(self, event: Event) -> list[Command]:
         match event:

@@ -87,6 +87,10 @@ class AdapterUnloaded:
     version_id: VersionId
 
 
+Answer = AdapterLoaded | AdapterLoadFailed | AdapterUnloaded
+"""What replicas answer to what they were asked; it changes nothing that a plan is made from."""
+
+
 @dataclass(frozen=True, slots=True)
 class EpochElapsed:
     """It is time to plan again, for this forecast."""

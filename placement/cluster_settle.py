@@ -48,15 +48,17 @@ def crowded(holdings: Holdings, waiting: Collection[Waiting]) -> frozenset[Repli
     """The ready replicas without room for a copy planned there, even once all that is being dropped has
     gone: what is not planned there must make room."""
     found: set[ReplicaId] = set()
-    staying_bytes: dict[ReplicaId, int] = {}
+    staying: dict[ReplicaId, tuple[int, int]] = {}
     for one in waiting:
         record = holdings.replicas[one.replica_id]
         if one.replica_id in found or record.spec is None:
             continue
-        stays = [copy.size_bytes for copy in record.copies.values() if copy.phase is not CopyPhase.RETIRING]
-        used_bytes = staying_bytes.setdefault(one.replica_id, sum(stays))
+        if one.replica_id not in staying:
+            stays = [copy for copy in record.copies.values() if copy.phase is not CopyPhase.RETIRING]
+            staying[one.replica_id] = len(stays), sum(copy.size_bytes for copy in stays)
+        num_copies, used_bytes = staying[one.replica_id]
         fits = used_bytes + one.adapter.size_bytes <= record.spec.pool_bytes
-        if not fits or len(stays) >= record.spec.pool_adapters:
+        if not fits or num_copies >= record.spec.pool_adapters:
             found.add(one.replica_id)
     return frozenset(found)
 
@@ -90,14 +92,21 @@ def load(holdings: Holdings, waiting: Collection[Waiting], max_loads: int = MAX_
         return []
     commands: list[Command] = []
     roomy: set[VersionId] = set()
+    present = _present(holdings)
+    loading = {record.replica_id: _num_loading(record) for record in _ready(holdings)}
     held = {version for record in _ready(holdings) for version in record.copies if record.holds(version)}
     for one in sorted(
         waiting, key=lambda one: (one.adapter.version_id in held, one.adapter.version_id, one.replica_id)
     ):
         record = holdings.replicas[one.replica_id]
+        num_loading = loading[one.replica_id]
+        # Most wait for their turn: whether there is room for them then is not looked up now.
+        if num_loading >= max_loads and one.adapter.version_id in present:
+            continue
         if record.has_room(one.adapter):
             roomy.add(one.adapter.version_id)
-            if _num_loading(record) < max_loads:
+            if num_loading < max_loads:
+                loading[one.replica_id] += 1
                 commands.append(_begin(record, one.adapter))
     for adapter in _homeless(holdings, waiting):
         place = None if adapter.version_id in roomy else _free_place(holdings, adapter)

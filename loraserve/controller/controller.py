@@ -6,7 +6,7 @@ starts and drains are carried to the replicas by the keeper, whose answers come 
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from loraserve.adapters import AdapterStore
 from loraserve.clock import Clock, WallClock
@@ -15,6 +15,7 @@ from loraserve.controller.demand import DemandBook
 from loraserve.controller.fleet import Fleet
 from loraserve.controller.journal import Dependent, Journal
 from loraserve.controller.keeper import LOAD_TIMEOUT_S, ReplicaKeeper
+from loraserve.controller.library import is_removed
 from loraserve.controller.migration import Migrator
 from loraserve.controller.periodic import every
 from loraserve.controller.ranks import resizer_of, with_max_lora_rank
@@ -78,6 +79,7 @@ class Controller:
         self._changed = asyncio.Event()
         self._registering: dict[str, asyncio.Lock] = {}
         self._num_storing = 0
+        self._answers: list[messages.Answer] = []
         self._recovering = recovering
         self._journal = Journal(store, publish=self._publish, release=self._release)
         registrations = store.adapters()
@@ -89,6 +91,7 @@ class Controller:
             fleet=fleet,
             library=library,
             dispatch=self.dispatch,
+            answered=self.answered,
             heard=self.demand.heard,
             starting=self._starting,
             seed=seed,
@@ -146,15 +149,12 @@ class Controller:
         """Return once the condition holds, looking again after every event; TimeoutError."""
         async with asyncio.timeout(timeout_s):
             while not condition():
-                changed = self._changed
-                await changed.wait()
+                await self._changed.wait()
 
     def is_ready(self) -> bool:
         """Whether the first table is out and every replica is up, drained or given up."""
-        waiting = {ReplicaPhase.STARTING, ReplicaPhase.UNKNOWN}
-        return self.table.version > 0 and not any(
-            record.phase in waiting for record in self.state.replicas.values()
-        )
+        phases = {record.phase for record in self.state.replicas.values()}
+        return self.table.version > 0 and not phases & {ReplicaPhase.STARTING, ReplicaPhase.UNKNOWN}
 
     # -- what others ask -----------------------------------------------------------------------
 
@@ -196,7 +196,8 @@ class Controller:
 
     def is_served(self, version: VersionId) -> bool:
         """Whether the table that routers may see names this version and a holder of it."""
-        return any(entry.version_id == version and entry.holders for entry in self.table.entries.values())
+        entry = self.table.entries.get(AdapterName(version.rpartition("@")[0]))
+        return entry is not None and entry.version_id == version and bool(entry.holders)
 
     # -- adapters ------------------------------------------------------------------------------
 
@@ -246,6 +247,8 @@ class Controller:
                     self._delete_files(manifest.sha256)
                 self._news()
                 raise WorkFailedError(f"adapter {name} is not registered: {error}") from error
+            # What follows from answers that are here would take it for one that nobody needs.
+            self._take_answers()
             self.registrations[adapter.version_id] = registration
             return registration
         finally:
@@ -296,8 +299,6 @@ class Controller:
             raise WorkFailedError(f"adapter {name} is not removed: {error}") from error
         self.dispatch(messages.AdapterRemoved(AdapterName(name)))
 
-    # -- drains --------------------------------------------------------------------------------
-
     def save_drains(self, drains: dict[ReplicaId, DrainOrder | None]) -> None:
         """Make an operator's wish durable before it is acted on; WorkFailedError."""
         self._journal.write(Changes(drains=drains))
@@ -306,9 +307,29 @@ class Controller:
 
     def dispatch(self, event: messages.Event) -> None:
         """Give the state machine an event and execute what it asks for, in order."""
-        logger.debug("event %s", event)
-        self._on_step(event, "before")
-        commands = self.state.handle(event)
+        self._take_answers()
+        self._step([event], lambda: self.state.handle(event))
+
+    def answered(self, answer: messages.Answer) -> None:
+        """Take in a replica's answer to a load or drop, with those that are here already and before any other
+        event: what follows from one copy takes as long to find as what follows from a thousand."""
+        self._answers.append(answer)
+        if len(self._answers) == 1:
+            self.keeper.spawn(self._answers_are_here())
+
+    async def _answers_are_here(self) -> None:
+        self._take_answers()
+
+    def _take_answers(self) -> None:
+        answers, self._answers = self._answers, []
+        if answers:
+            self._step(answers, lambda: self.state.handle_answers(answers))
+
+    def _step(self, events: Sequence[messages.Event], handle: Callable[[], list[messages.Command]]) -> None:
+        for event in events:
+            logger.debug("event %s", event)
+            self._on_step(event, "before")
+        commands = handle()
         for command in commands:
             self._on_step(command, "before")
             self._execute(command)
@@ -316,7 +337,8 @@ class Controller:
         for command in commands:
             self._on_step(command, "after")
         self._collect_files()
-        self._on_step(event, "after")
+        for event in events:
+            self._on_step(event, "after")
         self._news()
 
     def _execute(self, command: messages.Command) -> None:
@@ -367,15 +389,8 @@ class Controller:
     def _delete_files(self, sha256: str, version: VersionId | None = None) -> bool:
         """Delete content that no registration names, but for this version's; False if it is to be tried
         again."""
-        others = (entry for key, entry in self.registrations.items() if key != version)
-        if any(entry.adapter.sha256 == sha256 for entry in others):
-            return True
-        try:
-            self.library.remove(sha256)
-        except WorkFailedError as error:
-            logger.warning("files that nobody needs any more are kept for now: %s", error)
-            return False
-        return True
+        others = (entry.adapter.sha256 for key, entry in self.registrations.items() if key != version)
+        return sha256 in others or is_removed(self.library, sha256)
 
     def end_epoch(self) -> None:
         """Plan the next epoch, for the demand that is forecast for it."""

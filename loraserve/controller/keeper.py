@@ -35,8 +35,9 @@ DRAIN_MARGIN_S = 30.0
 
 
 class ReplicaKeeper:
-    """Gives every outcome to `dispatch` and every report to `heard`; a replica starts with the configuration
-    that `starting` gives then. `close` ends the tasks; the replicas stay."""
+    """Gives every outcome to `dispatch`, answers to loads and drops to `answered` and reports to `heard`; a
+    replica starts with the configuration that `starting` gives then. `close` ends the tasks; the replicas
+    stay."""
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class ReplicaKeeper:
         fleet: Fleet,
         library: AdapterStore,
         dispatch: Callable[[messages.Event], None],
+        answered: Callable[[messages.Answer], None],
         heard: Callable[[ReplicaId, ReplicaReport], None],
         starting: Callable[[ReplicaId], Config],
         seed: int,
@@ -59,6 +61,7 @@ class ReplicaKeeper:
         self._config = config
         self._library = library
         self._dispatch = dispatch
+        self._answered = answered
         self._heard = heard
         self._starting = starting
         self._random = random.Random(seed)
@@ -267,7 +270,7 @@ class ReplicaKeeper:
 
     async def _load(self, replica: ReplicaId, link: ReplicaLink, adapter: AdapterVersion) -> None:
         version = adapter.version_id
-        event: messages.Event
+        event: messages.Answer
         try:
             files = AdapterFiles(
                 version_id=version,
@@ -287,7 +290,7 @@ class ReplicaKeeper:
             logger.warning("%s did not load %s: %s", replica, version, error)
             event = messages.AdapterLoadFailed(replica, version, str(error))
         if self._links.get(replica) is link:
-            self._dispatch(event)
+            self._answered(event)
 
     async def _take_back(self, link: ReplicaLink, version: VersionId) -> None:
         with contextlib.suppress(LoraServeError, TimeoutError):
@@ -305,7 +308,7 @@ class ReplicaKeeper:
         finally:
             self._unloading.discard((link, version))
         if self._links.get(replica) is link:
-            self._dispatch(messages.AdapterUnloaded(replica, version))
+            self._answered(messages.AdapterUnloaded(replica, version))
 
     async def _drain(self, replica: ReplicaId, link: ReplicaLink, deadline_s: float) -> None:
         try:

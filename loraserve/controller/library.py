@@ -1,11 +1,14 @@
 """The adapter store as one cluster's configuration wants it."""
 
+import logging
 from pathlib import Path
 
 from loraserve.adapters import AdapterStore, StoreLimits, read_base
 from loraserve.config import Config
-from loraserve.errors import BadInputError
+from loraserve.errors import BadInputError, WorkFailedError
 from placement.engine_sizes import RANK_STEPS
+
+logger = logging.getLogger(__name__)
 
 
 def open_library(directory: Path, config: Config) -> AdapterStore:
@@ -23,6 +26,16 @@ def open_library(directory: Path, config: Config) -> AdapterStore:
         allow_urls=tuple(config.adapters.allow_urls),
     )
     return AdapterStore(directory, base=base, limits=limits)
+
+
+def is_removed(library: AdapterStore, sha256: str) -> bool:
+    """Delete content that nobody needs; False, and a line in the log, if that failed."""
+    try:
+        library.remove(sha256)
+    except WorkFailedError as error:
+        logger.warning("files that nobody needs any more are kept for now: %s", error)
+        return False
+    return True
 
 
 def resolve_model(path: str) -> str:

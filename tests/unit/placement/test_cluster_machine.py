@@ -5,6 +5,7 @@ checked against what replicas really hold and not against what the state machine
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -118,13 +119,24 @@ class ClusterMachine(RuleBasedStateMachine):
 
     def tell(self, event: messages.Event, *, may_vanish: frozenset[AdapterName] = frozenset()) -> None:
         assert self.state is not None
+        state = self.state
+        self.take(lambda: state.handle(event), str(event), may_vanish)
+
+    def tell_all(self, answers: list[messages.Answer]) -> None:
+        assert self.state is not None
+        state = self.state
+        self.take(lambda: state.handle_answers(answers), str(answers), frozenset())
+
+    def take(
+        self, handle: Callable[[], list[messages.Command]], what: str, may_vanish: frozenset[AdapterName]
+    ) -> None:
+        assert self.state is not None
         before, may_vanish = self.served(), may_vanish | self.forced()
         named = set(self.state.table.entries)
-        commands = self.state.handle(event)
-        for command in commands:
+        for command in handle():
             self.execute(command)
         gone = before - self.served()
-        assert gone <= may_vanish, f"{gone} lost their last copy through {event}"
+        assert gone <= may_vanish, f"{gone} lost their last copy through {what}"
         unknown = named & set(self.state.active) - set(self.state.table.entries)
         assert not unknown, f"{unknown} are registered, and routers do not know them any more"
 
@@ -306,6 +318,23 @@ class ClusterMachine(RuleBasedStateMachine):
     def answer(self, data: st.DataObject, succeeds: bool) -> None:
         self.settle(self.pending.pop(data.draw(st.integers(0, len(self.pending) - 1))), succeeds=succeeds)
 
+    @precondition(lambda self: len(self.pending) > 1)
+    @rule(data=st.data())
+    def answer_at_once(self, data: st.DataObject) -> None:
+        """Several answers that the controller takes in together."""
+        assert self.state is not None
+        places = data.draw(st.sets(st.integers(0, len(self.pending) - 1), min_size=1))
+        chosen = [self.pending[place] for place in places]
+        succeeds = data.draw(st.lists(st.booleans(), min_size=len(chosen), max_size=len(chosen)))
+        answers = []
+        for command, is_done in zip(chosen, succeeds, strict=True):
+            if (answer := self.answer_to(command, succeeds=is_done)) is not None:
+                answers.append(answer)
+        drains = [one for one in chosen if isinstance(one, messages.DrainReplica)]
+        done = [one for one in chosen if one not in drains]
+        self.pending = [one for one in self.pending if one not in done]
+        self.tell_all(answers)
+
     @precondition(lambda self: bool(self.pending))
     @rule()
     def answer_all_that_wait(self) -> None:
@@ -317,19 +346,25 @@ class ClusterMachine(RuleBasedStateMachine):
 
     def settle(self, command: messages.Command, *, succeeds: bool = True) -> None:
         """One answer: what it does to the replica, then the news of it."""
+        if isinstance(command, messages.DrainReplica):
+            self.tell(messages.ReplicaDrained(command.replica_id))
+        elif (answer := self.answer_to(command, succeeds=succeeds)) is not None:
+            self.tell(answer)
+
+    def answer_to(self, command: messages.Command, *, succeeds: bool) -> messages.Answer | None:
+        """What a load or drop does to the replica, and what it answers; None for none."""
         match command:
             case messages.LoadAdapter(replica_id=replica, adapter=wanted) if succeeds:
                 self.processes[replica].copies[wanted.version_id] = "held"
-                self.tell(messages.AdapterLoaded(replica, wanted.version_id))
+                return messages.AdapterLoaded(replica, wanted.version_id)
             case messages.LoadAdapter(replica_id=replica, adapter=wanted):
                 del self.processes[replica].copies[wanted.version_id]
-                self.tell(messages.AdapterLoadFailed(replica, wanted.version_id, "refused"))
-            case messages.UnloadAdapter(replica_id=replica, version_id=version):
-                if succeeds:
-                    self.processes[replica].copies.pop(version, None)
-                    self.tell(messages.AdapterUnloaded(replica, version))
-            case messages.DrainReplica(replica_id=replica):
-                self.tell(messages.ReplicaDrained(replica))
+                return messages.AdapterLoadFailed(replica, wanted.version_id, "refused")
+            case messages.UnloadAdapter(replica_id=replica, version_id=version) if succeeds:
+                self.processes[replica].copies.pop(version, None)
+                return messages.AdapterUnloaded(replica, version)
+            case messages.UnloadAdapter() | messages.DrainReplica():
+                return None
             case _:
                 raise AssertionError(f"{command} is not answered")
 
