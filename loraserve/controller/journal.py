@@ -91,6 +91,8 @@ class Journal:
                 self._changes.drains[replica] = order
             case messages.SaveMaxLoraRank(replica_id=replica, max_lora_rank=rank):
                 self._changes.max_lora_ranks[replica] = rank
+                shown = "the one of the configuration" if rank is None else rank
+                logger.info("%s is to start with another max_lora_rank: %s", replica, shown)
             case messages.PublishTable(table=table):
                 self._changes.table_version, self._table = table.version, table
             case messages.UnloadAdapter() | messages.DrainReplica():
