@@ -56,6 +56,7 @@ class Dispatch:
         self._versions = [*versions, (None, 0)]
         self._hash_offsets = scenario.trace.hash_offsets
         self._hash_ids = scenario.trace.hash_ids
+        self._hash_tokens = min([setup.limits.hash_block_tokens for setup in scenario.replicas], default=0)
         self._waiting: dict[int, int] = {}
         """Requests without a holder, in the order in which they came, and until when each waits."""
 
@@ -77,7 +78,9 @@ class Dispatch:
         router = self._routers[row % self._num_routers]
         request = self._requests[self._ledger.adapter[row]]
         if router.chooser.wants_own:
-            request = RouteRequest(request.adapter, self._ledger.prompt[row], 0, self._gone)
+            prefix = () if self._hash_offsets is None else self._hashes(row)
+            prompt_tokens = self._ledger.prompt[row]
+            request = RouteRequest(request.adapter, prompt_tokens, 0, self._gone, prefix, self._hash_tokens)
         elif self._gone:
             request = request._replace(exclude=self._gone)
         try:

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from placement.latency import LatencyModel, RankKernel
 from placement.marginal_cost_gauge import (
+    AHEAD,
     BUSY,
     FULL_KV,
     OUTPUT_TOKENS,
@@ -91,7 +92,7 @@ def plain_cost_ms(
     tokens += (1 + peers) * sum(own.sent_tokens.values())
     ahead = tokens * (others_ms + decode / cost.max_num_batched_tokens) - 1e3 * load.age_s
     delayed = rows + BUSY * waiting
-    found = max(queue, ahead) + BUSY * queue + 1.5 * decode
+    found = max(queue, AHEAD * ahead) + BUSY * queue + 1.5 * decode
     found += prompt * (own_ms * (1 + delayed) + decode / cost.max_num_batched_tokens)
     found += 0.5 * model.prefill_pair_ms * (1 + delayed) * prompt**2
     return found + output * (decode + prompts * others_ms + delayed * added)
