@@ -1,6 +1,7 @@
 """Weights of the members of pools, so that all members of a tier are loaded alike."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -83,12 +84,15 @@ def _repaired(fleet: Fleet, ring: Pools, loads: Floats, able: Floats, slack: flo
     for adapter, pool in ring.pools.items():
         for place in pool:
             by_member.setdefault(place, []).append(adapter)
+    least = float(fleet.size_bytes[list(ring.pools)].min(initial=np.inf))
     done = False
     for most in sorted(ring.members, key=lambda place: (-over[at[place]], place)):
         if over[at[most]] <= slack / 2 * mean * able[at[most]]:
             break
         # Ever so many members are not looked at for ever so many adapters.
-        under = [ring.members[index] for index in np.argsort(over, kind="stable")[:_FEW_UNDER].tolist()]
+        order = (ring.members[index] for index in np.argsort(over, kind="stable").tolist())
+        roomy = (one for one in order if ring.room_bytes[one] >= least and ring.room_places[one] >= 1)
+        under = list(islice(roomy, _FEW_UNDER))
         for adapter in sorted(by_member.get(most, ()), key=lambda one: _worth(fleet, ring, one))[:_TRIES]:
             if over[at[most]] <= 0:
                 break

@@ -120,7 +120,7 @@ class _Dealer:
         asked = float((size * copies).sum()), float(copies.sum())
         is_full = asked[0] > _TIGHT * room[0] or asked[1] > _TIGHT * room[1]
         is_coarse = float(size.max()) > _COARSE * min(ring.room_bytes.values())
-        self._tight = is_full and (is_coarse or float(copies.sum()) < 2 * len(copies))
+        self._tight = is_full and is_coarse
         self._load_of = dict.fromkeys(ring.members, 0.0)
         self._pool_bytes = dict(ring.room_bytes)
         self._pool_places = dict(ring.room_places)

@@ -101,23 +101,39 @@ def utilisation_of_shares(fleet: Fleet, present: Present) -> float:
 
 def fits(fleet: Fleet, present: Present) -> bool:
     """Whether every replica has room for what it is to hold and admits its ranks."""
-    size, number = _by_group(present, fleet.size_bytes), _by_group(present, np.ones(len(fleet.ids)))
     rank = np.zeros(len(present.groups), dtype=np.int64)
     placed = present.of_adapter >= 0
     np.maximum.at(rank, present.of_adapter[placed], fleet.rank[placed])
-    bytes_, places = np.zeros(len(fleet.replicas)), np.zeros(len(fleet.replicas))
-    for group, highest, own_bytes, own_places in zip(
-        present.groups, rank.tolist(), size.tolist(), number.tolist(), strict=True
-    ):
+    for group, highest in zip(present.groups, rank.tolist(), strict=True):
         for place, _, _ in group:
-            bytes_[place] += own_bytes
-            places[place] += own_places
             if highest > fleet.replicas[place].max_lora_rank:
                 return False
-    return all(
-        used <= spec.pool_bytes and many <= spec.pool_adapters
-        for spec, used, many in zip(fleet.replicas, bytes_.tolist(), places.tolist(), strict=True)
-    )
+    bytes_, places = _rooms(fleet, present)
+    return bool(np.all(bytes_ >= 0) and np.all(places >= 0))
+
+
+def has_room_for_seconds(fleet: Fleet, present: Present) -> bool:
+    """Whether some adapter has a single copy though another replica has room for it, ranks aside."""
+    single = np.array([group[0][0] if len(group) == 1 else -1 for group in present.groups] or [-1])
+    own = np.where(present.of_adapter >= 0, single[present.of_adapter], -1)
+    alone = np.flatnonzero(own >= 0)
+    bytes_, places = _rooms(fleet, present)
+    bytes_ = np.where(places >= 1, bytes_, -1.0)
+    size = fleet.size_bytes[alone]
+    rooms = len(bytes_) - np.searchsorted(np.sort(bytes_), size) - (bytes_[own[alone]] >= size)
+    return bool(np.any(rooms > 0))
+
+
+def _rooms(fleet: Fleet, present: Present) -> tuple[Floats, Floats]:
+    """The bytes and places that are left on each replica."""
+    size, number = _by_group(present, fleet.size_bytes), _by_group(present, np.ones(len(fleet.ids)))
+    bytes_ = np.array([float(spec.pool_bytes) for spec in fleet.replicas])
+    places = np.array([float(spec.pool_adapters) for spec in fleet.replicas])
+    for group, own_bytes, own_places in zip(present.groups, size.tolist(), number.tolist(), strict=True):
+        for place, _, _ in group:
+            bytes_[place] -= own_bytes
+            places[place] -= own_places
+    return bytes_, places
 
 
 def bytes_by_level(fleet: Fleet, present: Present) -> Floats:

@@ -7,6 +7,9 @@ import numpy as np
 
 from placement.fleet import Floats, Ints
 
+_SINGLE = 0.1
+"""So much of a member's part per copy is charged to the place where the run begins, wherever it ends."""
+
 
 def begins(
     work: Sequence[float],
@@ -26,8 +29,9 @@ def begins(
     """
     number, found = len(loads), list[int]()
     loads = loads.copy()
+    single = min(1.0, _SINGLE * (usual + 1))
     for asked, many in zip(work, copies, strict=True):
-        if many <= usual + 1 and asked <= 1:
+        if many <= usual + 1 and asked <= single:
             break
         width = min(max(many - usual + 1, int(asked) + 1), number)
         begin = _lightest(loads, width)

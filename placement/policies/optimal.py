@@ -20,6 +20,7 @@ from placement.present import (
     Present,
     bytes_by_level,
     fits,
+    has_room_for_seconds,
     present_of,
     tiers_of,
     utilisation_of_shares,
@@ -86,7 +87,9 @@ def _is_valid(fleet: Fleet, plan: Placement, present: Present) -> bool:
 
 
 def _is_good(fleet: Fleet, present: Present, least: float) -> bool:
-    if present.num_placed < len(fleet.ids) or (present.num_single and len(fleet.replicas) > 1):
+    if present.num_placed < len(fleet.ids):
+        return False
+    if present.num_single and has_room_for_seconds(fleet, present):
         return False
     return utilisation_of_shares(fleet, present) <= max(least * GOOD_ENOUGH, CALM)
 
