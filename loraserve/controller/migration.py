@@ -9,6 +9,7 @@ where room was found, and not an order.
 import asyncio
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraserve.engines.description import ReplicaReport, RequestReport
@@ -85,9 +86,13 @@ class Migrator:
             )
             for replica, report in reports.items()
         }
-        return migrating_replicas(
+        found = migrating_replicas(
             state.replicas.values(), self._controller.table, state.adapters.values(), occupations
         )
+        if state.book.frozen is None:
+            return found
+        # Copies would not come: what is moved goes where they are.
+        return tuple(replace(one, free_adapters=0) for one in found)
 
     async def _load(self, found: Migration) -> None:
         """Bring the copies that the moves need, as far as they come within a period."""

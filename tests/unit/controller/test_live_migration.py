@@ -62,3 +62,28 @@ async def test_requests_move_to_a_replica_that_gets_their_adapter_and_go_on_from
         assert len(await seeded) == TOKENS, "what cannot be resumed exactly stays"
         assert {len(answer) for answer in answers} == {TOKENS}
         assert len(set(answers)) == 1
+
+
+async def test_no_copies_are_asked_for_while_the_plan_is_frozen(tmp_path: Path, samples: SampleSet) -> None:
+    async with (
+        local_cluster(tmp_path, samples, sections=PARTED) as cluster,
+        Client(cluster.address) as client,
+    ):
+        controller = cluster.controller
+        state = controller.state
+        await client.freeze_plan()
+        plan, earlier = state.plan, list(state.book.earlier)
+        (holder,) = state.holders(state.active[AdapterName("rank-8")])
+        server = cluster.fleet.links[holder].server
+        streams = [asyncio.ensure_future(_tokens(client, GREEDY)) for _ in range(NUM_REQUESTS)]
+        try:
+            await until(
+                lambda: sum(one.drawn_tokens > 0 for one in server.in_flight()) == NUM_REQUESTS, TIMEOUT_S
+            )
+            async with asyncio.timeout(TIMEOUT_S):
+                assert await controller.migrator.look() == 0
+        finally:
+            for stream in streams:
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
+        assert (state.plan, state.book.earlier) == (plan, earlier)
