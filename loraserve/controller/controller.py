@@ -247,8 +247,7 @@ class Controller:
                     self._delete_files(manifest.sha256)
                 self._news()
                 raise WorkFailedError(f"adapter {name} is not registered: {error}") from error
-            # What follows from answers that are here would take it for one that nobody needs.
-            self._take_answers()
+            self._take_answers()  # What follows from them would take this one for unneeded.
             self.registrations[adapter.version_id] = registration
             return registration
         finally:

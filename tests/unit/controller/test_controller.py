@@ -18,8 +18,9 @@ from loraserve.errors import (
     OverloadedError,
 )
 from loraserve.samples import SampleSet, build_adapter
+from placement import cluster_messages as messages
 from placement.cluster_records import ReplicaPhase
-from placement.types import AdapterName, ReplicaId
+from placement.types import AdapterName, ReplicaId, VersionId
 from tests.support.controller_kit import TIMEOUT_S, Setup, small_config
 
 R0 = ReplicaId("replica-0")
@@ -210,3 +211,21 @@ async def test_concurrent_registrations_all_succeed(
     )
     assert len(set(versions)) == 6
     assert all(controller.state.is_served(version) for version in versions)
+
+
+async def test_an_adapter_that_is_stored_while_answers_wait_is_not_taken_for_unneeded(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    controller = await setup().start()
+    gone = VersionId("gone@0")
+
+    async def answer() -> None:
+        while not controller.state.adapters:
+            controller.answered(messages.AdapterUnloaded(R0, gone))
+            await asyncio.sleep(0)
+
+    answering = asyncio.ensure_future(answer())
+    version = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    await answering
+    assert list(controller.registrations) == [version]
+    assert len(controller.library.contents()) == 1
