@@ -256,6 +256,10 @@ class ReplicaKeeper:
                     return str(error)
                 except TimeoutError:
                     return f"no report within {REPORT_TIMEOUT_S:.0f} s"
+                except Exception as error:
+                    # Else nobody would watch it any more, and its end would never be known.
+                    logger.exception("a report of %s cannot be taken in", replica)
+                    return f"its report cannot be taken in: {type(error).__name__}: {error}"
                 done, _ = await asyncio.wait({lost}, timeout=self._config.replica.check_interval_s)
                 if done:
                     return lost.result()

@@ -8,6 +8,7 @@ import pytest
 from loraserve.cluster.local_fleet import LocalFleet
 from loraserve.controller import drains
 from loraserve.controller.keeper import MAX_KILLS
+from loraserve.engines.description import ReplicaReport
 from loraserve.errors import ReplicaStartError
 from loraserve.samples import SampleSet
 from placement import cluster_messages as messages
@@ -55,6 +56,22 @@ async def test_a_lost_replica_is_started_again_though_its_end_fails(
         lambda: one.fleet.starts.count(R0) == 2 and R0 in controller.state.holders(version), TIMEOUT_S
     )
     assert kills.left == 0
+
+
+async def test_a_replica_whose_report_cannot_be_taken_in_is_lost_and_not_forgotten(
+    setup: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setup()
+    controller = await one.start()
+
+    async def report() -> ReplicaReport:
+        raise RuntimeError("a field is missing")
+
+    # As a replica of another release may do.
+    monkeypatch.setattr(one.fleet.links[R0], "report", report)
+    await controller.wait_until(lambda: one.fleet.starts.count(R0) == 2, TIMEOUT_S)
+    await controller.wait_until(lambda: R0 in controller.table.replicas, TIMEOUT_S)
+    assert controller.state.replicas[R0].restarts == 1
 
 
 async def test_a_drained_replica_is_ended_though_that_fails_at_first(
