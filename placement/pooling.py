@@ -88,7 +88,6 @@ def pack(
         room_places={place: float(fleet.replicas[place].pool_adapters) for place in members},
     )
     asked, many = float(size.sum()), len(size)
-    left: list[int] = []
     if (
         len(members) <= MAX_POOL
         and asked + tier.reserve_bytes / len(members) <= min(ring.room_bytes.values())
@@ -98,8 +97,10 @@ def pack(
         for place in members:
             ring.room_bytes[place] -= asked
             ring.room_places[place] -= many
-    else:
-        left = _Dealer(fleet, tier, ring, now).deal()
+        able = np.maximum(fleet.capacity[fleet.kind[list(members)], tier.tier], 1e-300)
+        ring.weights = {members: tuple((able / able.sum()).tolist())}
+        return ring, []
+    left = _Dealer(fleet, tier, ring, now).deal()
     even_weights(fleet, ring, slack)
     return ring, left
 

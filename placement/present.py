@@ -40,6 +40,8 @@ class Present:
 
 def present_of(fleet: Fleet, placement: Placement) -> Present:
     """The placement on the fleet; holders that are not of the fleet are left out."""
+    if not placement.holders:
+        return Present(groups=(), of_adapter=np.full(len(fleet.ids), -1, dtype=np.int64), whole=True)
     place_of = {spec.replica_id: place for place, spec in enumerate(fleet.replicas)}
     held = list(map(placement.holders.get, fleet.ids))
     by_object: dict[int, int] = {}

@@ -16,10 +16,11 @@ since low ranks are small, and no padding; downwards both."""
 
 
 class Layout:
-    """The rings of all tiers while copies outside of their pools are added."""
+    """The rings of all tiers while copies outside of their pools are added; with `soft` they are spill."""
 
-    def __init__(self, fleet: Fleet, rings: Sequence[Ring], tier_of: Ints) -> None:
+    def __init__(self, fleet: Fleet, rings: Sequence[Ring], tier_of: Ints, *, soft: bool) -> None:
         self._fleet = fleet
+        self._soft = soft
         self._rings = list(rings)
         self._tier_of = tier_of
         self._bytes = np.array([float(spec.pool_bytes) for spec in fleet.replicas])
@@ -38,7 +39,6 @@ class Layout:
                     self._split.setdefault(adapter, [before]).append(ring)
                 self._served[adapter] = ring
         self._alone: dict[int, int] = {}
-        self._known: dict[tuple[Pool, int], Pool] = {}
 
     def placement(self, left: Iterable[int]) -> Placement:
         """The placement, with `left` placed wherever there is room."""
@@ -85,6 +85,8 @@ class Layout:
             targets = self._targets(ring)
             if not targets or not ring.pools:
                 continue
+            if self._all_spilt(targets, ring):
+                continue
             adapters = np.array(sorted(ring.pools), dtype=np.int64)
             size = fleet.size_bytes[adapters]
             order = np.lexsort((adapters, -fleet.work[adapters] / np.maximum(size, 1.0)))
@@ -109,17 +111,38 @@ class Layout:
             targets += side[order[:most]].tolist()
         return targets
 
+    def _all_spilt(self, targets: list[int], ring: Ring) -> bool:
+        """All of the ring's adapters on all of the targets, if they have none but their pool and fit."""
+        adapters = ring.pools.keys()
+        asked, many = float(self._fleet.size_bytes[list(adapters)].sum()), len(adapters)
+        if not (
+            adapters.isdisjoint(self._extra)
+            and adapters.isdisjoint(self._split)
+            and asked <= float(self._bytes[targets].min())
+            and many <= float(self._places[targets].min())
+        ):
+            return False
+        self._extra.update(dict.fromkeys(adapters, tuple(targets)))
+        self._bytes[targets] -= asked
+        self._places[targets] -= many
+        return True
+
     def _spill_to(self, place: int, adapters: list[int]) -> None:
-        extra, size, known = self._extra, self._size, self._known
+        extra, size = self._extra, self._size
+        there = {adapter for adapter in self._split if place in self._held(adapter)}
+        smallest = min(size[adapter] for adapter in adapters)
         bytes_, places = float(self._bytes[place]), float(self._places[place])
+        made: dict[Pool, Pool] = {}
         for adapter in adapters:
+            if bytes_ < smallest or places < 1:
+                break
             before = extra.get(adapter, ())
-            if places < 1 or size[adapter] > bytes_ or place in before:
+            if size[adapter] > bytes_ or place in before or adapter in there:
                 continue
-            if adapter in self._split and place in self._held(adapter):
-                continue
-            key = before, place
-            extra[adapter] = known.get(key) or known.setdefault(key, (*before, place))
+            after = made.get(before)
+            if after is None:
+                after = made[before] = (*before, place)
+            extra[adapter] = after
             bytes_ -= size[adapter]
             places -= 1
         self._bytes[place], self._places[place] = bytes_, places
@@ -163,10 +186,17 @@ class Layout:
         return shares
 
     def _tuple(self, shares: dict[int, float], extra: Pool) -> tuple[Holder, ...]:
-        replicas = self._fleet.replicas
+        replicas, soft = self._fleet.replicas, self._soft
         found = shares | dict.fromkeys([place for place in extra if place not in shares], 0.0)
         return tuple(
-            [Holder(replica_id=replicas[place].replica_id, share=found[place]) for place in sorted(found)]
+            [
+                Holder(
+                    replica_id=replicas[place].replica_id,
+                    share=found[place],
+                    spill=soft and found[place] == 0,
+                )
+                for place in sorted(found)
+            ]
         )
 
 

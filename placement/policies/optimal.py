@@ -165,7 +165,7 @@ def _built(fleet: Fleet, sized: Tiers, present: Present | None) -> Placement:
         ring, unplaced = pack(fleet, tier, pools, slack)
         rings.append(ring)
         left += unplaced
-    return Layout(fleet, rings, tier_of).placement(left)
+    return Layout(fleet, rings, tier_of, soft=sized.utilisation < SOFT_BELOW).placement(left)
 
 
 def _tiers(fleet: Fleet, sized: Tiers, present: Present | None) -> Ints:
