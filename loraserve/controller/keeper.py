@@ -293,6 +293,11 @@ class ReplicaKeeper:
         except LoraServeError as error:
             logger.warning("%s did not load %s: %s", replica, version, error)
             event = messages.AdapterLoadFailed(replica, version, str(error))
+        except Exception as error:
+            # Without an answer the copy would be taken for one that loads, for ever.
+            logger.exception("%s did not load %s", replica, version)
+            await self._take_back(link, version)
+            event = messages.AdapterLoadFailed(replica, version, f"{type(error).__name__}: {error}")
         if self._links.get(replica) is link:
             self._answered(event)
 

@@ -8,6 +8,7 @@ import pytest
 from loraserve.cluster.local_fleet import LocalFleet
 from loraserve.controller import drains
 from loraserve.controller.keeper import MAX_KILLS
+from loraserve.engines.base import AdapterFiles
 from loraserve.engines.description import ReplicaReport
 from loraserve.errors import ReplicaStartError
 from loraserve.samples import SampleSet
@@ -72,6 +73,24 @@ async def test_a_replica_whose_report_cannot_be_taken_in_is_lost_and_not_forgott
     await controller.wait_until(lambda: one.fleet.starts.count(R0) == 2, TIMEOUT_S)
     await controller.wait_until(lambda: R0 in controller.table.replicas, TIMEOUT_S)
     assert controller.state.replicas[R0].restarts == 1
+
+
+async def test_a_load_that_fails_as_nobody_expects_is_refused_and_tried_again(
+    setup: Callable[..., Setup], samples: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = setup()
+    controller = await one.start()
+
+    async def load_adapter(files: AdapterFiles) -> None:
+        raise RuntimeError("a field is missing")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(one.fleet.links[R0], "load_adapter", load_adapter)
+        version = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+        await controller.wait_until(lambda: version in controller.state.replicas[R0].refused, TIMEOUT_S)
+    assert version not in controller.state.replicas[R0].copies
+    controller.end_epoch()
+    await controller.wait_until(lambda: R0 in controller.state.holders(version), TIMEOUT_S)
 
 
 async def test_a_drained_replica_is_ended_though_that_fails_at_first(
