@@ -90,8 +90,9 @@ class Layout:
             adapters = np.array(sorted(ring.pools), dtype=np.int64)
             size = fleet.size_bytes[adapters]
             order = np.lexsort((adapters, -fleet.work[adapters] / np.maximum(size, 1.0)))
+            ordered = adapters[order].tolist()
             for place in targets:
-                self._spill_to(place, adapters[order].tolist())
+                self._spill_to(place, ordered, float(size.min()))
 
     def _targets(self, ring: Ring) -> list[int]:
         fleet, tiers = self._fleet, self._tier_of
@@ -127,10 +128,9 @@ class Layout:
         self._places[targets] -= many
         return True
 
-    def _spill_to(self, place: int, adapters: list[int]) -> None:
+    def _spill_to(self, place: int, adapters: list[int], smallest: float) -> None:
         extra, size = self._extra, self._size
         there = {adapter for adapter in self._split if place in self._held(adapter)}
-        smallest = min(size[adapter] for adapter in adapters)
         bytes_, places = float(self._bytes[place]), float(self._places[place])
         made: dict[Pool, Pool] = {}
         for adapter in adapters:
