@@ -30,9 +30,10 @@ BUSY = 3.0
 0.75. It counts the more the longer the queue; by experiment 2 to 8 do about equally well."""
 
 AHEAD = 12.0
-"""How many times what a wait for the prompts ahead counts: nothing comes before the first token, while all
-other delays are spread over an output, and a client notices them less. By experiment 8 to 16 do about equally
-well; 1 has 5 to 15 % more TTFT p95 at low and middle load, and no less near saturation."""
+"""How many times what a wait for the prompts ahead counts, where nobody waits for a place in the batch:
+nothing comes before the first token, while other delays are spread over an output. By experiment 8 to 16 do
+about equally well at low and middle load, and 1 has 5 to 15 % more TTFT p95. The more wait, the less it
+counts: near saturation it would cost more than it gains."""
 
 FULL_KV = 0.95
 
@@ -268,12 +269,12 @@ class Gauge:
         queue, queue_rank = draws * decode + prompts * others, draws * decode_rank + prompts * others_rank
         # Whoever is there is delayed, and of those who come later the more the longer the queue.
         delayed, prompts = rows + BUSY * waiting, (batch - 1.0) * ratio
-        mine = 1.0 + delayed
+        mine, ahead = 1.0 + delayed, 1.0 + (AHEAD - 1.0) / (1.0 + waiting)
         return (
             queue,
             queue_rank,
-            AHEAD * (tokens * (others + decode * per_token) - 1e3 * load.age_s),
-            AHEAD * tokens * (others_rank + decode_rank * per_token),
+            ahead * (tokens * (others + decode * per_token) - 1e3 * load.age_s),
+            ahead * tokens * (others_rank + decode_rank * per_token),
             BUSY * queue + 1.5 * decode,
             BUSY * queue_rank + 1.5 * decode_rank,
             mine * self._prefill_ms + decode * per_token,

@@ -92,7 +92,7 @@ def plain_cost_ms(
     tokens += (1 + peers) * sum(own.sent_tokens.values())
     ahead = tokens * (others_ms + decode / cost.max_num_batched_tokens) - 1e3 * load.age_s
     delayed = rows + BUSY * waiting
-    found = max(queue, AHEAD * ahead) + BUSY * queue + 1.5 * decode
+    found = max(queue, (1 + (AHEAD - 1) / (1 + waiting)) * ahead) + BUSY * queue + 1.5 * decode
     found += prompt * (own_ms * (1 + delayed) + decode / cost.max_num_batched_tokens)
     found += 0.5 * model.prefill_pair_ms * (1 + delayed) * prompt**2
     return found + output * (decode + prompts * others_ms + delayed * added)
