@@ -87,18 +87,35 @@ def tiers_of(fleet: Fleet, present: Present) -> Ints:
     return tiers
 
 
+def usable_of_tiers(fleet: Fleet, present: Present, utilisation: float) -> Floats:
+    """By level, the part of a tier's capacity that its replicas give if none may exceed `utilisation` and
+    each is asked for as much as now; 1 for tiers where none does."""
+    tiers, loads = tiers_of(fleet, present), _loads(fleet, present)
+    able = np.where(tiers >= 0, fleet.capacity[fleet.kind, tiers], 0.0) * utilisation
+    usable = np.ones(fleet.num_levels)
+    for tier in np.unique(tiers[(tiers >= 0) & (loads > able)]).tolist():
+        own = tiers == tier
+        whole = float(able[own].sum())
+        usable[tier] = float(np.minimum(loads, able)[own].sum()) / whole if whole > 0 else 1.0
+    return usable
+
+
 def utilisation_of_shares(fleet: Fleet, present: Present) -> float:
     """The highest utilisation of any replica if requests follow the shares."""
-    work = _by_group(present, fleet.work)
-    loads = np.zeros(len(fleet.replicas))
-    for group, asked in zip(present.groups, work.tolist(), strict=True):
-        for place, share, _ in group:
-            loads[place] += share * asked
-    tiers = tiers_of(fleet, present)
+    loads, tiers = _loads(fleet, present), tiers_of(fleet, present)
     able = np.where(tiers >= 0, fleet.capacity[fleet.kind, tiers], 1.0)
     if np.any((able <= 0) & (loads > 0)):
         return float("inf")
     return float(np.max(np.divide(loads, able, out=np.zeros_like(loads), where=able > 0), initial=0.0))
+
+
+def _loads(fleet: Fleet, present: Present) -> Floats:
+    """The work that each replica is asked for if requests follow the shares."""
+    loads = np.zeros(len(fleet.replicas))
+    for group, asked in zip(present.groups, _by_group(present, fleet.work).tolist(), strict=True):
+        for place, share, _ in group:
+            loads[place] += share * asked
+    return loads
 
 
 def fits(fleet: Fleet, present: Present) -> bool:

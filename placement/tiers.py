@@ -103,14 +103,15 @@ def utilisation_of(fleet: Fleet, counts: Ints) -> float:
     return float(np.max(np.divide(work, given, out=endless, where=given > 0), initial=0.0))
 
 
-def flows(fleet: Fleet, counts: Ints) -> Floats:
-    """How much of each level's work (row) each tier (column) does, the utilisations as even as can be.
+def flows(fleet: Fleet, counts: Ints, usable: Floats | None = None) -> Floats:
+    """How much of each level's work (row) each tier (column) does, the utilisations as even as can be; of a
+    tier's capacity the part `usable`, if that is given.
 
     From the top, the run of tiers that has to work hardest is evened out, then the rest below it; inside a
     run what a tier cannot do goes to the next higher ones.
     """
     work = fleet.totals(fleet.work)
-    given = (fleet.capacity * counts).sum(axis=0)
+    given = (fleet.capacity * counts).sum(axis=0) * (1.0 if usable is None else usable)
     flow = np.zeros((len(work), len(work)))
     last = len(work) - 1
     while last >= 0:

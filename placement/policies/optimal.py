@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from placement.dividing import divide
-from placement.fleet import Fleet, Ints, fleet_of
+from placement.fleet import Fleet, Floats, Ints, fleet_of
 from placement.pooling import Pool, Ring, pack
 from placement.present import (
     Present,
@@ -23,6 +23,7 @@ from placement.present import (
     has_room_for_seconds,
     present_of,
     tiers_of,
+    usable_of_tiers,
     utilisation_of_shares,
 )
 from placement.spilling import Layout
@@ -46,6 +47,10 @@ CLOSE = 1.02
 
 FEW, SIMILAR = 2000, 3
 """Up to so many adapters, so many more divisions into tiers are tried where memory spoils the first."""
+
+UNEVEN, ROUNDS = 1.05, 3
+"""Above this factor of the best utilisation a placement is tried again, with less asked of the tiers that
+memory keeps from doing their part; so often in all."""
 
 _SMALL = 64
 
@@ -109,14 +114,28 @@ def _best(fleet: Fleet, sizes: Sequence[Tiers], present: Present | None) -> tupl
     least = sizes[0].utilisation
     tried: list[tuple[tuple[int, float], Placement, Present]] = []
     for sized in chain(sizes, _similar(fleet, sizes)):
-        plan = _built(fleet, sized, present)
-        found = present_of(fleet, plan)
-        used = utilisation_of_shares(fleet, found)
-        tried.append(((-found.num_placed, used), plan, found))
-        if found.num_placed == len(fleet.ids) and used <= least * CLOSE:
+        for plan, found, used in _fed_back(fleet, sized, present, least):
+            tried.append(((-found.num_placed, used), plan, found))
+        if any(rank <= (-len(fleet.ids), least * CLOSE) for rank, _, _ in tried):
             break
     _, plan, found = min(tried, key=lambda one: one[0])
     return plan, found
+
+
+def _fed_back(
+    fleet: Fleet, sized: Tiers, present: Present | None, least: float
+) -> Iterator[tuple[Placement, Present, float]]:
+    """Placements with these tiers, where memory keeps some replicas from taking their part: their tiers are
+    asked for less each time."""
+    usable = np.ones(fleet.num_levels)
+    for _ in range(ROUNDS if len(fleet.ids) <= FEW else 1):
+        plan = _built(fleet, sized, present, usable)
+        found = present_of(fleet, plan)
+        used = utilisation_of_shares(fleet, found)
+        yield plan, found, used
+        if used <= least * UNEVEN or not np.isfinite(used):
+            return
+        usable = usable * usable_of_tiers(fleet, found, max(sized.utilisation, least))
 
 
 def _similar(fleet: Fleet, sizes: Sequence[Tiers]) -> Iterator[Tiers]:
@@ -148,7 +167,7 @@ def _promised(fleet: Fleet, counts: Ints) -> float:
     return max(used)
 
 
-def _built(fleet: Fleet, sized: Tiers, present: Present | None) -> Placement:
+def _built(fleet: Fleet, sized: Tiers, present: Present | None, usable: Floats) -> Placement:
     """A placement with these tiers, as near to the present one as they allow."""
     tier_of = _tiers(fleet, sized, present)
     pools = None if present is None else _pools(present)
@@ -161,7 +180,7 @@ def _built(fleet: Fleet, sized: Tiers, present: Present | None) -> Placement:
     left: list[int] = []
     # What is there already may be less even, and in a large fleet evenness takes longest to plan.
     slack = 0.04 if present is not None else 0.01 if len(fleet.replicas) <= _SMALL else 0.02
-    for tier in divide(fleet, flows(fleet, counts), tier_of, home_tier):
+    for tier in divide(fleet, flows(fleet, counts, usable), tier_of, home_tier):
         ring, unplaced = pack(fleet, tier, pools, slack)
         rings.append(ring)
         left += unplaced
