@@ -21,6 +21,9 @@ _FEW_UNDER, _FEW, _TRIES = 16, 64, 50
 """So many members are considered for a copy more, and so many adapters of one (the last); in tiers larger
 than the second a single exchange is no matter."""
 
+_MANY = 2000
+"""Among more adapters than this no pairs are looked for: they are fine enough without."""
+
 
 class Pools(Protocol):
     """What is balanced: a ring, see `placement.pooling`."""
@@ -85,6 +88,7 @@ def _repaired(fleet: Fleet, ring: Pools, loads: Floats, able: Floats, slack: flo
         for place in pool:
             by_member.setdefault(place, []).append(adapter)
     least = float(fleet.size_bytes[list(ring.pools)].min(initial=np.inf))
+    few = len(ring.members) <= _FEW and len(ring.pools) <= _MANY
     done = False
     for most in sorted(ring.members, key=lambda place: (-over[at[place]], place)):
         if over[at[most]] <= slack / 2 * mean * able[at[most]]:
@@ -98,7 +102,7 @@ def _repaired(fleet: Fleet, ring: Pools, loads: Floats, able: Floats, slack: flo
                 break
             moved = most in ring.pools[adapter] and _handed(fleet, ring, adapter, most, over, at, under)
             done = done or moved
-        if over[at[most]] > slack / 2 * mean * able[at[most]] and len(ring.members) <= _FEW:
+        if over[at[most]] > slack / 2 * mean * able[at[most]] and few:
             done = _exchanged(fleet, ring, most, over, at, by_member) or done
     return done
 
