@@ -116,7 +116,9 @@ def _best(fleet: Fleet, sizes: Sequence[Tiers], present: Present | None) -> tupl
     for sized in chain(sizes, _similar(fleet, sizes)):
         for plan, found, used in _fed_back(fleet, sized, present, least):
             tried.append(((-found.num_placed, used), plan, found))
-        if any(rank <= (-len(fleet.ids), least * CLOSE) for rank, _, _ in tried):
+        # A large fleet is planned once: the sizes differ little, and each plan takes its time.
+        enough = least * CLOSE if len(fleet.ids) <= FEW else np.inf
+        if any(rank <= (-len(fleet.ids), enough) for rank, _, _ in tried):
             break
     _, plan, found = min(tried, key=lambda one: one[0])
     return plan, found
