@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from loraserve.rpc.plan_codec import decode_diff, decode_plan, decode_skew
 from loraserve.rpc.v1 import management_pb2
-from placement.plan import PlanDiff
-from placement.skew import Skew
+from placement.plans.diff import PlanDiff
+from placement.plans.skew import Skew
 from placement.types import Placement
 
 

@@ -16,7 +16,7 @@ from msgspec import Meta, inspect
 
 from loraserve.errors import ConfigError
 from placement.engine_sizes import MAX_POOL_ADAPTERS
-from placement.pairing import routing_for
+from placement.routing.pairing import routing_for
 
 # As far as timers reach, about thirty years.
 MAX_SECONDS = 1e9

@@ -9,7 +9,7 @@ The rule, in its order:
    registered: 64 where slots are padded. Where they are not, a high limit costs nothing: never below 128.
 2. `pool_adapters`: as many as `pool_bytes` holds of the smallest registered adapter, at most 4096. Bytes are
    bounded of themselves: the number must not keep out what they would let in.
-3. `adapter_slots`: one for each registered adapter, at least 8, at most `max_num_seqs` and `pool_adapters`;
+3. `slots.machine`: one for each registered adapter, at least 8, at most `max_num_seqs` and `pool_adapters`;
    of these as many as `slot_bytes` holds with the costliest adapters active together. A slot that no
    registered adapter is there for costs the highest rank.
 

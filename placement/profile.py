@@ -22,7 +22,7 @@ _ENDLESS = 1e18
 class EngineFacts:
     """The engine that was measured: what it is and its limits. `kernel` is what computed LoRA there, in
     words; `lora_execution` LoRAServe's name for it, '' for other engines. A KV block holds
-    `block_tokens` tokens; a batch has rows of up to `adapter_slots` different adapters.
+    `block_tokens` tokens; a batch has rows of up to `slots.machine` different adapters.
 
     ValueError for a limit below 1.
     """

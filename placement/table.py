@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from placement.replica_cost import ReplicaCost
+from placement.routing.replica_cost import ReplicaCost
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 
 

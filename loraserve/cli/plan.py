@@ -106,7 +106,7 @@ def _show_change(change: "PlanChange", *, json: bool) -> None:
 
 
 def _tree(status: "PlanStatus") -> dict[str, Any]:
-    from placement.plan_text import plan_tree
+    from placement.plans.text import plan_tree
 
     return {
         "current": plan_tree(status.current),
@@ -120,7 +120,7 @@ def _tree(status: "PlanStatus") -> dict[str, Any]:
 
 
 def _save(path: Path, plan: "Placement") -> None:
-    from placement.plan_text import plan_text
+    from placement.plans.text import plan_text
 
     try:
         path.write_text(plan_text(plan) + "\n", encoding="utf-8")
@@ -129,7 +129,7 @@ def _save(path: Path, plan: "Placement") -> None:
 
 
 def _load(path: Path) -> "Placement":
-    from placement.plan_text import parse_plan
+    from placement.plans.text import parse_plan
 
     try:
         return parse_plan(path.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from loraserve.cli.tables import show
 
 if TYPE_CHECKING:
     from loraserve.client_types import PlanStatus
-    from placement.plan import PlanDiff, ReplicaChange
+    from placement.plans.diff import PlanDiff, ReplicaChange
 
 MAX_NAMED = 4
 

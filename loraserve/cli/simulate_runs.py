@@ -12,9 +12,9 @@ from loraserve.simulator.from_profile import ClusterOptions, scenario_of
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.sweep import SweepRun, sweep
 from loraserve.simulator.workload import SimulatedWorkload
-from placement.pairing import AUTO, routing_for
 from placement.policies import POLICIES
-from placement.routing import ROUTING_POLICIES
+from placement.routing.chooser import ROUTING_POLICIES
+from placement.routing.pairing import AUTO, routing_for
 
 MAX_RUNS = 10_000
 

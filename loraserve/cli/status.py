@@ -34,7 +34,7 @@ def status(
 
     state = run_async(run)
     if json:
-        from placement.skew import FORMULA
+        from placement.plans.skew import FORMULA
 
         skew = {"total": state.skew.total, **plain(state.skew), "formula": FORMULA}
         echo_json({**plain(state), "skew": skew})
@@ -94,7 +94,7 @@ def _parts(state: "ClusterStatus") -> "list[RenderableType]":
     from rich.text import Text
 
     from loraserve.cli.tables import adapter_table, replica_table
-    from placement.skew import FORMULA
+    from placement.plans.skew import FORMULA
 
     frozen = ", plan frozen" if state.plan_frozen else ""
     lines = [f"cluster {state.cluster}: policy {state.policy}, routing table {state.table_version}{frozen}"]

@@ -31,9 +31,9 @@ from loraserve.errors import (
     ReplicaStartError,
     WorkFailedError,
 )
-from placement import cluster_messages as messages
-from placement.cluster import ClusterState
-from placement.cluster_records import CopyPhase, DrainOrder, ReplicaPhase
+from placement.cluster import messages
+from placement.cluster.records import CopyPhase, DrainOrder, ReplicaPhase
+from placement.cluster.state import ClusterState
 from placement.policies import policy
 from placement.profile import Profile
 from placement.table import RoutingTable

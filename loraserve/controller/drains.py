@@ -6,8 +6,8 @@ from loraserve.controller.controller import Controller
 from loraserve.errors import BadInputError, NotFoundError, ReplicaStartError, StaleError, UnavailableError
 from loraserve.rpc.limits import check_drain_deadline
 from loraserve.rpc.v1 import management_pb2
-from placement import cluster_messages as messages
-from placement.cluster_records import DrainOrder, ReplicaPhase
+from placement.cluster import messages
+from placement.cluster.records import DrainOrder, ReplicaPhase
 from placement.types import ReplicaId
 
 RUNNING = (ReplicaPhase.READY, ReplicaPhase.DRAINING)

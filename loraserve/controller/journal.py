@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from loraserve.controller.store import Changes, Store, StoredRegistration
 from loraserve.errors import WorkFailedError
-from placement import cluster_messages as messages
-from placement.plan_book import EarlierPlan
+from placement.cluster import messages
+from placement.plans.book import EarlierPlan
 from placement.table import RoutingTable
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from loraserve.controller.fleet import Fleet, ReplicaLink
 from loraserve.engines.base import AdapterFiles, EngineInfo
 from loraserve.engines.description import ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError
-from placement import cluster_messages as messages
+from placement.cluster import messages
 from placement.types import AdapterVersion, ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)

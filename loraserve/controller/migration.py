@@ -1,6 +1,6 @@
 """dLoRA's reactive step, live: between epochs, requests of overloaded replicas move with their adapters.
 
-It decides by `placement.migration_choice` from what replicas report, adds copies to the plan where adapters
+It decides by `placement.migration.choice` from what replicas report, adds copies to the plan where adapters
 have to come first, and has the replica end the streams that are to move, as a drain does at its deadline:
 their routers go on elsewhere from the tokens so far, where their routing policy wants. So a move's target is
 where room was found, and not an order.
@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraserve.engines.description import ReplicaReport, RequestReport
-from placement.cluster_messages import PlanGiven
-from placement.migration import (
+from placement.cluster.messages import PlanGiven
+from placement.migration.choice import migrate
+from placement.migration.problem import (
     MigratingReplica,
     MigratingRequest,
     Migration,
@@ -22,8 +23,7 @@ from placement.migration import (
     MigrationProblem,
     overloaded_pairs,
 )
-from placement.migration_choice import migrate
-from placement.migration_view import Occupation, migrating_replicas, with_copies
+from placement.migration.view import Occupation, migrating_replicas, with_copies
 from placement.types import ReplicaId, VersionId
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from loraserve.controller.controller import Controller
 from loraserve.errors import NotFoundError, StaleError, UnavailableError, WorkFailedError
 from loraserve.rpc.plan_codec import encode_diff, encode_plan
 from loraserve.rpc.v1 import management_pb2
-from placement import cluster_messages as messages
-from placement.plan import PlanDiff, diff_of
+from placement.cluster import messages
+from placement.plans.diff import PlanDiff, diff_of
 from placement.types import Placement
 
 

@@ -3,9 +3,9 @@
 import msgspec
 
 from loraserve.config import Config
-from placement.cluster_resize import Resizer
+from placement.cluster.resize import Resizer
 from placement.engine_sizes import RANK_STEPS
-from placement.rank_sizing import RankSizingLimits
+from placement.plans.rank_sizing import RankSizingLimits
 
 
 def resizer_of(config: Config) -> Resizer:

@@ -18,8 +18,8 @@ from loraserve.rpc.plan_codec import decode_plan, encode_holder, encode_skew
 from loraserve.rpc.status import abort_with
 from loraserve.rpc.table_codec import encode_table
 from loraserve.rpc.v1 import management_pb2, management_pb2_grpc
-from placement.cluster_records import DrainOrder, ReplicaRecord
-from placement.skew import ReplicaUse, skew_of, uses_of
+from placement.cluster.records import DrainOrder, ReplicaRecord
+from placement.plans.skew import ReplicaUse, skew_of, uses_of
 from placement.types import AdapterName, ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)

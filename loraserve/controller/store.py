@@ -14,9 +14,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from loraserve.errors import BadInputError, WorkFailedError
-from placement.cluster_records import DrainOrder
-from placement.plan_book import EarlierPlan
-from placement.plan_text import parse_plan, plan_text
+from placement.cluster.records import DrainOrder
+from placement.plans.book import EarlierPlan
+from placement.plans.text import parse_plan, plan_text
 from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, VersionId
 
 SCHEMA_VERSION = 2

@@ -1,6 +1,6 @@
 """The adapters of an engine with rank-true execution: held in shared memory, active in slots as needed.
 
-`placement.adapter_slots` decides which version has a slot; this shell publishes segments, tells vLLM's
+`placement.slots.machine` decides which version has a slot; this shell publishes segments, tells vLLM's
 workers and feeds back what they say. vLLM's own caches never have to evict: a request enters vLLM only while
 its version is active.
 """
@@ -25,8 +25,8 @@ from loraserve.errors import (
     StaleError,
     WorkFailedError,
 )
-from placement.adapter_slots import SlotTable
-from placement.adapter_slots_messages import (
+from placement.slots.machine import SlotTable
+from placement.slots.messages import (
     Activate,
     Activated,
     ActivationFailed,

@@ -1,6 +1,6 @@
 """A replica's requests by the rank of their adapters, as routers are told of them."""
 
-from placement.routing import RankLoad
+from placement.routing.chooser import RankLoad
 
 
 class RankCounts:

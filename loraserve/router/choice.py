@@ -20,8 +20,8 @@ from loraserve.router.loads import LoadBook
 from loraserve.router.peers import Peers
 from loraserve.router.tables import TableFollower
 from loraserve.rpc.internal.v1 import internal_pb2
-from placement.admission import Demand, TooLateError, choose_in_time
-from placement.routing import (
+from placement.routing.admission import Demand, TooLateError, choose_in_time
+from placement.routing.chooser import (
     Chooser,
     Decision,
     HoldersFullError,
@@ -39,7 +39,7 @@ CUT_OFF_WAIT_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The shell around `placement.routing.Chooser`: table, loads and links as they are now."""
+    """The shell around `placement.routing.chooser.Chooser`: table, loads and links as they are now."""
 
     clock: Clock
     loads: LoadBook

@@ -8,7 +8,7 @@ from loraserve.router.ledger import RequestOutcome
 from loraserve.rpc.codec import is_resumable
 from loraserve.rpc.internal.v1 import internal_pb2
 from loraserve.rpc.v1 import inference_pb2
-from placement.routing import Decision
+from placement.routing.chooser import Decision
 from placement.types import AdapterName, ReplicaId, VersionId
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from loraserve.clock import Clock
 from loraserve.router.own import OwnBook
 from loraserve.rpc.table_codec import LoadReport
-from placement.routing import LoadView, ReplicaLoad, active_peers
+from placement.routing.chooser import LoadView, ReplicaLoad, active_peers
 from placement.types import ReplicaId
 
 STALE_AFTER_S = 1.0

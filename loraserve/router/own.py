@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from placement.routing import OwnRequests
+from placement.routing.chooser import OwnRequests
 from placement.types import ReplicaId
 
 

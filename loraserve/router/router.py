@@ -32,7 +32,7 @@ from loraserve.router.tables import TableFollower
 from loraserve.rpc.oip import open_inference_pb2_grpc
 from loraserve.rpc.server import Health, add_reflection, bind, make_channel, make_server
 from loraserve.rpc.v1 import management_pb2_grpc
-from placement.routing import Chooser
+from placement.routing.chooser import Chooser
 from placement.table import RoutingTable
 
 logger = logging.getLogger(__name__)

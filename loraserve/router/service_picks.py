@@ -20,7 +20,7 @@ from loraserve.rpc.codec import check_adapter_name
 from loraserve.rpc.internal.v1 import internal_pb2
 from loraserve.rpc.status import status_of
 from loraserve.rpc.v1 import inference_pb2
-from placement.routing import Decision
+from placement.routing.chooser import Decision
 from placement.types import ReplicaId
 
 logger = logging.getLogger(__name__)

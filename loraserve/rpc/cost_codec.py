@@ -6,7 +6,7 @@ from loraserve.errors import BadInputError
 from loraserve.rpc.internal.v1 import internal_pb2
 from placement.latency import COEFFICIENTS, LatencyModel, RankKernel
 from placement.profile import OperatingPoint
-from placement.replica_cost import ReplicaCost
+from placement.routing.replica_cost import ReplicaCost
 
 
 def distinct(costs: Iterable[ReplicaCost | None]) -> dict[ReplicaCost, int]:

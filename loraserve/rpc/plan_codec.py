@@ -3,8 +3,8 @@
 from types import MappingProxyType
 
 from loraserve.rpc.v1 import management_pb2
-from placement.plan import PlanDiff, ReplicaChange, ShareChange
-from placement.skew import Skew
+from placement.plans.diff import PlanDiff, ReplicaChange, ShareChange
+from placement.plans.skew import Skew
 from placement.types import Holder, Placement, ReplicaId, VersionId
 
 

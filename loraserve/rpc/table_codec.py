@@ -6,7 +6,7 @@ from loraserve.errors import BadInputError
 from loraserve.rpc.codec import PROTOCOL_VERSION, check_protocol
 from loraserve.rpc.cost_codec import decode_cost, distinct, encode_cost, place_of
 from loraserve.rpc.internal.v1 import internal_pb2
-from placement.routing import RankLoad
+from placement.routing.chooser import RankLoad
 from placement.table import RoutingTable, TableEntry, TableReplica
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 

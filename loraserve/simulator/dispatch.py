@@ -10,7 +10,14 @@ from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.site import Site
 from loraserve.simulator.views import InFlight, Loads, Own, Router, Sight
 from placement.latency import PS_PER_S
-from placement.routing import Chooser, Decision, HoldersFullError, LoadView, RouteRequest, RoutingError
+from placement.routing.chooser import (
+    Chooser,
+    Decision,
+    HoldersFullError,
+    LoadView,
+    RouteRequest,
+    RoutingError,
+)
 from placement.table import RoutingTable
 from placement.types import ReplicaId, VersionId
 

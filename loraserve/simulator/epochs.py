@@ -11,7 +11,7 @@ from loraserve.simulator.result import EpochRecord
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.shell import Shell
 from loraserve.simulator.site import Site
-from placement.cluster_messages import EpochElapsed
+from placement.cluster.messages import EpochElapsed
 from placement.demand import ForecastOptions, forecaster
 from placement.latency import PS_PER_S
 from placement.types import VersionId

@@ -16,11 +16,11 @@ from loraserve.simulator.dispatch import Dispatch
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.shell import Shell
 from loraserve.simulator.site import Site
-from placement.cluster_messages import PlanGiven
+from placement.cluster.messages import PlanGiven
 from placement.latency import PS_PER_S, StepCounts
-from placement.migration import MigratingRequest, MigrationLimits, MigrationProblem
-from placement.migration_choice import migrate
-from placement.migration_view import Occupation, migrating_replicas, with_copies
+from placement.migration.choice import migrate
+from placement.migration.problem import MigratingRequest, MigrationLimits, MigrationProblem
+from placement.migration.view import Occupation, migrating_replicas, with_copies
 from placement.types import ReplicaId, VersionId
 
 # By nodes and not by time, so that a run is the same on every machine.

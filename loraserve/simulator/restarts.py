@@ -12,10 +12,10 @@ from loraserve.simulator.dispatch import Dispatch
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.site import Site
 from loraserve.simulator.transfers import Transfers
-from placement import cluster_messages as messages
-from placement.cluster_resize import Resizer
+from placement.cluster import messages
+from placement.cluster.resize import Resizer
 from placement.latency import PS_PER_S
-from placement.rank_sizing import RankSizingLimits
+from placement.plans.rank_sizing import RankSizingLimits
 from placement.types import AdapterVersion
 
 POLL_PS = PS_PER_S // 20

@@ -23,7 +23,7 @@ from loraserve.simulator.scenario import Failure, Scenario
 from loraserve.simulator.shell import Shell
 from loraserve.simulator.site import Site, Timing
 from placement.latency import PS_PER_S
-from placement.routing import make_routing_policy
+from placement.routing.chooser import make_routing_policy
 
 CHUNK = 1 << 14
 """So many arrivals at a time are taken from their column; progress is told after each."""

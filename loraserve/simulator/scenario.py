@@ -14,7 +14,7 @@ from placement.demand import DEFAULT_FORECASTER, FORECASTERS
 from placement.latency import StepCost
 from placement.policies import POLICIES
 from placement.profile import Profile
-from placement.routing import ROUTING_POLICIES
+from placement.routing.chooser import ROUTING_POLICIES
 from placement.types import AdapterName, AdapterVersion, ReplicaId, ReplicaSpec, version_id
 from traces.columns import TraceColumns
 

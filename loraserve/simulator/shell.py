@@ -12,8 +12,8 @@ from loraserve.simulator.restarts import Orphans, Restarts, resizer_of
 from loraserve.simulator.scenario import Failure, Scenario
 from loraserve.simulator.site import Site
 from loraserve.simulator.transfers import Transfers
-from placement import cluster_messages as messages
-from placement.cluster import ClusterState
+from placement.cluster import messages
+from placement.cluster.state import ClusterState
 from placement.latency import PS_PER_S
 from placement.policies import policy
 from placement.types import AdapterVersion, Placement, ReplicaId, Snapshot, VersionId

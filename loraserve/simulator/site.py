@@ -15,7 +15,7 @@ from loraserve.simulator.agenda import FAR_PS
 from loraserve.simulator.ledger import OK, Ledger
 from loraserve.simulator.scenario import ReplicaSetup
 from placement.latency import StepCost
-from placement.routing import OwnRequests, RankLoad, ReplicaLoad
+from placement.routing.chooser import OwnRequests, RankLoad, ReplicaLoad
 from placement.types import ReplicaId, ReplicaSpec, VersionId
 
 

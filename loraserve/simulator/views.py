@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from loraserve.simulator.site import Site
 from placement.latency import PS_PER_S
-from placement.routing import Chooser, LoadView, OwnRequests, ReplicaLoad, active_peers
+from placement.routing.chooser import Chooser, LoadView, OwnRequests, ReplicaLoad, active_peers
 from placement.types import ReplicaId
 
 PEERS_PERIOD_PS = PS_PER_S // 100

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from placement.capacity import tokens_per_s
-from placement.permutation import permuted
 from placement.policies.base import Room, equal_shares
 from placement.policies.contiguous import by_reach, deal_by_rank
 from placement.policies.loraserve_leftovers import Leftovers, instead_of_second_copies
 from placement.policies.loraserve_packing import Ask, Bin, budgets, pack_rank
+from placement.policies.permutation import permuted
 from placement.types import AdapterVersion, Holder, Placement, ReplicaId, Snapshot, VersionId
 
 MIN_TOKENS_PER_S = 1.0

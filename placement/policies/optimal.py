@@ -1,9 +1,9 @@
 """`optimal`: tiers of replicas by rank, pools of them inside a tier, and no move that does not pay.
 
-The number of replicas per tier is the one with the smallest highest utilisation (`placement.tiers`); inside a
-tier replicas are pooled as far as memory allows (`placement.pooling`), so that a router can choose among
-several instead of drawing from fixed shares; adapters get further copies as spill where that is cheap
-(`placement.spilling`). The present placement is kept for as long as it is good enough.
+The number of replicas per tier is the one with the smallest highest utilisation (`placement.pooling.tiers`);
+inside a tier replicas are pooled as far as memory allows (`placement.pooling.pools`), so that a router can
+choose among several instead of drawing from fixed shares; adapters get further copies as spill where that is
+cheap (`placement.pooling.spilling`). The present placement is kept for as long as it is good enough.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from placement.dividing import divide
-from placement.fleet import Fleet, Floats, Ints, fleet_of
-from placement.pooling import Pool, Ring, pack
-from placement.present import (
+from placement.pooling.dividing import divide
+from placement.pooling.fleet import Fleet, Floats, Ints, fleet_of
+from placement.pooling.labels import relabelled
+from placement.pooling.pools import Pool, Ring, pack
+from placement.pooling.present import (
     Present,
     bytes_by_level,
     fits,
@@ -26,9 +27,8 @@ from placement.present import (
     usable_of_tiers,
     utilisation_of_shares,
 )
-from placement.spilling import Layout
-from placement.tier_labels import relabelled
-from placement.tiers import Tiers, flows, neighbours, size_tiers, utilisation_of
+from placement.pooling.spilling import Layout
+from placement.pooling.tiers import Tiers, flows, neighbours, size_tiers, utilisation_of
 from placement.types import Holder, Placement, Snapshot
 
 GOOD_ENOUGH = 1.05

@@ -5,9 +5,9 @@ The static baseline of the LoRAServe paper's artifact (S-LoRA Contiguous): it kn
 
 from dataclasses import dataclass
 
-from placement.permutation import permuted
 from placement.policies.base import equal_shares
 from placement.policies.contiguous import deal_by_rank
+from placement.policies.permutation import permuted
 from placement.types import Placement, Snapshot
 
 

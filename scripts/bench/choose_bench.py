@@ -11,8 +11,8 @@ from statistics import median
 from time import perf_counter
 
 from placement.latency import LatencyModel, RankKernel
-from placement.replica_cost import ReplicaCost
-from placement.routing import Chooser, LoadView, OwnRequests, RankLoad, ReplicaLoad, RouteRequest
+from placement.routing.chooser import Chooser, LoadView, OwnRequests, RankLoad, ReplicaLoad, RouteRequest
+from placement.routing.replica_cost import ReplicaCost
 from placement.table import RoutingTable, TableEntry, TableReplica
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 

@@ -17,7 +17,7 @@ from loraserve.simulator.workload import SimulatedWorkload
 from placement.demand import DEFAULT_FORECASTER, FORECASTERS
 from placement.policies import POLICIES
 from placement.profile import Profile
-from placement.routing import ROUTING_POLICIES
+from placement.routing.chooser import ROUTING_POLICIES
 from traces.columns import TraceColumns
 from traces.metrics import GroupSummary, Slo
 

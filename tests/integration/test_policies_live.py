@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "policies_bench.py"
 CONTENDERS = ("optimal", "loraserve")
-ARGUMENTS = ("--rates", "12", "--seeds", "0", "--duration", "8", "--warmup", "2", "--epoch", "2", "--json")
+ARGUMENTS = ("--rates", "12", "--seeds", "0", "--duration", "6", "--warmup", "1", "--epoch", "2", "--json")
 
 
 def test_two_policies_serve_the_same_slide_live_and_simulated(tmp_path: Path) -> None:

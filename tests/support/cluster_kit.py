@@ -1,8 +1,8 @@
 """Small clusters for tests of the state machine: specs, adapters, and answers to its commands."""
 
-from placement import cluster_messages as messages
-from placement.cluster import ClusterState
-from placement.invariants import check_cluster
+from placement.cluster import messages
+from placement.cluster.invariants import check_cluster
+from placement.cluster.state import ClusterState
 from placement.policies import policy
 from placement.types import AdapterName, AdapterVersion, ReplicaId, ReplicaSpec, version_id
 

@@ -11,7 +11,7 @@ from loraserve.engines.replica_model.sequence import ReplicaLimits
 from loraserve.simulator.result import SimulationResult
 from loraserve.simulator.run import Simulation
 from loraserve.simulator.scenario import ReplicaSetup, Scenario, versions_of
-from placement.invariants import check_cluster
+from placement.cluster.invariants import check_cluster
 from placement.latency import LatencyModel, StepCost
 from placement.types import ReplicaId, ReplicaSpec
 from traces.columns import TraceAdapter, TraceColumns

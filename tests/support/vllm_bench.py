@@ -9,7 +9,7 @@ from loraserve.engines.vllm import VllmEngine
 from loraserve.engines.vllm_pool import EnginePool
 from loraserve.request import ChatTurn, GenerationRequest, GenerationStep, SamplingParams
 from loraserve.samples import SampleSet
-from placement.adapter_slots import SlotSnapshot
+from placement.slots.machine import SlotSnapshot
 from placement.types import VersionId
 
 MAX_TOKENS = 24

@@ -9,8 +9,9 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from loraserve.engines.replica_model.sequence import ReplicaLimits, Sequence
-from placement.adapter_slots import SlotTable
-from placement.adapter_slots_messages import (
+from placement.latency import PS_PER_S
+from placement.slots.machine import SlotTable
+from placement.slots.messages import (
     Activate,
     Activated,
     Admit,
@@ -21,7 +22,6 @@ from placement.adapter_slots_messages import (
     Event,
     Wanted,
 )
-from placement.latency import PS_PER_S
 from placement.types import VersionId
 
 

@@ -13,7 +13,7 @@ from loraserve.engines.replica_model.gate import AdapterGate
 from loraserve.engines.replica_model.log import ReplicaLog
 from loraserve.engines.replica_model.sequence import Phase, ReplicaLimits, Sequence
 from placement.latency import StepCost
-from placement.routing import RankLoad
+from placement.routing.chooser import RankLoad
 from placement.types import VersionId
 
 ENDLESS = 1 << 62

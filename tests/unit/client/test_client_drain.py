@@ -8,7 +8,7 @@ from loraserve.client import Client
 from loraserve.controller import drains
 from loraserve.errors import BadInputError
 from loraserve.samples import SampleSet
-from placement.cluster_records import DrainOrder
+from placement.cluster.records import DrainOrder
 from placement.types import ReplicaId
 from tests.support.cli import run_cli
 from tests.support.local_cluster import local_cluster

@@ -9,7 +9,7 @@ from loraserve.clock import WallClock
 from loraserve.config import Config
 from loraserve.engines.base import Engine
 from loraserve.samples import SampleSet
-from placement.invariants import check_cluster
+from placement.cluster.invariants import check_cluster
 from placement.profile import Profile
 from placement.types import ReplicaId
 from tests.support.controller_kit import RefusingEngine, Setup, small_config

@@ -18,8 +18,8 @@ from loraserve.errors import (
     OverloadedError,
 )
 from loraserve.samples import SampleSet, build_adapter
-from placement import cluster_messages as messages
-from placement.cluster_records import ReplicaPhase
+from placement.cluster import messages
+from placement.cluster.records import ReplicaPhase
 from placement.types import AdapterName, ReplicaId, VersionId
 from tests.support.controller_kit import TIMEOUT_S, Setup, small_config
 

@@ -16,9 +16,9 @@ from loraserve.controller.controller import Checkpoint, Controller
 from loraserve.engines.base import EngineInfo
 from loraserve.errors import AdapterRejectedError, AlreadyExistsError, NotFoundError, WorkFailedError
 from loraserve.samples import SampleSet
-from placement import cluster_messages as messages
-from placement.cluster_records import CopyPhase, DrainOrder, ReplicaPhase
-from placement.invariants import check_cluster
+from placement.cluster import messages
+from placement.cluster.invariants import check_cluster
+from placement.cluster.records import CopyPhase, DrainOrder, ReplicaPhase
 from placement.latency import LatencyModel, RankKernel
 from placement.profile import EngineFacts, OperatingPoint, Profile
 from placement.types import AdapterName, Holder, Placement, ReplicaId

@@ -21,8 +21,8 @@ from loraserve.engines.emulated import EmulatedEngine
 from loraserve.errors import WorkFailedError
 from loraserve.request import GenerationRequest, SamplingParams
 from loraserve.samples import SampleSet
+from placement.cluster.invariants import check_cluster
 from placement.demand import DEFAULT_FORECASTER, FORECASTERS, ForecastOptions, forecaster
-from placement.invariants import check_cluster
 from placement.types import AdapterName, AdapterVersion, ReplicaId, VersionId
 from tests.support.controller_kit import Setup, small_config
 

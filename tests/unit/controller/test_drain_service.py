@@ -14,7 +14,7 @@ from loraserve.controller.fleet import ReplicaLink
 from loraserve.errors import BadInputError, NotFoundError, StaleError
 from loraserve.request import SamplingParams
 from loraserve.samples import SampleSet
-from placement.cluster_records import ReplicaPhase
+from placement.cluster.records import ReplicaPhase
 from placement.types import ReplicaId
 from tests.support.cli import run_cli
 from tests.support.local_cluster import LocalCluster, local_cluster

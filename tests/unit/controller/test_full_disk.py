@@ -12,8 +12,8 @@ from loraserve.controller.service import ManagementService
 from loraserve.errors import WorkFailedError
 from loraserve.rpc.v1 import management_pb2
 from loraserve.samples import SampleSet, build_adapter
-from placement import cluster_messages as messages
-from placement.cluster_records import DrainOrder, ReplicaPhase
+from placement.cluster import messages
+from placement.cluster.records import DrainOrder, ReplicaPhase
 from placement.types import AdapterName, ReplicaId
 from tests.support.controller_kit import TIMEOUT_S, Setup
 from tests.support.full_disk import full_disk

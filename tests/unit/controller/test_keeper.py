@@ -12,8 +12,8 @@ from loraserve.engines.base import AdapterFiles
 from loraserve.engines.description import ReplicaReport
 from loraserve.errors import ReplicaStartError
 from loraserve.samples import SampleSet
-from placement import cluster_messages as messages
-from placement.cluster_records import DrainOrder, ReplicaPhase
+from placement.cluster import messages
+from placement.cluster.records import DrainOrder, ReplicaPhase
 from placement.types import ReplicaId
 from tests.support.controller_kit import TIMEOUT_S, Setup
 

@@ -9,7 +9,7 @@ import pytest
 
 from loraserve.controller.controller import Controller
 from loraserve.controller.periodic import every
-from placement import cluster_messages as messages
+from placement.cluster import messages
 from tests.support.controller_kit import TIMEOUT_S, Setup
 
 

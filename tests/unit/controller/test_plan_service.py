@@ -10,7 +10,7 @@ import pytest
 from loraserve.client import Client
 from loraserve.errors import NotFoundError, StaleError
 from loraserve.samples import SampleSet
-from placement import cluster_messages as messages
+from placement.cluster import messages
 from placement.types import Holder, Placement, ReplicaId, VersionId
 from tests.support.cli import run_cli
 from tests.support.local_cluster import LocalCluster, local_cluster

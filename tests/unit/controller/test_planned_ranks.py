@@ -10,8 +10,8 @@ from loraserve.controller.controller import Controller
 from loraserve.controller.ranks import resizer_of, with_max_lora_rank
 from loraserve.request import SamplingParams
 from loraserve.samples import SampleSet
-from placement.cluster_messages import EpochElapsed
-from placement.cluster_records import ReplicaPhase
+from placement.cluster.messages import EpochElapsed
+from placement.cluster.records import ReplicaPhase
 from placement.latency import LatencyModel, RankKernel
 from placement.profile import EngineFacts, OperatingPoint, Profile
 from placement.types import ReplicaId

@@ -11,7 +11,7 @@ import pytest
 
 from loraserve.controller.store import SCHEMA_VERSION, Changes, Store, StoredRegistration
 from loraserve.errors import BadInputError, WorkFailedError
-from placement.cluster_records import DrainOrder
+from placement.cluster.records import DrainOrder
 from placement.types import AdapterName, AdapterVersion, Holder, Placement, ReplicaId, VersionId
 from tests.support.cli import run_cli
 from tests.support.full_disk import full_disk

@@ -5,8 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from placement import adapter_slots_messages as messages
-from placement.adapter_slots import SlotPhase, SlotTable
+from placement.slots import messages
+from placement.slots.machine import SlotPhase, SlotTable
 from placement.types import VersionId
 
 A, B, C, D, E = (VersionId(f"{name}@0") for name in "abcde")

@@ -16,9 +16,9 @@ from loraserve.engines.replica_model.sequence import ReplicaLimits, Sequence
 from loraserve.replica.meter import Meter, Progress
 from loraserve.router.loads import LoadBook
 from loraserve.rpc.table_codec import LoadReport
-from placement.admission import Demand, TooLateError, choose_in_time, estimate, is_late
 from placement.latency import PS_PER_S, LatencyModel, StepCost
-from placement.routing import Chooser, LoadView, ReplicaLoad, RouteRequest
+from placement.routing.admission import Demand, TooLateError, choose_in_time, estimate, is_late
+from placement.routing.chooser import Chooser, LoadView, ReplicaLoad, RouteRequest
 from placement.table import RoutingTable, TableReplica
 from placement.types import ReplicaId
 

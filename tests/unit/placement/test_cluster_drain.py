@@ -2,12 +2,12 @@
 
 import pytest
 
-from placement import cluster_messages as messages
-from placement.cluster import ClusterState
-from placement.cluster_records import DrainOrder, ReplicaPhase
-from placement.invariants import check_cluster
+from placement.cluster import messages
+from placement.cluster.invariants import check_cluster
+from placement.cluster.records import DrainOrder, ReplicaPhase
+from placement.cluster.state import ClusterState
 from placement.policies import policy
-from placement.routing import Chooser, LoadView, RouteRequest
+from placement.routing.chooser import Chooser, LoadView, RouteRequest
 from placement.types import ReplicaId
 from tests.support.cluster_kit import R0, R1, acknowledge, adapter, cluster, spec
 

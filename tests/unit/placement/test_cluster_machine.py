@@ -13,20 +13,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from placement import cluster_messages as messages
-from placement.cluster import ClusterState
-from placement.cluster_records import CopyPhase, DrainOrder, ReplicaPhase
-from placement.cluster_resize import Resizer
-from placement.invariants import check_cluster
+from placement.cluster import messages
+from placement.cluster.invariants import check_cluster
+from placement.cluster.records import CopyPhase, DrainOrder, ReplicaPhase
+from placement.cluster.resize import Resizer
+from placement.cluster.state import ClusterState
 from placement.latency import LatencyModel, RankKernel
-from placement.plan_book import MAX_EARLIER, EarlierPlan
+from placement.plans.book import MAX_EARLIER, EarlierPlan
+from placement.plans.rank_sizing import RankSizingLimits
+from placement.plans.veto import veto
 from placement.policies import POLICIES, policy
 from placement.policies.base import PlacementPolicy, Room
 from placement.profile import EngineFacts, OperatingPoint, Profile
-from placement.rank_sizing import RankSizingLimits
 from placement.table import RoutingTable
 from placement.types import AdapterName, AdapterVersion, Holder, Placement, ReplicaId, Snapshot, VersionId
-from placement.veto import veto
 from tests.support.cluster_kit import adapter, spec
 
 MAX_LOADS = 2

@@ -4,10 +4,10 @@ from types import MappingProxyType
 
 import pytest
 
-from placement import cluster_messages as messages
-from placement.cluster import ClusterState
-from placement.cluster_records import CopyPhase
-from placement.plan_book import MAX_EARLIER, EarlierPlan
+from placement.cluster import messages
+from placement.cluster.records import CopyPhase
+from placement.cluster.state import ClusterState
+from placement.plans.book import MAX_EARLIER, EarlierPlan
 from placement.policies import policy
 from placement.types import AdapterVersion, Holder, Placement, ReplicaId, Snapshot, VersionId
 from tests.support.cluster_kit import R0, R1, acknowledge, adapter, spec

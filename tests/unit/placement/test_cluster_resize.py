@@ -2,15 +2,15 @@
 
 import pytest
 
-from placement import cluster_messages as messages
-from placement.cluster import ClusterState
-from placement.cluster_records import DrainOrder, ReplicaPhase
-from placement.cluster_resize import MAX_WAITING_EPOCHS, Resizer
-from placement.invariants import check_cluster
+from placement.cluster import messages
+from placement.cluster.invariants import check_cluster
+from placement.cluster.records import DrainOrder, ReplicaPhase
+from placement.cluster.resize import MAX_WAITING_EPOCHS, Resizer
+from placement.cluster.state import ClusterState
 from placement.latency import LatencyModel, RankKernel
+from placement.plans.rank_sizing import RankSizingLimits
 from placement.policies import policy
 from placement.profile import EngineFacts, OperatingPoint, Profile
-from placement.rank_sizing import RankSizingLimits
 from placement.types import ReplicaId
 from tests.support.cluster_kit import R0, R1, acknowledge, adapter, spec
 

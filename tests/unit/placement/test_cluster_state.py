@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from placement import cluster_messages as messages
-from placement.cluster import ClusterState
-from placement.cluster_records import ReplicaPhase
-from placement.invariants import check_cluster
+from placement.cluster import messages
+from placement.cluster.invariants import check_cluster
+from placement.cluster.records import ReplicaPhase
+from placement.cluster.state import ClusterState
 from placement.policies import policy
 from placement.types import AdapterName, VersionId
 from tests.support.cluster_kit import R0, R1, acknowledge, adapter, cluster, spec

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from placement.invariants import check_placement
+from placement.cluster.invariants import check_placement
 from placement.latency import LatencyModel
 from placement.policies import policy
 from placement.policies.loraserve import packed

@@ -9,11 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.latency import LatencyModel, RankKernel
-from placement.marginal_cost import MAX_LOOKS, PrefixMemory
-from placement.marginal_cost_gauge import Gauge, cost_ms
 from placement.profile import EngineFacts, Profile
-from placement.replica_cost import CostBook, ReplicaCost, cost_of
-from placement.routing import Chooser, LoadView, OwnRequests, RankLoad, ReplicaLoad, RouteRequest, Target
+from placement.routing.chooser import (
+    Chooser,
+    LoadView,
+    OwnRequests,
+    RankLoad,
+    ReplicaLoad,
+    RouteRequest,
+    Target,
+)
+from placement.routing.marginal_cost import MAX_LOOKS, PrefixMemory
+from placement.routing.marginal_cost_gauge import Gauge, cost_ms
+from placement.routing.replica_cost import CostBook, ReplicaCost, cost_of
 from placement.table import RoutingTable, TableEntry, TableReplica
 from placement.types import AdapterName, Holder, ReplicaId, ReplicaSpec, VersionId
 

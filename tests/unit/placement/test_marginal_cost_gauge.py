@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from placement.latency import LatencyModel, RankKernel
-from placement.marginal_cost_gauge import (
+from placement.routing.chooser import OwnRequests, RankLoad, ReplicaLoad
+from placement.routing.marginal_cost_gauge import (
     AHEAD,
     BUSY,
     FULL_KV,
@@ -17,8 +18,7 @@ from placement.marginal_cost_gauge import (
     Gauge,
     cost_ms,
 )
-from placement.replica_cost import ReplicaCost
-from placement.routing import OwnRequests, RankLoad, ReplicaLoad
+from placement.routing.replica_cost import ReplicaCost
 from placement.types import ReplicaId, VersionId
 
 RANKS = (0, 8, 16, 64, 128)
@@ -52,7 +52,7 @@ def padding_of(counts: dict[int, float], rank: int) -> tuple[float, float]:
 def plain_cost_ms(
     load: ReplicaLoad, own: OwnRequests, peers: float, cost: ReplicaCost, rank: int, prompt: int, output: int
 ) -> float:
-    """The cost of one request more, see the docstring of `placement.marginal_cost_gauge`."""
+    """The cost of one request more, see the docstring of `placement.routing.marginal_cost_gauge`."""
     model, counts = cost.latency, counts_of(load, own, peers)
     rows, mean_prompt, mean_output = (
         sum(counts.values()),

@@ -6,7 +6,8 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement.migration import (
+from placement.migration.choice import assign, migrate
+from placement.migration.problem import (
     Assignment,
     MigratingReplica,
     MigratingRequest,
@@ -16,8 +17,7 @@ from placement.migration import (
     narrowed,
     overloaded_pairs,
 )
-from placement.migration_choice import assign, migrate
-from placement.migration_program import solve
+from placement.migration.program import solve
 from placement.types import ReplicaId, VersionId
 
 LIMITS = MigrationLimits(time_limit_s=None)

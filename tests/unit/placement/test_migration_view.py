@@ -5,8 +5,8 @@ from types import MappingProxyType
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.invariants import check_placement
-from placement.migration_view import with_copies
+from placement.cluster.invariants import check_placement
+from placement.migration.view import with_copies
 from placement.policies import policy
 from placement.types import Placement, ReplicaId, Snapshot, VersionId
 from tests.support.cluster_kit import adapter, spec

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement.invariants import check_placement
+from placement.cluster.invariants import check_placement
 from placement.latency import RankKernel
 from placement.policies import policy
 from placement.types import Placement, ReplicaId, Snapshot

@@ -3,9 +3,9 @@
 import pytest
 
 from loraserve.config import parse_config
-from placement.pairing import AUTO, routing_for
 from placement.policies import POLICIES
-from placement.routing import ROUTING_POLICIES
+from placement.routing.chooser import ROUTING_POLICIES
+from placement.routing.pairing import AUTO, routing_for
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

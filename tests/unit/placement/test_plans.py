@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.invariants import check_placement
+from placement.cluster.invariants import check_placement
 from placement.latency import LatencyModel, RankKernel
-from placement.plan import diff_of
-from placement.plan_repair import repaired
-from placement.plan_text import parse_plan, plan_text
+from placement.plans.diff import diff_of
+from placement.plans.repair import repaired
+from placement.plans.skew import skew_of, uses_of
+from placement.plans.text import parse_plan, plan_text
+from placement.plans.veto import veto
 from placement.policies.base import Room
 from placement.profile import EngineFacts, OperatingPoint, Profile
-from placement.skew import skew_of, uses_of
 from placement.types import Holder, Placement, ReplicaId, ReplicaSpec, Snapshot, VersionId
-from placement.veto import veto
 from tests.support.cluster_kit import R0, R1, adapter, spec
 
 R2 = ReplicaId("replica-2")

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement.invariants import check_placement
+from placement.cluster.invariants import check_placement
 from placement.latency import LatencyModel, RankKernel
-from placement.permutation import MAX_EXACT, permuted
 from placement.policies import POLICIES, policy
 from placement.policies.base import Room
+from placement.policies.permutation import MAX_EXACT, permuted
 from placement.profile import EngineFacts, OperatingPoint, Profile
 from placement.types import (
     AdapterName,

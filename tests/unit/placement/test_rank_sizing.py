@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.latency import LatencyModel, RankKernel
+from placement.plans.rank_sizing import RankPlan, RankSizingLimits, holds_all, next_restart, size_ranks
 from placement.profile import EngineFacts, OperatingPoint, Profile
-from placement.rank_sizing import RankPlan, RankSizingLimits, holds_all, next_restart, size_ranks
 from placement.types import AdapterName, AdapterVersion, ReplicaId, ReplicaSpec, Snapshot, VersionId
 
 STEPS = (8, 16, 32, 64, 128)

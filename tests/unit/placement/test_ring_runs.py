@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.ring_runs import along, begins, run
+from placement.pooling.ring_runs import along, begins, run
 
 runs = st.integers(1, 12).flatmap(
     lambda number: st.tuples(

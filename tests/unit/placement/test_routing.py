@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.routing import (
+from placement.routing.chooser import (
     ROUTING_POLICIES,
     Chooser,
     Decision,

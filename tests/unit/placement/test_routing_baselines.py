@@ -8,8 +8,7 @@ import pytest
 
 from placement.latency import LatencyModel, RankKernel
 from placement.profile import OperatingPoint
-from placement.replica_cost import ReplicaCost
-from placement.routing import (
+from placement.routing.chooser import (
     Chooser,
     LoadView,
     OwnRequests,
@@ -18,7 +17,8 @@ from placement.routing import (
     RouteRequest,
     make_routing_policy,
 )
-from placement.routing_stock import RankStock, Stock
+from placement.routing.replica_cost import ReplicaCost
+from placement.routing.stock import RankStock, Stock
 from placement.table import RoutingTable, TableEntry, TableReplica
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 

@@ -17,7 +17,7 @@ import pytest
 from loraserve.clock import ManualClock
 from loraserve.router.loads import LoadBook
 from loraserve.rpc.table_codec import LoadReport
-from placement.routing import Chooser, RouteRequest
+from placement.routing.chooser import Chooser, RouteRequest
 from placement.table import RoutingTable, TableReplica
 from placement.types import ReplicaId
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from loraserve.clock import ManualClock
 from loraserve.replica.meter import Meter, Progress
-from placement.routing import RankLoad
+from placement.routing.chooser import RankLoad
 
 
 def test_a_request_waits_until_its_first_token_and_runs_until_it_goes() -> None:

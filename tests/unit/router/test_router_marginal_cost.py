@@ -6,8 +6,8 @@ from loraserve.router.testing import table_of
 from loraserve.rpc.internal.v1 import internal_pb2
 from loraserve.rpc.v1 import inference_pb2
 from placement.latency import LatencyModel
-from placement.replica_cost import ReplicaCost
-from placement.routing import ReplicaLoad
+from placement.routing.chooser import ReplicaLoad
+from placement.routing.replica_cost import ReplicaCost
 from placement.table import RoutingTable
 from tests.support.router_bench import Bench, MakeBench, ask, until
 

@@ -8,8 +8,8 @@ from loraserve.errors import BadInputError
 from loraserve.rpc import table_codec
 from placement.latency import COEFFICIENTS, LatencyModel, RankKernel
 from placement.profile import OperatingPoint
-from placement.replica_cost import ReplicaCost
-from placement.routing import RankLoad
+from placement.routing.chooser import RankLoad
+from placement.routing.replica_cost import ReplicaCost
 from placement.table import RoutingTable, TableEntry, TableReplica
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from loraserve.simulator.run import Simulation
 from loraserve.simulator.scenario import Failure, Scenario
-from placement.invariants import check_cluster
+from placement.cluster.invariants import check_cluster
 from placement.types import ReplicaId
 from tests.support.simulated import digest, replicas_of, scenario_of, trace_of_columns
 

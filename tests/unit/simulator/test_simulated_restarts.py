@@ -10,7 +10,7 @@ from loraserve.simulator.from_profile import ClusterOptions
 from loraserve.simulator.from_profile import scenario_of as of_profile
 from loraserve.simulator.run import Simulation
 from loraserve.simulator.scenario import Failure, Scenario
-from placement.invariants import check_cluster
+from placement.cluster.invariants import check_cluster
 from placement.latency import LatencyModel, RankKernel
 from placement.profile import EngineFacts, OperatingPoint, Profile
 from placement.types import ReplicaId

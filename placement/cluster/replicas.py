@@ -1,0 +1,91 @@
+"""What the news of one replica does to its record: it is up, it is lost, an epoch has passed."""
+
+from collections.abc import Iterable, Mapping
+
+from placement.cluster import drain as cluster_drain
+from placement.cluster.messages import (
+    Command,
+    LoadAdapter,
+    ReplicaReady,
+    StartReplica,
+    StopReplica,
+    UnloadAdapter,
+)
+from placement.cluster.records import Copy, CopyPhase, ReplicaPhase, ReplicaRecord
+from placement.types import AdapterVersion, VersionId
+
+_Adapters = Mapping[VersionId, AdapterVersion]
+
+
+def ready(record: ReplicaRecord, event: ReplicaReady, adapters: _Adapters) -> list[Command]:
+    """A replica is up, or was found again with what it holds."""
+    if record.phase is ReplicaPhase.DRAINED:
+        return [StopReplica(record.replica_id)]
+    record.phase, record.spec, record.address = ReplicaPhase.READY, event.spec, event.address
+    record.reason, record.leaving, record.gone = "", False, False
+    record.copies = {
+        version: Copy(CopyPhase.HELD, _size_bytes(adapters, version)) for version in sorted(event.resident)
+    }
+    record.refused.clear()
+    return _resume(record, event, adapters) + cluster_drain.ready(record, is_draining=event.draining)
+
+
+def _resume(record: ReplicaRecord, event: ReplicaReady, adapters: _Adapters) -> list[Command]:
+    """Ask again for what an earlier controller had asked for, to hear how it ends."""
+    commands: list[Command] = []
+    for version in sorted(event.loading | event.dropping):
+        adapter = adapters.get(version)
+        record.copies[version] = Copy(CopyPhase.RETIRING, _size_bytes(adapters, version))
+        if adapter is None or version in event.dropping:
+            commands.append(UnloadAdapter(record.replica_id, version))
+        else:
+            record.copies[version].phase = CopyPhase.LOADING
+            commands.append(LoadAdapter(record.replica_id, adapter))
+    return commands
+
+
+def lost(record: ReplicaRecord, reason: str, max_restarts: int) -> list[Command]:
+    """A replica is gone with its copies; it is started again a bounded number of times."""
+    if record.phase is ReplicaPhase.DRAINED:
+        return []
+    record.copies.clear()
+    record.refused.clear()
+    record.reason = reason
+    if record.drain is not None:
+        cluster_drain.lost(record)
+        return []
+    record.leaving = False
+    if record.restarts >= max_restarts:
+        record.phase = ReplicaPhase.FAILED
+        return []
+    record.phase = ReplicaPhase.STARTING
+    record.restarts += 1
+    return [StartReplica(record.replica_id, record.restarts)]
+
+
+def given_up(record: ReplicaRecord, reason: str) -> None:
+    """A replica could not be started."""
+    if record.phase in (ReplicaPhase.STARTING, ReplicaPhase.UNKNOWN):
+        record.phase, record.reason = ReplicaPhase.FAILED, reason
+
+
+def epoch_elapsed(records: Iterable[ReplicaRecord]) -> list[Command]:
+    """Give refused loads another chance, ask again for drops that nobody confirmed, and let a replica that
+    lasted an epoch earn one restart back."""
+    commands: list[Command] = []
+    for record in records:
+        record.refused.clear()
+        if record.phase is ReplicaPhase.READY:
+            record.restarts = max(0, record.restarts - 1)
+            commands += [
+                UnloadAdapter(record.replica_id, version)
+                for version, copy in sorted(record.copies.items())
+                if copy.phase is CopyPhase.RETIRING
+            ]
+    return commands
+
+
+def _size_bytes(adapters: _Adapters, version: VersionId) -> int:
+    """What is registered; nothing for a stray version, which is dropped at once."""
+    adapter = adapters.get(version)
+    return adapter.size_bytes if adapter is not None else 0

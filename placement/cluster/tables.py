@@ -1,0 +1,155 @@
+"""The routing table that follows from what the replicas hold."""
+
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+
+from placement.cluster.records import Holdings, ReplicaPhase
+from placement.routing.replica_cost import CostBook
+from placement.table import RoutingTable, TableEntry, TableReplica
+from placement.types import AdapterName, Holder, ReplicaId, VersionId
+
+_Held = Mapping[VersionId, tuple[ReplicaId, ...]]
+
+
+def table_of(
+    holdings: Holdings, before: RoutingTable, costs: CostBook, full: Collection[ReplicaId] = frozenset()
+) -> RoutingTable:
+    """The table of what is held now, to follow `before`: names by the newest version that somebody
+    holds, and the ready replicas with the draining ones that a name still depends on. What is not planned
+    on `full` replicas leaves the table there if another holds it, to make room for what is."""
+    # Gathered once: to look through all replicas for each name takes seconds with a thousand of them.
+    held = holdings.all_holders()
+    entries = {
+        name: entry
+        for name in sorted(holdings.active)
+        if (entry := _entry(holdings, held, name, full) or _waiting(holdings, name, before)) is not None
+    }
+    needed = {holder.replica_id for entry in entries.values() for holder in entry.holders}
+    replicas = {
+        record.replica_id: TableReplica(
+            replica_id=record.replica_id,
+            address=record.address,
+            max_lora_rank=record.spec.max_lora_rank,
+            draining=record.phase is ReplicaPhase.DRAINING,
+            cost=costs.of(record.spec),
+        )
+        for record in holdings.replicas.values()
+        if record.spec is not None and (record.phase is ReplicaPhase.READY or record.replica_id in needed)
+    }
+    return RoutingTable(
+        version=before.version + 1,
+        base_model=before.base_model,
+        replicas=MappingProxyType(replicas),
+        entries=MappingProxyType(entries),
+    )
+
+
+def _entry(
+    holdings: Holdings, held: _Held, name: AdapterName, full: Collection[ReplicaId]
+) -> TableEntry | None:
+    for version in holdings.versions_of(name):
+        if version not in held:
+            continue
+        holders = _holders(holdings, held[version], version, full)
+        if holders:
+            rank = holdings.adapters[version].rank
+            return TableEntry(name=name, version_id=version, rank=rank, holders=holders)
+    return None
+
+
+def _waiting(holdings: Holdings, name: AdapterName, before: RoutingTable) -> TableEntry | None:
+    """The entry of a name that has lost its last holder: its requests wait for the next one. A name
+    that has had none yet is not in the table."""
+    known = before.entries.get(name)
+    if known is None:
+        return None
+    version = known.version_id if known.version_id in holdings.adapters else holdings.active[name]
+    return TableEntry(name=name, version_id=version, rank=holdings.adapters[version].rank, holders=())
+
+
+def _holders(
+    holdings: Holdings, held: tuple[ReplicaId, ...], version: VersionId, full: Collection[ReplicaId]
+) -> tuple[Holder, ...]:
+    """The planned shares of those that hold it already, and what is meant for those that are yet to load it
+    with the holders that the plan does without; equal shares if no planned one with a share holds it. A
+    draining replica's only where no other holds it."""
+    planned = {
+        holder.replica_id: holder
+        for holder in holdings.plan.holders.get(version, ())
+        if _is_ready(holdings, holder.replica_id)
+    }
+    shares = {key: one.share for key, one in planned.items() if key in held and one.share > 0}
+    if shares:
+        # Without a share they stand by.
+        shares |= {key: 0.0 for key in planned if key in held and key not in shares}
+        shares |= _lent(holdings, held, version, full, planned)
+    else:
+        released = _released(holdings, held, version, full)
+        kept = [replica for replica in held if replica not in released]
+        ready = [replica for replica in kept if _is_ready(holdings, replica)]
+        shares = dict.fromkeys(ready or [one for one in kept if _must_stay(holdings, one, version)], 1.0)
+    total = sum(shares.values())
+    return tuple(
+        Holder(
+            replica_id=key,
+            share=share / total,
+            spill=share == 0 and planned[key].spill,
+        )
+        for key, share in sorted(shares.items())
+    )
+
+
+def _lent(
+    holdings: Holdings,
+    held: tuple[ReplicaId, ...],
+    version: VersionId,
+    full: Collection[ReplicaId],
+    planned: Mapping[ReplicaId, Holder],
+) -> dict[ReplicaId, float]:
+    """The shares of planned holders that may load it yet, for as long with those that the plan does without:
+    the others would have to carry it all meanwhile."""
+    coming = sum(
+        holder.share
+        for replica, holder in planned.items()
+        if replica not in held and version not in holdings.replicas[replica].refused
+    )
+    old = [
+        replica
+        for replica in held
+        if replica not in planned and replica not in full and _is_ready(holdings, replica)
+    ]
+    return dict.fromkeys(old, coming / len(old)) if coming > 0 and old else {}
+
+
+def _is_ready(holdings: Holdings, replica: ReplicaId) -> bool:
+    record = holdings.replicas.get(replica)
+    return record is not None and record.phase is ReplicaPhase.READY
+
+
+def _must_stay(holdings: Holdings, replica: ReplicaId, version: VersionId) -> bool:
+    """Whether a draining replica keeps its last copy until another has one: with force, only where one
+    may still come."""
+    order = holdings.replicas[replica].drain
+    return order is None or not order.force or holdings.may_come(version)
+
+
+def _released(
+    holdings: Holdings, held: tuple[ReplicaId, ...], version: VersionId, full: Collection[ReplicaId]
+) -> frozenset[ReplicaId]:
+    """The holders that must give up their room for what is planned there, never all of them: an old version
+    for the new one, and whatever is not planned on a full replica."""
+    newer = holdings.adapters[holdings.active[holdings.adapters[version].name]]
+    is_old = newer.version_id != version
+    planned = holdings.plan.replicas_of(newer.version_id)
+    giving = [
+        replica
+        for replica in held
+        if (
+            is_old
+            and replica in planned
+            and newer.version_id not in holdings.replicas[replica].copies
+            and not holdings.replicas[replica].has_room(newer)
+        )
+        or (not is_old and replica in full and replica not in planned)
+    ]
+    return frozenset(giving[: len(held) - 1])

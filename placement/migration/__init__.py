@@ -1,0 +1,1 @@
+"""Which requests of an overloaded replica go where, with which adapters."""

@@ -1,0 +1,96 @@
+"""The plan in force, the ones before it, and the one that is frozen: what the state machine decides from.
+
+No I/O: it answers with the commands that make each change durable.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from placement.cluster import messages
+from placement.cluster.messages import Command, Event, KeepPlan, SaveFreeze, SavePlan
+from placement.types import Placement
+
+MAX_EARLIER = 16
+"""How many plans before the present one are remembered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlierPlan:
+    """A plan that was in force, numbered in order, and why the next one took its place."""
+
+    number: int
+    plan: Placement
+    ended_by: str
+
+
+class PlanBook:
+    """`plan` is in force. `frozen` is the plan that stays until it is unfrozen, None if policies decide;
+    `problem` says why the last plan asked for was refused or could not be carried out."""
+
+    def __init__(
+        self,
+        plan: Placement | None = None,
+        *,
+        earlier: Iterable[EarlierPlan] = (),
+        frozen: Placement | None = None,
+    ) -> None:
+        self.plan = plan if plan is not None else Placement()
+        self.earlier = sorted(earlier, key=lambda one: one.number)[-MAX_EARLIER:]
+        self.frozen = frozen
+        self.problem: str | None = None
+
+    def adopt(self, plan: Placement) -> list[Command]:
+        """The plan is in force from now on."""
+        if plan == self.plan:
+            return []
+        self.plan = plan
+        return [SavePlan(plan)]
+
+    def keep(self, before: Placement, event: Event) -> list[Command]:
+        """Keep the plan that was in force when the event came, to go back to, if the present one is another.
+        A change that goes with an adapter is part of the plan before; one that was kept last is not kept
+        twice."""
+        why = _words(event)
+        is_last = bool(self.earlier) and self.earlier[-1].plan == before
+        if why is None or before == self.plan or is_last or not before.holders:
+            return []
+        number = self.earlier[-1].number + 1 if self.earlier else 1
+        self.earlier.append(EarlierPlan(number=number, plan=before, ended_by=why))
+        commands: list[Command] = [KeepPlan(number, before, why)]
+        while len(self.earlier) > MAX_EARLIER:
+            commands.append(KeepPlan(self.earlier.pop(0).number, None))
+        return commands
+
+    def freeze(self, plan: Placement | None) -> list[Command]:
+        """This plan is to stay; None: none is."""
+        if plan == self.frozen:
+            return []
+        self.frozen = plan
+        return [SaveFreeze(plan)]
+
+    def go_back(self) -> tuple[Placement | None, list[Command]]:
+        """Take out the plan before the present one; None if there is none."""
+        if not self.earlier:
+            return None, []
+        last = self.earlier.pop()
+        return last.plan, [KeepPlan(last.number, None)]
+
+
+def _words(event: Event) -> str | None:
+    """Why a plan was changed, in words; None for what is nobody's decision."""
+    match event:
+        case messages.EpochElapsed():
+            return "an epoch"
+        case messages.ReplicaReady(spec=spec):
+            return f"{spec.replica_id} came"
+        case messages.ReplicaLost(replica_id=replica_id):
+            return f"{replica_id} was lost"
+        case messages.DrainRequested(replica_id=replica_id):
+            return f"{replica_id} is drained"
+        case messages.UndrainRequested(replica_id=replica_id):
+            return f"{replica_id} is undrained"
+        case messages.FreezeRequested():
+            return "it was unfrozen"
+        case messages.PlanGiven():
+            return "a plan was applied"
+    return None

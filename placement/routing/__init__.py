@@ -1,0 +1,1 @@
+"""Which holder serves a request: what routers see, the policies, early refusal."""

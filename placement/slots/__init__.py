@@ -1,0 +1,1 @@
+"""Which adapters are active in an engine's slots."""
