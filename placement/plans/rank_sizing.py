@@ -50,14 +50,12 @@ class RankPlan:
     """A setting for every replica that can have one, empty where it is better to leave all as they are.
 
     `utilisation` is the highest with the settings now and `planned_utilisation` with the best ones, infinite
-    where a registered rank has no replica; gain and cost in tokens, see `size_ranks`.
+    where a registered rank has no replica.
     """
 
     max_lora_ranks: Mapping[ReplicaId, int] = field(default_factory=lambda: MappingProxyType({}))
     utilisation: float = 0.0
     planned_utilisation: float = 0.0
-    gain_tokens: float = 0.0
-    cost_tokens: float = 0.0
     reason: str = ""
 
 
@@ -89,9 +87,7 @@ def size_ranks(
     changed = [spec for spec in fleet.resizable if wanted[spec.replica_id] != spec.max_lora_rank]
     gain = _gain_tokens(fleet, before, after)
     cost = sum(_cost_tokens(fleet, spec, before) for spec in changed)
-    found = RankPlan(
-        utilisation=before, planned_utilisation=after, gain_tokens=gain, cost_tokens=cost, reason="as it is"
-    )
+    found = RankPlan(utilisation=before, planned_utilisation=after, reason="as it is")
     if not changed:
         return found
     must = not fleet.holds_all(fleet.specs)

@@ -158,10 +158,6 @@ def instead_of_second_copies(homeless: Sequence[Ask], bins: Sequence[Bin]) -> No
         copies[adapter.version_id] += 1
 
 
-def _hardest_first(ask: Ask) -> tuple[int, int, tuple[float, VersionId]]:
-    return -ask.adapter.rank, -ask.adapter.size_bytes, most_first(ask)
-
-
 def _to_give_up(one: Bin, adapter: AdapterVersion, copies: Mapping[VersionId, int]) -> list[VersionId] | None:
     """The copies that must go from here for the adapter to fit, () if none need; None if it cannot."""
     if not one.room.spec.admits(adapter):

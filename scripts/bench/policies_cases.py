@@ -54,18 +54,17 @@ CONTENDERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A named preset; `slides` if what is popular changes from its start to its end."""
+    """A named preset."""
 
     name: str
     preset: str
-    slides: bool = False
 
 
 WORKLOADS = {
     one.name: one
     for one in (
         Workload(name="skew", preset="preset:loraserve-skew"),
-        Workload(name="slide", preset="preset:loraserve-skewslide", slides=True),
+        Workload(name="slide", preset="preset:loraserve-skewslide"),
         Workload(name="uniform", preset="preset:loraserve-uniform"),
     )
 }

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,8 +88,3 @@ def runner(jobs: int | None, note: Callable[[str], None]) -> Iterator[Runner]:
 def _ignore_interrupts() -> None:
     # Ctrl-C reaches the whole group of processes; the parent ends the others in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def outcomes_of(found: Iterable[Highest]) -> list[Outcome]:
-    """Every run of these searches."""
-    return [probe for one in found for probe in one.probes]
