@@ -51,6 +51,11 @@ class ReplicaSpec:
     node_id: NodeId = NodeId("local")
     profile: str = ""
 
+    @property
+    def kind(self) -> tuple[str, int, int, int]:
+        """The same for replicas that can stand in for each other."""
+        return self.profile, self.max_lora_rank, self.pool_adapters, self.pool_bytes
+
     def admits(self, adapter: AdapterVersion) -> bool:
         """Whether the adapter could ever live here, other adapters aside."""
         return (

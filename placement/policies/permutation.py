@@ -37,18 +37,14 @@ def permuted(plan: Placement, snapshot: Snapshot) -> Placement:
     sizes = {adapter.version_id: max(1, adapter.size_bytes) for adapter in snapshot.adapters}
     kinds: dict[Hashable, list[ReplicaId]] = {}
     for replica in sorted(specs.keys() - names.keys()):
-        kinds.setdefault(_kind(specs[replica]), []).append(replica)
+        kinds.setdefault(specs[replica].kind, []).append(replica)
     taken = set(names.values())
     for kind, rows in kinds.items():
-        columns = [one for one in sorted(specs) if _kind(specs[one]) == kind and one not in taken]
+        columns = [one for one in sorted(specs) if specs[one].kind == kind and one not in taken]
         overlaps = _overlaps(rows, columns, new, old, sizes)
         assign = _best if len(rows) <= MAX_EXACT else _greedy
         names.update(assign(rows, columns, overlaps))
     return _renamed(plan, names)
-
-
-def _kind(spec: ReplicaSpec) -> Hashable:
-    return (spec.max_lora_rank, spec.pool_adapters, spec.pool_bytes, spec.profile)
 
 
 def _contents(of: Placement, plan: Placement, specs: Mapping[ReplicaId, ReplicaSpec]) -> _Contents:
@@ -69,9 +65,9 @@ def _twins(
     rest = sorted(specs.keys() - names.keys())
     waiting: dict[Hashable, list[ReplicaId]] = {}
     for replica in reversed(rest):
-        waiting.setdefault((_kind(specs[replica]), frozenset(old[replica].items())), []).append(replica)
+        waiting.setdefault((specs[replica].kind, frozenset(old[replica].items())), []).append(replica)
     for replica in rest:
-        if found := waiting.get((_kind(specs[replica]), frozenset(new[replica].items()))):
+        if found := waiting.get((specs[replica].kind, frozenset(new[replica].items()))):
             names[replica] = found.pop()
     return names
 

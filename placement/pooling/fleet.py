@@ -108,7 +108,7 @@ def _kinds(replicas: Sequence[ReplicaSpec]) -> tuple[list[ReplicaSpec], Ints]:
     kinds: list[ReplicaSpec] = []
     kind = np.zeros(len(replicas), dtype=np.int64)
     for place, spec in enumerate(replicas):
-        key = _key(spec)
+        key = spec.kind
         if key not in found:
             found[key] = len(kinds)
             kinds.append(spec)
@@ -119,10 +119,6 @@ def _kinds(replicas: Sequence[ReplicaSpec]) -> tuple[list[ReplicaSpec], Ints]:
 def _admitted(spec: ReplicaSpec, rank: Ints, size_bytes: Ints) -> NDArray[np.bool_]:
     """Which adapters the replica admits, see `ReplicaSpec.admits`."""
     return (rank <= spec.max_lora_rank) & (size_bytes <= spec.pool_bytes) & (spec.pool_adapters > 0)
-
-
-def _key(spec: ReplicaSpec) -> tuple[str, int, int, int]:
-    return spec.profile, spec.max_lora_rank, spec.pool_adapters, spec.pool_bytes
 
 
 def _demand(snapshot: Snapshot, adapters: Sequence[AdapterVersion]) -> Floats:
