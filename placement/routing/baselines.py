@@ -5,6 +5,7 @@ replica has no fresh report, or no cost that the policy needs, the others are pr
 fewest requests outstanding decide. Ties are drawn by lot.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from random import Random
 
@@ -19,7 +20,7 @@ from placement.types import Holder, ReplicaId
 _Score = tuple[float, ...]
 
 
-class _ByScore:
+class _ByScore(ABC):
     """The holder of the lowest score; a policy is one way to score a replica."""
 
     uses_spill = False
@@ -49,10 +50,11 @@ class _ByScore:
             return self._fallback.pick(request, target, holders, view, rng)
         return (best[0] if len(best) == 1 else best[int(rng.random() * len(best))]), ""
 
+    @abstractmethod
     def _score(
         self, request: RouteRequest, rank: int, load: ReplicaLoad, view: LoadView, cost: ReplicaCost
     ) -> _Score:
-        raise NotImplementedError
+        """The lower, the better."""
 
     def _stock(self, load: ReplicaLoad, view: LoadView) -> dict[int, RankStock]:
         stock = self._stocks.get(load.replica_id)

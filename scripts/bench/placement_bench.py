@@ -116,14 +116,21 @@ def _gaps(instances: Sequence[Instance], out: Path | None) -> dict[str, dict[str
                     {"instance": asdict(instance), "policy": name, "smallest": best, "utilisation": used}
                     | {"holders": _plain(plan)}
                 )
-        print(f"placement: {place + 1} of {len(instances)} instances", file=sys.stderr, end="\r")
-    print(file=sys.stderr)
+        _tell(place + 1, len(instances))
     if out is not None:
         (out / "plans.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         name: {"median": float(np.median(found)), "max": max(found), "instances": len(found)}
         for name, found in gaps.items()
     }
+
+
+def _tell(done: int, total: int) -> None:
+    """How many instances are done: one line on a terminal, elsewhere a line now and then."""
+    if sys.stderr.isatty():
+        print(f"placement: {done} of {total} instances", file=sys.stderr, end="\n" if done == total else "\r")
+    elif done == total or done % max(1, total // 10) == 0:
+        print(f"placement: {done} of {total} instances", file=sys.stderr)
 
 
 def _plain(plan: Placement) -> dict[str, list[tuple[str, float]]]:
