@@ -33,8 +33,8 @@ BUSY = 3.0
 AHEAD = 12.0
 """How many times what a wait for the prompts ahead counts, where nobody waits for a place in the batch:
 nothing comes before the first token, while other delays are spread over an output. By experiment 8 to 16 do
-about equally well at low and middle load, and 1 has 5 to 15 % more TTFT p95. The more wait, the less it
-counts: near saturation it would cost more than it gains."""
+about equally well at low and middle load, and have a lower TTFT p95 than 1. The more wait, the less it
+counts: near saturation a place in the batch is what is short."""
 
 FULL_KV = 0.95
 
