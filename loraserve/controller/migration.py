@@ -99,7 +99,7 @@ class Migrator:
         controller, state = self._controller, self._controller.state
         plan = with_copies(state.plan, found.loads, state.snapshot())
         logger.info("%d copies are added to the plan for requests that are to move", len(found.loads))
-        controller.dispatch(PlanGiven(plan, frozen=False))
+        controller.dispatch(PlanGiven(plan, frozen=False, is_reactive=True))
         try:
             await controller.wait_until(
                 lambda: all(replica in state.holders(version) for replica, version in found.loads),

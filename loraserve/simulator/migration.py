@@ -65,7 +65,7 @@ class Migrations:
         if found.loads:
             state = self._shell.state
             plan = with_copies(state.plan, found.loads, state.snapshot())
-            self._shell.dispatch(PlanGiven(plan, frozen=False), now_ps)
+            self._shell.dispatch(PlanGiven(plan, frozen=False, is_reactive=True), now_ps)
             self._wait(found.loads, now_ps + self.period_ps, now_ps + POLL_PS)
 
     def _problem(self, now_ps: int) -> tuple[MigrationProblem, dict[str, Sequence]]:

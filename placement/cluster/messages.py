@@ -123,10 +123,12 @@ class UndrainRequested:
 @dataclass(frozen=True, slots=True)
 class PlanGiven:
     """An operator wants this plan, now; with `frozen` it stays. One that `ClusterState.plan_problem` refuses
-    is not adopted, nor one that is not to stay while another is frozen."""
+    is not adopted, nor one that is not to stay while another is frozen. `is_reactive`: it is no operator's,
+    but the one in force with copies for requests that are to move; a rollback passes over it."""
 
     plan: Placement
     frozen: bool
+    is_reactive: bool = False
 
 
 @dataclass(frozen=True, slots=True)

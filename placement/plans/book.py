@@ -13,6 +13,10 @@ from placement.types import Placement
 MAX_EARLIER = 16
 """How many plans before the present one are remembered."""
 
+_MIGRATION = "requests were moved"
+"""Ends the plan that was decided on before. What migrations add after it is decided by nobody, and kept by
+nobody: as long as this is the last entry's end, the plan in force is theirs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EarlierPlan:
@@ -49,14 +53,26 @@ class PlanBook:
     def keep(self, before: Placement, event: Event) -> list[Command]:
         """Keep the plan that was in force when the event came, to go back to, if the present one is another.
         A change that goes with an adapter is part of the plan before; one that was kept last is not kept
-        twice."""
+        twice. Of migrations between two decisions only the first keeps a plan, and the next decision follows
+        that one."""
         why = _words(event)
-        is_last = bool(self.earlier) and self.earlier[-1].plan == before
-        if why is None or before == self.plan or is_last or not before.holders:
+        last = self.earlier[-1] if self.earlier else None
+        is_migrated = last is not None and last.ended_by == _MIGRATION
+        # What migrations have added and this event has left is decided on now.
+        is_confirmed = is_migrated and self.problem is None and not isinstance(event, messages.PlanGiven)
+        if why is None or not before.holders or (before == self.plan and not is_confirmed):
             return []
-        number = self.earlier[-1].number + 1 if self.earlier else 1
+        if is_migrated and why == _MIGRATION:
+            return []
+        number, commands = 1 if last is None else last.number + 1, list[Command]()
+        if last is not None and (is_migrated or last.plan == before):
+            before = last.plan
+            self.earlier.pop()
+            commands.append(KeepPlan(last.number, None))
+        if before == self.plan:
+            return commands
         self.earlier.append(EarlierPlan(number=number, plan=before, ended_by=why))
-        commands: list[Command] = [KeepPlan(number, before, why)]
+        commands.append(KeepPlan(number, before, why))
         while len(self.earlier) > MAX_EARLIER:
             commands.append(KeepPlan(self.earlier.pop(0).number, None))
         return commands
@@ -89,8 +105,8 @@ def _words(event: Event) -> str | None:
             return f"{replica_id} is drained"
         case messages.UndrainRequested(replica_id=replica_id):
             return f"{replica_id} is undrained"
-        case messages.FreezeRequested():
-            return "it was unfrozen"
-        case messages.PlanGiven():
-            return "a plan was applied"
+        case messages.FreezeRequested(frozen=frozen):
+            return "it was frozen" if frozen else "it was unfrozen"
+        case messages.PlanGiven(is_reactive=is_reactive):
+            return _MIGRATION if is_reactive else "a plan was applied"
     return None

@@ -385,7 +385,8 @@ class ClusterMachine(RuleBasedStateMachine):
         held = self.state.holdings.all_holders()
         self.tell(messages.EpochElapsed(rates))
         # A plan in force that is not the frozen one, for want of room to exchange copies, goes back to it.
-        if frozen is not None and self.state.snapshot().replicas == before.replicas:
+        is_planned = self.state.published and self.state.snapshot().replicas == before.replicas
+        if frozen is not None and is_planned:
             wanted = repaired(before, frozen, held)
             assert self.state.plan == wanted or self.state.book.problem, "a frozen plan moves"
 
@@ -403,15 +404,16 @@ class ClusterMachine(RuleBasedStateMachine):
         self.tell(messages.RollbackRequested())
         assert self.state.book.frozen in (last, None)
 
-    @rule(seed=st.integers(0, 9), frozen=st.booleans())
-    def apply(self, seed: int, frozen: bool) -> None:
-        """A plan made for another demand, good or bad."""
+    @rule(seed=st.integers(0, 9), whose=st.sampled_from(["frozen", "given", "reactive", "reactive"]))
+    def apply(self, seed: int, whose: str) -> None:
+        """A plan made for another demand, good or bad, by an operator or a migration."""
+        frozen, is_reactive = whose == "frozen", whose == "reactive"
         assert self.state is not None
         made_for = {version: float(seed) for version in self.state.active.values()}
         snapshot = replace(self.state.snapshot(), demand_tokens_per_s=made_for)
         plan, before = Wild().plan(snapshot), self.state.book.frozen
         problem = self.state.plan_problem(plan)
-        self.tell(messages.PlanGiven(plan, frozen))
+        self.tell(messages.PlanGiven(plan, frozen, is_reactive))
         assert self.state.book.frozen == (plan if frozen and problem is None else before)
         if problem is None:
             assert self.state.plan == plan or self.state.book.frozen is not None or self.state.book.problem
@@ -451,6 +453,7 @@ class ClusterMachine(RuleBasedStateMachine):
         check_cluster(self.state)
         assert list(self.disk.earlier.values()) == self.state.book.earlier
         assert len(self.state.book.earlier) <= MAX_EARLIER
+        assert not any(one.ended_by == "requests were moved" for one in self.state.book.earlier[:-1])
         assert (self.disk.plan, self.disk.frozen) == (self.state.plan, self.state.book.frozen)
         if not self.state.published:
             return

@@ -254,6 +254,54 @@ def test_the_plans_kept_are_bounded() -> None:
     assert len(state.book.earlier) == MAX_EARLIER
 
 
+def move(state: ClusterState, plan: Placement) -> list[messages.Command]:
+    """What a migration adds to the plan."""
+    return acknowledge(state, state.handle(messages.PlanGiven(plan, frozen=False, is_reactive=True)))
+
+
+def ends(state: ClusterState) -> list[tuple[Placement, str]]:
+    return [(one.plan, one.ended_by) for one in state.book.earlier]
+
+
+def test_a_rollback_passes_over_what_migrations_added() -> None:
+    only, other, both, all_three = (
+        placed(a=shares) for shares in ({R0: 1.0}, {R1: 1.0}, {R0: 0.5, R1: 0.5}, {R0: 0.5, R1: 0.5, R2: 0.0})
+    )
+    state = begun({R0: 1, R1: 1, R2: 1}, only, A)
+    for _ in range(2 * MAX_EARLIER):
+        move(state, both)
+        move(state, all_three)
+    assert ends(state) == [(only, "requests were moved")]
+    replan(state, other)
+    assert ends(state) == [(only, "an epoch")]
+    move(state, both)
+    assert ends(state) == [(only, "an epoch"), (other, "requests were moved")]
+    for plan in (other, only):
+        acknowledge(state, state.handle(messages.RollbackRequested()))
+        assert state.plan == plan
+    assert state.book.earlier == []
+
+
+def test_a_decision_that_takes_back_what_migrations_added_leaves_nothing_to_go_back_to() -> None:
+    only = placed(a={R0: 1.0})
+    state = begun({R0: 1, R1: 1}, only, A)
+    move(state, placed(a={R0: 0.5, R1: 0.5}))
+    replan(state, only)
+    assert state.book.earlier == []
+
+
+def test_what_migrations_added_is_kept_once_it_is_decided_on() -> None:
+    only, both, other = (placed(a=shares) for shares in ({R0: 1.0}, {R0: 0.5, R1: 0.5}, {R1: 1.0}))
+    state = begun({R0: 1, R1: 1}, only, A)
+    move(state, both)
+    state.handle(messages.FreezeRequested(True))
+    assert ends(state) == [(only, "it was frozen")]
+    assert isinstance(state.policy, Given)
+    state.policy.plan_made = other
+    acknowledge(state, state.handle(messages.FreezeRequested(False)))
+    assert ends(state) == [(only, "it was frozen"), (both, "it was unfrozen")]
+
+
 def test_loads_at_a_time_are_bounded_and_what_nobody_holds_comes_first() -> None:
     state = ClusterState(replica_ids=(R0, R1), policy=policy("least-loaded"), max_loads=2)
     some = [adapter(f"a{index}") for index in range(6)]
