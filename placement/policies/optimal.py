@@ -8,7 +8,6 @@ cheap (`placement.pooling.spilling`). The present placement is kept for as long 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from types import MappingProxyType
 
 import numpy as np
@@ -22,6 +21,7 @@ from placement.pooling.present import (
     bytes_by_level,
     fits,
     has_room_for_seconds,
+    idle_of_tiers,
     present_of,
     tiers_of,
     usable_of_tiers,
@@ -42,11 +42,15 @@ SOFT_BELOW, STRICT_ABOVE = 1.25, 1.35
 them as they were. Operating points are those of the highest rank alone, and batches without it are cheaper,
 so replicas take more than a plan says: simulated, spill helped up to about 1.25 and was no matter beyond."""
 
-CLOSE = 1.02
-"""A placement so near to the smallest utilisation is not searched further."""
+CLOSE, NEAR = 1.02, 1.05
+"""A placement so near to the smallest utilisation is not searched further, nor, for more than `FEW`
+adapters, one as near as the second: each try takes its time there."""
 
-FEW, SIMILAR = 2000, 3
-"""Up to so many adapters, so many more divisions into tiers are tried where memory spoils the first."""
+FEW, MANY = 2000, 5000
+
+SIMILAR, STEPS = 3, 5
+"""Up to `MANY` adapters, divisions into tiers like the best one are tried where memory spoils it: so many at
+a time, and again from the best of these, so often."""
 
 UNEVEN, ROUNDS = 1.05, 3
 """Above this factor of the best utilisation a placement is tried again, with less asked of the tiers that
@@ -82,6 +86,21 @@ class Optimal:
         return _marked(plan, fleet, present)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """A placement, and the tiers that it was made with; the lower its rank, the better."""
+
+    rank: tuple[int, float]
+    counts: Ints
+    plan: Placement
+    found: Present
+
+    @property
+    def made(self) -> tuple[Placement, Present]:
+        """The placement, and what it comes to."""
+        return self.plan, self.found
+
+
 def _is_valid(fleet: Fleet, plan: Placement, present: Present) -> bool:
     return (
         present.whole
@@ -110,18 +129,29 @@ def _is_better(fleet: Fleet, tried: Present, than: Present) -> bool:
 
 
 def _best(fleet: Fleet, sizes: Sequence[Tiers], present: Present | None) -> tuple[Placement, Present]:
-    """The best placement with any of these tiers; where memory spoils all of them, with similar ones."""
+    """The best placement with any of these tiers, first of all with the present ones, if these are good
+    enough; where memory spoils all of them, with similar ones."""
+    tried: list[_Tried] = []
     least = sizes[0].utilisation
-    tried: list[tuple[tuple[int, float], Placement, Present]] = []
-    for sized in chain(sizes, _similar(fleet, sizes)):
+    enough = least * (CLOSE if len(fleet.ids) <= FEW else NEAR)
+
+    def is_enough(sized: Tiers) -> bool:
         for plan, found, used in _fed_back(fleet, sized, present, least):
-            tried.append(((-found.num_placed, used), plan, found))
-        # A large fleet is planned once: the sizes differ little, and each plan takes its time.
-        enough = least * CLOSE if len(fleet.ids) <= FEW else np.inf
-        if any(rank <= (-len(fleet.ids), enough) for rank, _, _ in tried):
-            break
-    _, plan, found = min(tried, key=lambda one: one[0])
-    return plan, found
+            tried.append(_Tried((-found.num_placed, used), sized.counts, plan, found))
+        return min(one.rank for one in tried) <= (-len(fleet.ids), enough)
+
+    kept = _kept(fleet, least, present)
+    if kept is not None:
+        is_enough(kept)
+        if min(one.rank for one in tried) <= (-len(fleet.ids), max(least * GOOD_ENOUGH, CALM)):
+            return min(tried, key=lambda one: one.rank).made
+    if not any(is_enough(sized) for sized in sizes):
+        for _ in range(STEPS if len(fleet.ids) <= MANY else 0):
+            best = min(tried, key=lambda one: one.rank)
+            similar = _similar(fleet, best, [one.counts for one in tried])
+            if any(is_enough(sized) for sized in similar) or min(one.rank for one in tried) == best.rank:
+                break
+    return min(tried, key=lambda one: one.rank).made
 
 
 def _fed_back(
@@ -130,7 +160,7 @@ def _fed_back(
     """Placements with these tiers, where memory keeps some replicas from taking their part: their tiers are
     asked for less each time."""
     usable = np.ones(fleet.num_levels)
-    for _ in range(ROUNDS if len(fleet.ids) <= FEW else 1):
+    for _ in range(ROUNDS if len(fleet.ids) <= MANY else 1):
         plan = _built(fleet, sized, present, usable)
         found = present_of(fleet, plan)
         used = utilisation_of_shares(fleet, found)
@@ -140,19 +170,23 @@ def _fed_back(
         usable = usable * usable_of_tiers(fleet, found, max(sized.utilisation, least))
 
 
-def _similar(fleet: Fleet, sizes: Sequence[Tiers]) -> Iterator[Tiers]:
+def _similar(fleet: Fleet, best: "_Tried", known: Sequence[Ints]) -> list[Tiers]:
     """Tiers with one replica elsewhere that promise the least utilisation, what memory makes go to higher
-    tiers included."""
-    if len(fleet.ids) > FEW or len(fleet.replicas) > FEW:
-        return
-    known = [sized.counts for sized in sizes]
+    tiers included, and less than the best has. Some of them have one more in the tier whose replicas are
+    the farthest from doing their part, as where few large adapters fill one."""
+    seen = {counts.tobytes() for counts in known}
     promised: list[tuple[float, int, Ints]] = []
-    for counts in neighbours(fleet, sizes[0].counts):
-        used = _promised(fleet, counts)
-        if np.isfinite(used) and not any(np.array_equal(counts, one) for one in known):
-            promised.append((used, len(promised), counts))
-    for used, _, counts in sorted(promised, key=lambda one: one[:2])[:SIMILAR]:
-        yield Tiers(counts=counts, utilisation=used)
+    for counts in neighbours(fleet, best.counts):
+        if counts.tobytes() not in seen:
+            used = _promised(fleet, counts)
+            if used < best.rank[1] or (best.rank[0] > -len(fleet.ids) and np.isfinite(used)):
+                promised.append((used, len(promised), counts))
+    promised.sort(key=lambda one: one[:2])
+    idle = int(np.argmax(idle_of_tiers(fleet, best.found)))
+    before = int(best.counts[:, idle].sum())
+    helped = [one for one in promised if int(one[2][:, idle].sum()) > before]
+    chosen = {place: counts for _, place, counts in (*promised[:SIMILAR], *helped[:SIMILAR])}
+    return [Tiers(counts=counts, utilisation=utilisation_of(fleet, counts)) for counts in chosen.values()]
 
 
 def _promised(fleet: Fleet, counts: Ints) -> float:
@@ -171,36 +205,48 @@ def _promised(fleet: Fleet, counts: Ints) -> float:
 
 def _built(fleet: Fleet, sized: Tiers, present: Present | None, usable: Floats) -> Placement:
     """A placement with these tiers, as near to the present one as they allow."""
-    tier_of = _tiers(fleet, sized, present)
+    tier_of = _tiers(fleet, sized.counts, present)
     pools = None if present is None else _pools(present)
     home_tier = np.full(len(fleet.ids), -1, dtype=np.int64)
     if pools is not None:
         home_tier = np.array([max(tier_of[list(pool)]) if pool else -1 for pool in pools], dtype=np.int64)
-    counts = np.zeros_like(fleet.capacity, dtype=np.int64)
-    np.add.at(counts, (fleet.kind, tier_of), 1)
     rings: list[Ring] = []
     left: list[int] = []
     # What is there already may be less even, and in a large fleet evenness takes longest to plan.
     slack = 0.04 if present is not None else 0.01 if len(fleet.replicas) <= _SMALL else 0.02
-    for tier in divide(fleet, flows(fleet, counts, usable), tier_of, home_tier):
+    for tier in divide(fleet, flows(fleet, sized.counts, usable), tier_of, home_tier):
         ring, unplaced = pack(fleet, tier, pools, slack)
         rings.append(ring)
         left += unplaced
     return Layout(fleet, rings, tier_of, soft=sized.utilisation < SOFT_BELOW).placement(left)
 
 
-def _tiers(fleet: Fleet, sized: Tiers, present: Present | None) -> Ints:
-    nothing = np.zeros((len(fleet.replicas), fleet.num_levels))
+def _tiers(fleet: Fleet, counts: Ints, present: Present | None) -> Ints:
     if present is None:
-        return relabelled(fleet, sized.counts, nothing, np.full(len(fleet.replicas), -1))
+        nothing = np.zeros((len(fleet.replicas), fleet.num_levels))
+        return relabelled(fleet, counts, nothing, np.full(len(fleet.replicas), -1))
     now = tiers_of(fleet, present)
-    settled = np.maximum(now, 0)
-    counts = np.zeros_like(sized.counts)
-    np.add.at(counts, (fleet.kind, settled), 1)
-    able = np.all(now >= 0) and np.all(fleet.capacity[fleet.kind, settled] > 0)
-    if able and utilisation_of(fleet, counts) <= max(sized.utilisation * GOOD_ENOUGH, CALM):
+    if np.all(now >= 0) and np.array_equal(_counts(fleet, now), counts):
         return now
-    return relabelled(fleet, sized.counts, bytes_by_level(fleet, present), now)
+    return relabelled(fleet, counts, bytes_by_level(fleet, present), now)
+
+
+def _kept(fleet: Fleet, least: float, present: Present | None) -> Tiers | None:
+    """The present tiers, if every replica has one and together they are good enough."""
+    if present is None:
+        return None
+    now = tiers_of(fleet, present)
+    if np.any(now < 0) or np.any(fleet.capacity[fleet.kind, now] <= 0):
+        return None
+    counts = _counts(fleet, now)
+    used = utilisation_of(fleet, counts)
+    return Tiers(counts=counts, utilisation=used) if used <= max(least * GOOD_ENOUGH, CALM) else None
+
+
+def _counts(fleet: Fleet, tier_of: Ints) -> Ints:
+    counts = np.zeros_like(fleet.capacity, dtype=np.int64)
+    np.add.at(counts, (fleet.kind, tier_of), 1)
+    return counts
 
 
 def _pools(present: Present) -> list[Pool | None]:

@@ -100,6 +100,16 @@ def usable_of_tiers(fleet: Fleet, present: Present, utilisation: float) -> Float
     return usable
 
 
+def idle_of_tiers(fleet: Fleet, present: Present) -> Floats:
+    """By level, what the tier's replicas could do besides their work if all were as busy as the busiest."""
+    tiers, loads = tiers_of(fleet, present), _loads(fleet, present)
+    used = utilisation_of_shares(fleet, present)
+    placed = np.flatnonzero(tiers >= 0)
+    able = fleet.capacity[fleet.kind[placed], tiers[placed]] * (used if np.isfinite(used) else 0.0)
+    idle = np.bincount(tiers[placed], weights=able - loads[placed], minlength=fleet.num_levels)
+    return idle.astype(np.float64)
+
+
 def utilisation_of_shares(fleet: Fleet, present: Present) -> float:
     """The highest utilisation of any replica if requests follow the shares."""
     loads, tiers = _loads(fleet, present), tiers_of(fleet, present)

@@ -55,6 +55,13 @@ def test_plans_are_near_the_smallest_utilisation_that_any_tiers_have() -> None:
     assert max(gaps) <= 0.10
 
 
+# The place of an instance among 300 of a seed: few large adapters fill replicas, or very many adapters.
+@pytest.mark.parametrize(("seed", "place"), [(0, 77), (2000, 41), (3000, 176), (3000, 284)])
+def test_memory_that_is_short_leaves_no_replica_idle(seed: int, place: int) -> None:
+    snapshot = drawn(place + 1, seed=seed)[place].snapshot()
+    assert plan_utilisation(snapshot, _plan(snapshot)) <= 1.1 * smallest_utilisation(snapshot)
+
+
 @given(instance=instances)
 @settings(max_examples=40, deadline=None)
 def test_every_adapter_has_two_holders_where_memory_allows(instance: Instance) -> None:
