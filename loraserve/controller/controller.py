@@ -92,7 +92,7 @@ class Controller:
             library=library,
             dispatch=self.dispatch,
             answered=self.answered,
-            heard=self.demand.heard,
+            demand=self.demand,
             starting=self._starting,
             seed=seed,
             first_backoff_s=first_backoff_s,

@@ -1,16 +1,18 @@
 """Demand as the controller sees it: from what replicas have counted to a forecast of the next epoch.
 
 Replicas count the tokens they are asked for and never reset; the differences between two reports of one life
-of a replica are what came in between. So a report that is lost loses nothing but time.
+of a replica are what came in between, and what the first is compared to is told when the life is met. So a
+report that is lost loses nothing but time.
 """
 
 import logging
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 from loraserve.clock import Clock
 from loraserve.config import PlacementSection
-from loraserve.controller.demand_memory import DemandMemory, Part, Rates, Remembered
+from loraserve.controller.demand_memory import DemandMemory, Life, Part, Rates, Remembered
 from loraserve.controller.store import Store
 from loraserve.engines.description import ReplicaReport
 from placement.demand import ForecastOptions, forecaster
@@ -20,46 +22,74 @@ from placement.types import AdapterVersion, ReplicaId, VersionId
 logger = logging.getLogger(__name__)
 
 MAX_PARTS = 1000
+MAX_LIVES = 2
+"""Of each replica: a report of the one before the present one may still be on its way."""
+
 MIN_WINDOW_S = 0.001
 
 
 class TokenMeter:
-    """What replicas were asked for since it was last asked. Reports may come late, twice or not at all."""
+    """What replicas were asked for since it was last asked. `met` once for each life of a replica, `heard`
+    with its reports, which may come late, twice, in any order or not at all."""
 
-    def __init__(self) -> None:
-        self._seen: dict[ReplicaId, ReplicaReport] = {}
+    def __init__(self, lives: Iterable[Life] | None = None) -> None:
+        """`lives` as they were when an earlier controller last took what they had counted, None if that is
+        not known or too long ago to go on from."""
+        self._lives: dict[ReplicaId, deque[Life]] = {}
         self._tokens: dict[VersionId, int] = {}
+        self._goes_on = lives is not None
+        for life in lives or ():
+            self._keep(replace(life))
+
+    def met(self, replica: ReplicaId, incarnation: str, tokens: Mapping[VersionId, int]) -> None:
+        """A life of the replica is watched from now on, which has counted so much: before this meter's time,
+        unless it goes on from another's, who has not known this life."""
+        if self._life(replica, incarnation) is None:
+            before = {} if self._goes_on else tokens
+            self._keep(Life(replica, incarnation, 0, before))
 
     def heard(self, replica: ReplicaId, report: ReplicaReport) -> None:
-        """Count what has come to the replica since its last report.
-
-        The first one of a life that an earlier controller has watched says nothing: what it counts came
-        before.
-        """
-        last = self._seen.get(replica)
-        if last is not None and last.incarnation == report.incarnation:
-            if report.sequence <= last.sequence:
-                return
-            before = last.tokens
-        else:
-            before = {} if report.sequence == 1 else report.tokens
-        self._seen[replica] = report
+        """Count what has come to the replica since the last report of this life."""
+        life = self._life(replica, report.incarnation)
+        if life is None:
+            # Perhaps one of long ago: to count it might be to count it twice.
+            self._keep(Life(replica, report.incarnation, report.sequence, report.tokens))
+            return
+        if report.sequence <= life.sequence:
+            return
         for version, total in report.tokens.items():
-            if (served := total - before.get(version, 0)) > 0:
+            before = life.tokens.get(version, 0)
+            # A replica that has forgotten a version counts it from nothing.
+            served = total - before if total >= before else total
+            if served:
                 self._tokens[version] = self._tokens.get(version, 0) + served
+        life.sequence, life.tokens = report.sequence, report.tokens
 
     def take(self) -> dict[VersionId, int]:
         """The tokens by version since the last call."""
         tokens, self._tokens = self._tokens, {}
         return tokens
 
+    @property
+    def lives(self) -> tuple[Life, ...]:
+        """What the next difference of each is taken to."""
+        return tuple(replace(life) for lives in self._lives.values() for life in lives)
+
+    def _life(self, replica: ReplicaId, incarnation: str) -> Life | None:
+        lives = self._lives.get(replica, ())
+        return next((life for life in lives if life.incarnation == incarnation), None)
+
+    def _keep(self, life: Life) -> None:
+        self._lives.setdefault(life.replica_id, deque(maxlen=MAX_LIVES)).append(life)
+
 
 class DemandBook:
     """Measures, forecasts and remembers; `heard` with every report, `end_epoch` at the end of each epoch.
 
     `measured` and `forecast` are tokens per second by version, as of the end of the last epoch; who is in
-    neither has none. What a window saw is kept in the store, so that a controller that comes back goes on
-    where the last one was; what came while there was none is not known and not missed.
+    neither has none. What a window saw is kept in the store, and the counts that it ended with, so that a
+    controller that comes back within a window goes on from the end of the last epoch: what came meanwhile to
+    replicas that are still there is part of the next. After longer it is not known and not missed.
     """
 
     def __init__(
@@ -93,6 +123,10 @@ class DemandBook:
         """What the last windows measured, the newest last, as many as `placement.history_s` has epochs."""
         return tuple(self._windows)
 
+    def met(self, replica: ReplicaId, incarnation: str, tokens: Mapping[VersionId, int]) -> None:
+        """A replica was started or found that has counted so much."""
+        self._meter.met(replica, incarnation, tokens)
+
     def heard(self, replica: ReplicaId, report: ReplicaReport) -> None:
         """A replica's report."""
         self._meter.heard(replica, report)
@@ -108,7 +142,15 @@ class DemandBook:
         self._registered = {adapter.version_id for adapter in adapters}
         # The oldest epoch is in no window to come.
         left = tuple(self._parts)[-self._num_parts + 1 :] if self._num_parts > 1 else ()
-        self._memory.save(self._forecaster.export(), left, self.measured)
+        self._memory.save(
+            Remembered(
+                forecaster=self._forecaster.export(),
+                parts=left,
+                lives=self._meter.lives,
+                ended_s=now_s,
+            ),
+            self.measured,
+        )
         return self.forecast
 
     def _window(self) -> Rates:
@@ -140,3 +182,6 @@ class DemandBook:
         self._windows.extend(remembered.windows)
         self.measured = self._windows[-1] if self._windows else {}
         self.forecast = with_newcomers(self._forecaster.forecast(), registered, ())
+        if 0 <= self._begun_s - remembered.ended_s <= self._options.window_s:
+            self._begun_s = remembered.ended_s
+            self._meter = TokenMeter(remembered.lives)

@@ -14,7 +14,7 @@ import msgspec
 
 from loraserve.controller.store import Store
 from loraserve.errors import WorkFailedError
-from placement.types import VersionId
+from placement.types import ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +25,28 @@ Part = tuple[float, dict[VersionId, int]]
 _STATE, _WINDOW = "state", "window/"
 
 
+@dataclass(slots=True)
+class Life:
+    """A replica's process, by its incarnation, and its last report that was taken in: its number, and the
+    tokens by version that were counted until then."""
+
+    replica_id: ReplicaId
+    incarnation: str
+    sequence: int
+    tokens: Mapping[VersionId, int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remembered:
-    """The forecaster's state as it exported it, the epochs of the next window that are over, and the last
-    windows, the newest last."""
+    """The forecaster's state as it exported it, the epochs of the next window that are over, the last
+    windows, the newest last; and as of the end of the last epoch what each life of a replica had counted,
+    and the time by the machine's monotonic clock."""
 
     forecaster: Mapping[str, Any]
     parts: tuple[Part, ...]
-    windows: tuple[Rates, ...]
+    windows: tuple[Rates, ...] = ()
+    lives: tuple[Life, ...] = ()
+    ended_s: float = float("inf")
 
 
 class DemandMemory:
@@ -71,18 +85,27 @@ class DemandMemory:
             windows=tuple(
                 {VersionId(one): float(rate) for one, rate in window.items()} for window in windows
             ),
+            lives=tuple(msgspec.convert(state.get("lives", []), list[Life])),
+            ended_s=float(state.get("ended_s", "inf")),
         )
         self._next = numbers[-1] + 1 if numbers else 0
         return remembered
 
-    def save(self, forecaster: Mapping[str, Any], parts: tuple[Part, ...], window: Rates) -> None:
-        """An epoch has ended with this window."""
+    def save(self, known: Remembered, window: Rates) -> None:
+        """An epoch has ended with this window; the windows before it are kept already."""
         self._unsaved.append((self._next, _text(window)))
         self._next += 1
         windows = {_key(number): text for number, text in self._unsaved}
         wanted = {_key(number) for number in range(self._next - self._num_windows, self._next)}
         gone = dict.fromkeys(self._kept - wanted - {_STATE})
-        state = _text({"forecaster": forecaster, "parts": parts})
+        state = _text(
+            {
+                "forecaster": known.forecaster,
+                "parts": known.parts,
+                "lives": known.lives,
+                "ended_s": known.ended_s,
+            }
+        )
         try:
             self._store.save_demand({_STATE: state, **windows, **gone})
         except WorkFailedError as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from loraserve.adapters import AdapterStore
 from loraserve.config import Config
+from loraserve.controller.demand import DemandBook
 from loraserve.controller.fleet import Fleet, ReplicaLink
 from loraserve.engines.base import AdapterFiles, EngineInfo
 from loraserve.engines.description import ReplicaReport, RequestReport
@@ -35,9 +36,9 @@ DRAIN_MARGIN_S = 30.0
 
 
 class ReplicaKeeper:
-    """Gives every outcome to `dispatch`, answers to loads and drops to `answered` and reports to `heard`; a
-    replica starts with the configuration that `starting` gives then. `close` ends the tasks; the replicas
-    stay."""
+    """Gives every outcome to `dispatch`, answers to loads and drops to `answered`, and what replicas
+    count to `demand`; a replica starts with the configuration that `starting` gives then. `close` ends the
+    tasks; the replicas stay."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class ReplicaKeeper:
         library: AdapterStore,
         dispatch: Callable[[messages.Event], None],
         answered: Callable[[messages.Answer], None],
-        heard: Callable[[ReplicaId, ReplicaReport], None],
+        demand: DemandBook,
         starting: Callable[[ReplicaId], Config],
         seed: int,
         first_backoff_s: float,
@@ -62,7 +63,7 @@ class ReplicaKeeper:
         self._library = library
         self._dispatch = dispatch
         self._answered = answered
-        self._heard = heard
+        self._demand = demand
         self._starting = starting
         self._random = random.Random(seed)
         self._first_backoff_s = first_backoff_s
@@ -205,6 +206,7 @@ class ReplicaKeeper:
         except LoraServeError as error:
             self._not_started(replica, error, is_first=is_first)
             return
+        self._demand.met(replica, description.incarnation, description.tokens)
         self._links[replica] = link
         self.engines[replica] = description.engine
         self.pids[replica] = description.pid
@@ -268,7 +270,7 @@ class ReplicaKeeper:
 
     def _keep(self, replica: ReplicaId, report: ReplicaReport) -> None:
         self.reports[replica] = report
-        self._heard(replica, report)
+        self._demand.heard(replica, report)
 
     # -- commands ------------------------------------------------------------------------------
 

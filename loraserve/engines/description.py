@@ -11,7 +11,8 @@ from placement.types import ReplicaSpec, VersionId
 class ReplicaDescription:
     """What a ready replica says of itself to the controller; `pid` is its own process.
 
-    `loading` and `dropping` are on their way in and out, `draining` that it takes no new requests.
+    `loading` and `dropping` are on their way in and out, `draining` that it takes no new requests; `tokens`
+    are what its reports have counted so far.
     """
 
     spec: ReplicaSpec
@@ -23,6 +24,7 @@ class ReplicaDescription:
     loading: tuple[VersionId, ...] = ()
     dropping: tuple[VersionId, ...] = ()
     draining: bool = False
+    tokens: Mapping[VersionId, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,16 +114,18 @@ class ReplicaServer:
             pool_bytes=self.pool.capacity_bytes,
             node_id=self._node_id,
         )
+        resident = self.pool.resident()
         return ReplicaDescription(
             spec=spec,
             address=self._address,
-            resident=self.pool.resident(),
+            resident=resident,
             engine=self._info,
             pid=os.getpid(),
             incarnation=self.incarnation,
             loading=self.pool.versions(Residency.LOADING),
             dropping=self.pool.versions(Residency.DRAINING),
             draining=self._draining,
+            tokens=self.tokens.totals(resident),
         )
 
     async def load_adapter(self, files: AdapterFiles) -> None:

@@ -1,6 +1,7 @@
 """Demand in the live controller: counted by replicas, measured over epochs, forecast, and kept."""
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from loraserve.clock import ManualClock, WallClock
 from loraserve.config import Config, PlacementSection
 from loraserve.controller.controller import Controller
 from loraserve.controller.demand import DemandBook, TokenMeter
+from loraserve.controller.demand_memory import Life
 from loraserve.controller.store import Store
 from loraserve.engines.base import Engine
 from loraserve.engines.description import ReplicaReport
@@ -41,31 +43,90 @@ def said(sequence: int, incarnation: str = "x", **tokens: int) -> ReplicaReport:
 # -- counts ------------------------------------------------------------------------------------
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=12),
-    st.sets(st.integers(0, 10)),
-    st.sets(st.integers(0, 11)),
-)
-def test_reports_that_are_lost_or_come_twice_lose_and_add_nothing(
-    served: list[tuple[int, int]], lost: set[int], twice: set[int]
-) -> None:
-    meter = TokenMeter()
-    a = b = 0
-    last = len(served) - 1
-    for number, (of_a, of_b) in enumerate(served):
-        a, b = a + of_a, b + of_b
-        # The first one and the last one are heard.
-        if number not in lost - {0, last}:
-            report = said(number + 1, a=a, b=b)
-            meter.heard(R0, report)
-            if number in twice:
-                meter.heard(R0, report)
-    assert meter.take() == {version: total for version, total in ((A, a), (B, b)) if total}
-    assert meter.take() == {}
+class Counting:
+    """A replica's lives that count, a way that loses, repeats and reorders reports, and controllers that die.
+
+    Each life has a version of its own, `served` says what was asked of it, `taken` what came out in the end.
+    """
+
+    def __init__(self) -> None:
+        self.meter = TokenMeter()
+        self.saved: tuple[Life, ...] = ()
+        self.served: Counter[VersionId] = Counter()
+        self.taken: Counter[VersionId] = Counter()
+        self.on_way: list[ReplicaReport] = []
+        self.sequence = self.num_lives = 0
+        self.begin()
+
+    @property
+    def life(self) -> str:
+        return f"life{self.num_lives}"
+
+    @property
+    def version(self) -> VersionId:
+        return VersionId(f"{self.life}@1")
+
+    def begin(self) -> None:
+        self.num_lives, self.sequence = self.num_lives + 1, 0
+        self.meet()
+
+    def meet(self) -> None:
+        self.meter.met(R0, self.life, {self.version: self.served[self.version]})
+
+    def serve(self, tokens: int) -> None:
+        self.served[self.version] += tokens
+
+    def report(self) -> None:
+        self.sequence += 1
+        self.on_way.append(said(self.sequence, self.life, **{self.life: self.served[self.version]}))
+
+    def hear(self, index: int, *, twice: bool) -> None:
+        if self.on_way:
+            report = self.on_way.pop(index % len(self.on_way))
+            for _ in range(1 + twice):
+                self.meter.heard(R0, report)
+
+    def end_epoch(self) -> None:
+        self.taken.update(self.meter.take())
+        self.saved = self.meter.lives
+
+    def restart_controller(self) -> None:
+        """What is on its way to the one before comes to nobody."""
+        self.on_way.clear()
+        self.meter = TokenMeter(self.saved)
+        self.meet()
+
+
+STEPS = st.sampled_from(["report", "report", "hear", "hear", "begin", "end_epoch", "restart_controller"])
+
+
+@given(st.lists(st.tuples(STEPS, st.integers(0, 9), st.booleans()), max_size=40))
+def test_nothing_is_lost_or_counted_twice(steps: list[tuple[str, int, bool]]) -> None:
+    one = Counting()
+    one.end_epoch()
+    for step, number, is_odd in steps:
+        one.serve(number)
+        match step:
+            case "hear":
+                one.hear(number, twice=is_odd)
+            case "report":
+                one.report()
+                if is_odd:
+                    one.on_way.pop()  # lost
+            case _:
+                getattr(one, step)()
+    one.report()
+    one.hear(len(one.on_way) - 1, twice=True)
+    one.end_epoch()
+    whole = {one.version: one.served[one.version]} if one.served[one.version] else {}
+    assert {version: count for version, count in one.taken.items() if version == one.version} == whole
+    assert all(count <= one.served[version] for version, count in one.taken.items())
+    assert one.meter.take() == {}
 
 
 def test_a_report_that_comes_after_a_newer_one_changes_nothing() -> None:
     meter = TokenMeter()
+    meter.met(R0, "x", {})
     meter.heard(R0, said(1, a=5))
     meter.heard(R0, said(3, a=9, b=2))
     meter.heard(R0, said(2, a=7))
@@ -73,20 +134,32 @@ def test_a_report_that_comes_after_a_newer_one_changes_nothing() -> None:
     assert meter.take() == {A: 9, B: 3}
 
 
-def test_a_new_life_counts_from_nothing_and_a_life_that_was_watched_before_from_where_it_is() -> None:
+def test_a_new_life_counts_from_nothing_and_one_that_is_found_from_where_it_is() -> None:
     meter = TokenMeter()
-    meter.heard(R0, said(40, a=1000))  # an earlier controller has heard 39
+    meter.met(R0, "x", {A: 1000})
+    meter.met(R1, "y", {})
     meter.heard(R0, said(41, a=1010))
-    meter.heard(R1, said(1, "y", a=3))
+    meter.heard(R1, said(2, "y", a=3))  # The first one was lost.
+    meter.met(R0, "z", {})
     meter.heard(R0, said(1, "z", a=2))
-    assert meter.take() == {A: 15}
+    meter.heard(R0, said(42, a=1011))  # It has been long on its way.
+    meter.heard(R0, said(2, "z", a=4))
+    assert meter.take() == {A: 18}
+
+
+def test_a_life_that_nobody_has_met_counts_from_its_first_report() -> None:
+    meter = TokenMeter()
+    meter.heard(R0, said(40, a=1000))
+    meter.heard(R0, said(41, a=1010))
+    assert meter.take() == {A: 10}
 
 
 def test_a_version_that_a_replica_forgot_counts_anew_when_it_comes_back() -> None:
     meter = TokenMeter()
-    for report in (said(1, a=100), said(2, b=1), said(3, a=4, b=1)):
+    meter.met(R0, "x", {})
+    for report in (said(1, a=100), said(2, b=1), said(3, a=4, b=1), said(5, a=3, b=1)):
         meter.heard(R0, report)
-    assert meter.take() == {A: 104, B: 1}
+    assert meter.take() == {A: 107, B: 1}
 
 
 # -- epochs ------------------------------------------------------------------------------------
@@ -101,6 +174,8 @@ def tell(
     book: DemandBook, clock: ManualClock, totals: list[int], *, first: int = 1, every_s: float = 10
 ) -> None:
     """One report and one epoch for each of these counts of adapter a."""
+    if first == 1:
+        book.met(R0, "x", {})
     for sequence, total in enumerate(totals, first):
         book.heard(R0, said(sequence, a=total))
         clock.advance(every_s)
@@ -128,7 +203,7 @@ def test_a_book_that_comes_back_goes_on_as_if_it_had_not_been_away(tmp_path: Pat
     store.close()
     again, store, clock = make_book(tmp_path)
     assert (again.measured, again.forecast, again.history) == kept
-    again.heard(R0, said(5, a=1000))  # what was served before
+    again.met(R0, "x", {A: 1000})  # what was served before
     tell(again, clock, totals[4:], first=6)
     store.close()
     whole = forecaster("trend", ForecastOptions(epoch_s=10, window_s=10, history_s=50))
@@ -136,6 +211,27 @@ def test_a_book_that_comes_back_goes_on_as_if_it_had_not_been_away(tmp_path: Pat
         whole.observe({A: float(rate)})
     assert again._forecaster.export() == whole.export()
     assert [dict(window) for window in again.history] == [{A: float(rate)} for rate in (30, 40, 50, 60, 10)]
+
+
+def test_a_book_that_comes_back_within_a_window_counts_what_came_meanwhile(tmp_path: Path) -> None:
+    book, store, clock = make_book(tmp_path)
+    tell(book, clock, [100, 300])
+    book.heard(R0, said(3, a=350))  # Of an epoch that does not end.
+    clock.advance(4)
+    again = DemandBook(SECTION, store, clock, [REGISTERED])
+    again.met(R0, "x", {A: 390})
+    again.heard(R0, said(5, a=400))
+    clock.advance(6)
+    again.end_epoch([REGISTERED])
+    assert again.measured == {A: 10.0}
+    clock.advance(SECTION.window_s + 1)
+    late = DemandBook(SECTION, store, clock, [REGISTERED])
+    late.met(R0, "x", {A: 900})
+    late.heard(R0, said(9, a=950))
+    clock.advance(10)
+    late.end_epoch([REGISTERED])
+    assert late.measured == {A: 5.0}
+    store.close()
 
 
 def test_another_forecaster_begins_from_the_windows_that_were_kept(tmp_path: Path) -> None:
@@ -287,6 +383,8 @@ async def test_a_killed_controller_comes_back_with_the_demand_it_knew(
     await end_epoch(live, 10.0)
     await live.crash()
     await serve(live, R0, a, 900)
+    assert isinstance(live.clock, ManualClock)
+    live.clock.advance(1.5e6)  # Longer than a window.
     live.controller = live.make()
     assert live.controller.demand.history == ({a: 6.0}, {a: 9.0})
     assert live.controller.state.demand_tokens_per_s == {a: pytest.approx(12.0)}
