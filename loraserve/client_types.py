@@ -32,8 +32,9 @@ class HolderStatus:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterStatus:
     """One registered adapter; `version` is `name@digest16`. Its demand is in prompt and output tokens per
-    second, as counted lately and as expected for the next epoch. `recent_requests` of the last ones that the
-    router has seen named it, `recent_in_slo` of them had their first token within the SLO."""
+    second, as counted lately and as expected for the next epoch. Of its `requests`, whoever brought them,
+    `in_slo` were inside their targets; `cold_misses` met no active copy of it. `recent_` is what came in the
+    last five minutes, the rest since its replicas began."""
 
     name: str
     version: str
@@ -47,6 +48,10 @@ class AdapterStatus:
     forecast_tokens_per_s: float = 0.0
     recent_requests: int = 0
     recent_in_slo: int = 0
+    recent_cold_misses: int = 0
+    requests: int = 0
+    in_slo: int = 0
+    cold_misses: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +178,10 @@ def adapter_status(message: management_pb2.Adapter) -> AdapterStatus:
         forecast_tokens_per_s=message.forecast_tokens_per_s,
         recent_requests=message.recent_requests,
         recent_in_slo=message.recent_in_slo,
+        recent_cold_misses=message.recent_cold_misses,
+        requests=message.requests,
+        in_slo=message.in_slo,
+        cold_misses=message.cold_misses,
     )
 
 

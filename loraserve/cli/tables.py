@@ -21,9 +21,10 @@ def show(part: RenderableType) -> None:
 
 
 def adapter_table(adapters: Sequence[Any]) -> Table:
-    """One row per adapter: name, rank, size, version, demand, attainment, holders with shares."""
+    """One row per adapter: name, rank, size, version, demand, attainment of late, cold misses of late and in
+    all, holders with shares."""
     table = Table(
-        "adapter", "rank", "MiB", "version", "tok/s", "forecast", "in SLO", "holders",
+        "adapter", "rank", "MiB", "version", "tok/s", "forecast", "in SLO", "cold", "holders",
         box=None, pad_edge=False,
     )  # fmt: skip
     for adapter in adapters:
@@ -39,6 +40,7 @@ def adapter_table(adapters: Sequence[Any]) -> Table:
             f"{adapter.demand_tokens_per_s:.0f}",
             f"{adapter.forecast_tokens_per_s:.0f}",
             f"{adapter.recent_in_slo / adapter.recent_requests:.0%}" if adapter.recent_requests else "",
+            f"{adapter.recent_cold_misses}/{adapter.cold_misses}",
             holders or "none",
         )
     return table

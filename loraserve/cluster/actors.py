@@ -107,7 +107,6 @@ class RouterActor:
             cluster_name=config.cluster.name,
             clock=WallClock(),
             insecure_listen=insecure,
-            ttft_slo_ms=config.slo.ttft_ms,
         )
         self._port = await self._router.start()
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from loraserve.clock import Clock
 from loraserve.config import PlacementSection
 from loraserve.controller.demand_memory import DemandMemory, Life, Part, Rates, Remembered
+from loraserve.controller.served import ServiceBook
 from loraserve.controller.store import Store
 from loraserve.engines.description import ReplicaReport
 from placement.demand import ForecastOptions, forecaster
@@ -112,6 +113,8 @@ class DemandBook:
         self._parts: deque[Part] = deque(maxlen=self._num_parts)
         self._windows: deque[Rates] = deque(maxlen=self._options.history_windows)
         self._meter = TokenMeter()
+        self.service = ServiceBook(clock)
+        """How what was asked for was served."""
         self._memory = DemandMemory(store, self._options.history_windows)
         self._clock = clock
         self._begun_s = clock.now_s()
@@ -130,6 +133,7 @@ class DemandBook:
     def heard(self, replica: ReplicaId, report: ReplicaReport) -> None:
         """A replica's report."""
         self._meter.heard(replica, report)
+        self.service.heard(replica, report)
 
     def end_epoch(self, adapters: Collection[AdapterVersion]) -> Rates:
         """The forecast for the epoch that begins now; `adapters` are those registered now."""
@@ -140,6 +144,7 @@ class DemandBook:
         new = {adapter.version_id for adapter in adapters} - self._registered
         self.forecast = with_newcomers(self._forecaster.forecast(), adapters, new)
         self._registered = {adapter.version_id for adapter in adapters}
+        self.service.keep_only(self._registered)
         # The oldest epoch is in no window to come.
         left = tuple(self._parts)[-self._num_parts + 1 :] if self._num_parts > 1 else ()
         self._memory.save(

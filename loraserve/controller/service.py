@@ -226,6 +226,8 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
         adapter = registration.adapter
         entry = self._controller.table.entries.get(adapter.name)
         holders = entry.holders if entry is not None and entry.version_id == version else ()
+        service = self._controller.demand.service
+        total, recent = service.total(version), service.recent(version)
         return management_pb2.Adapter(
             name=adapter.name,
             version=version,
@@ -237,6 +239,12 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             holders=[encode_holder(holder) for holder in holders],
             demand_tokens_per_s=self._controller.demand.measured.get(version, 0.0),
             forecast_tokens_per_s=self._controller.state.demand_tokens_per_s.get(version, 0.0),
+            recent_requests=recent.requests,
+            recent_in_slo=recent.in_slo,
+            recent_cold_misses=recent.cold_misses,
+            requests=total.requests,
+            in_slo=total.in_slo,
+            cold_misses=total.cold_misses,
         )
 
     def _replica(self, record: ReplicaRecord, use: ReplicaUse | None) -> management_pb2.Replica:

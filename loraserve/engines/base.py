@@ -7,17 +7,20 @@ from typing import Protocol
 
 from loraserve.errors import BadInputError
 from loraserve.request import GenerationRequest, GenerationStep
+from placement.profile import Slo
 from placement.types import VersionId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFiles:
-    """A validated adapter on this machine's disk, in the PEFT layout."""
+    """A validated adapter on this machine's disk, in the PEFT layout, and its own targets, None for the
+    usual ones."""
 
     version_id: VersionId
     directory: Path
     rank: int
     size_bytes: int
+    slo: Slo | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,10 @@ class Engine(Protocol):
 
     async def resident(self) -> frozenset[VersionId]:
         """The versions that the engine itself says it holds."""
+        ...
+
+    def is_active(self, version_id: VersionId) -> bool:
+        """Whether a request for the version may be computed at once, without a wait for one of the slots."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:

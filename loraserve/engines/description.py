@@ -43,12 +43,22 @@ class RequestReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceTotals:
+    """How one adapter was served: requests that ended or were turned away, those of them inside their
+    targets, and those that met no active copy of it and had to wait for one."""
+
+    requests: int = 0
+    in_slo: int = 0
+    cold_misses: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaReport:
     """A replica's state for operators, and what it was asked for.
 
     `tokens` are prompt and output tokens by version since the `incarnation` began, of what was served, what
-    waits and what was turned away, which the controller takes demand from; `sequence` grows by one per
-    report of it.
+    waits and what was turned away, which the controller takes demand from; `service` is how that went;
+    `sequence` grows by one per report of it.
     """
 
     running: int
@@ -60,3 +70,4 @@ class ReplicaReport:
     incarnation: str = ""
     sequence: int = 0
     tokens: Mapping[VersionId, int] = field(default_factory=dict)
+    service: Mapping[VersionId, ServiceTotals] = field(default_factory=dict)

@@ -167,6 +167,10 @@ class EmulatedEngine:
         self._check_alive()
         return frozenset(self._adapters)
 
+    def is_active(self, version_id: VersionId) -> bool:
+        """Whether the version has a slot that is not about to be given up."""
+        return self._replica.gate.is_active(version_id)
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Stream the request's steps; what the consumer did not fetch in time comes merged."""
         stream = self._submit(request)

@@ -126,6 +126,10 @@ class VllmEngine:
         """The versions that every worker rank lists."""
         return await self._running().adapters.resident()
 
+    def is_active(self, version_id: VersionId) -> bool:
+        """Whether the version has a slot that is not about to be given up."""
+        return self._running().adapters.is_active(version_id)
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationStep, None]:
         """Stream the request's steps; closing or cancelling the stream aborts it in vLLM."""
         started = self._running()

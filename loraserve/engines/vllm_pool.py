@@ -25,7 +25,7 @@ from loraserve.errors import (
     StaleError,
     WorkFailedError,
 )
-from placement.slots.machine import SlotTable
+from placement.slots.machine import SlotPhase, SlotTable
 from placement.slots.messages import (
     Activate,
     Activated,
@@ -114,6 +114,10 @@ class EnginePool:
         self._uses[version_id] -= 1
         if not self._uses[version_id]:
             del self._uses[version_id]
+
+    def is_active(self, version_id: VersionId) -> bool:
+        """Whether a request would not wait in `enter`."""
+        return self._table.phase(version_id) is SlotPhase.ACTIVE
 
     async def enter(self, version_id: VersionId, request_id: str) -> bool:
         """Wait until the version is active in a slot; False if `give_up` came first.

@@ -65,6 +65,10 @@ class AdapterSlots:
         if not self._uses[version_id]:
             del self._uses[version_id]
 
+    def is_active(self, version_id: VersionId) -> bool:
+        """Whether a request would not wait for a slot: what is held has its own."""
+        return version_id in self._held
+
     async def enter(self, version_id: VersionId, request_id: str) -> bool:
         """Whether a request may be given to vLLM: at once, for what is held has its slot."""
         return True

@@ -11,11 +11,14 @@ from loraserve.request import GenerationRequest
 class Turn:
     """Which attempt at a request this is: of two with one id, the one with the higher `order` runs.
 
-    `lease_id` is set for a client that comes directly.
+    `lease_id` is set for a client that comes directly. It is `waited_s` after its router knew of it, which
+    `has_missed` if it knew of no holder at first.
     """
 
     order: tuple[int, int] = (0, 0)
     lease_id: str = ""
+    waited_s: float = 0.0
+    has_missed: bool = False
 
 
 FIRST_TURN = Turn()

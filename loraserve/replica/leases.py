@@ -7,10 +7,11 @@ or until its time is up, so that a drain in between waits for the client.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraserve.clock import Clock
 from loraserve.errors import StaleError
+from loraserve.replica.in_flight import Turn
 from loraserve.replica.pool import AdapterPool
 from placement.types import VersionId
 
@@ -26,6 +27,8 @@ class _Lease:
     version_id: VersionId | None
     expires_s: float
     ended: Callable[[str], None]
+    waited_s: float
+    has_missed: bool
 
 
 class LeaseBook:
@@ -49,9 +52,17 @@ class LeaseBook:
         return frozenset(map(_pin_id, self._open))
 
     def grant(
-        self, lease_id: str, version_id: VersionId | None, lease_s: float, ended: Callable[[str], None]
+        self,
+        lease_id: str,
+        version_id: VersionId | None,
+        lease_s: float,
+        ended: Callable[[str], None],
+        *,
+        waited_s: float = 0.0,
+        has_missed: bool = False,
     ) -> None:
-        """A client will come; `ended` hears once, when it has or when its time is up."""
+        """A client will come; `ended` hears once, when it has or when its time is up. The rest is as in
+        `in_flight.Turn`."""
         self.sweep()
         if lease_id in self._early:
             # The client was faster than the router's word.
@@ -60,13 +71,23 @@ class LeaseBook:
             return
         if version_id is not None and not self._pool.pin(version_id, _pin_id(lease_id)):
             version_id = None
-        self._open[lease_id] = _Lease(version_id, self._clock.now_s() + lease_s + GRACE_S, ended)
+        expires_s = self._clock.now_s() + lease_s + GRACE_S
+        self._open[lease_id] = _Lease(version_id, expires_s, ended, waited_s, has_missed)
 
     def check(self, lease_id: str) -> None:
         """StaleError if the lease has run out; one that is not known yet is not stale."""
         self.sweep()
         if lease_id in self._run_out:
             raise StaleError("lease: it has run out before the request came; pick again")
+
+    def turn(self, turn: Turn) -> Turn:
+        """The turn of a client that comes with a lease, with what its router has said of it; StaleError as
+        `check` has it."""
+        self.check(turn.lease_id)
+        lease = self._open.get(turn.lease_id)
+        if lease is None:
+            return turn
+        return replace(turn, waited_s=lease.waited_s, has_missed=lease.has_missed)
 
     def is_open(self, lease_id: str) -> bool:
         """Whether the router has granted it and nobody has used it."""

@@ -30,11 +30,13 @@ from loraserve.replica.leases import LeaseBook
 from loraserve.replica.listing import listed
 from loraserve.replica.meter import Meter
 from loraserve.replica.pool import AdapterPool, Residency
+from loraserve.replica.served import RequestService, ServiceCounts
 from loraserve.replica.tokens import TokenCounts
 from loraserve.request import FinishReason, GenerationRequest, GenerationStep
 from loraserve.rpc import server as rpc_server
 from loraserve.rpc.link_server import SPARE_FRAME_BYTES
 from loraserve.rpc.table_codec import LoadReport
+from placement.profile import Slo
 from placement.types import NodeId, ReplicaId, ReplicaSpec, VersionId
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class ReplicaServer:
         self.leases = LeaseBook(self.pool, clock)
         self.meter = Meter(clock)
         self.tokens = TokenCounts(clock)
+        self.service = ServiceCounts(clock, Slo(ttft_ms=config.slo.ttft_ms, tbt_ms=config.slo.tbt_ms))
         self.routers = 0
         self._host = host
         self._node_id = NodeId(node_id)
@@ -132,6 +135,7 @@ class ReplicaServer:
         """Make the version usable; a resident one is no error, a refusal or a cancellation leaves nothing
         behind."""
         async with self._changing:
+            self.service.set_slo(files.version_id, files.slo)
             if not self.pool.begin_load(files):
                 return
             try:
@@ -217,6 +221,7 @@ class ReplicaServer:
             incarnation=self.incarnation,
             sequence=self._num_reports,
             tokens=self.tokens.totals(resident),
+            service=self.service.totals(resident),
         )
 
     def load_report(self) -> LoadReport:
@@ -244,13 +249,14 @@ class ReplicaServer:
         SupersededError once a later attempt at it has come, AlreadyExistsError if one runs already.
         """
         if turn.lease_id:
-            self.leases.check(turn.lease_id)
+            turn = self.leases.turn(turn)
         await self._supersede(request.request_id, turn)
         # The engine lets go of the request before its pin does.
         with (
             self._admitted(request, turn) as accounted,
             self.meter.begin(self.pool.rank(request.version_id), request.prompt) as progress,
             self.tokens.begin(request) as tokens,
+            self._served(request, turn) as served,
         ):
             try:
                 async with aclosing(self.engine.generate(request)) as steps:
@@ -260,6 +266,7 @@ class ReplicaServer:
                         accounted.remaining_tokens = max(0, request.sampling.max_tokens - step.output_tokens)
                         progress.step(len(step.token_ids))
                         tokens.step(step)
+                        served.step(step)
                         if step.finish_reason is not None:
                             progress.finish(step.output_tokens)
                         yield step
@@ -268,6 +275,11 @@ class ReplicaServer:
                     raise
                 accounted.task.uncancel()
                 raise accounted.verdict from None
+
+    def _served(self, request: GenerationRequest, turn: Turn) -> RequestService:
+        version = request.version_id
+        is_cold = turn.has_missed or (version is not None and not self.engine.is_active(version))
+        return self.service.begin(request, waited_s=turn.waited_s, is_cold=is_cold)
 
     async def _supersede(self, request_id: str, turn: Turn) -> None:
         """End the earlier attempts at this request that run here, and wait until they have let go."""

@@ -44,7 +44,11 @@ class ReplicaService(internal_pb2_grpc.ReplicaServicer):
         """One request that a router has sent here."""
         message = _message(start.generate)
         request = _request(message, start.request_id, start.version_id, tuple(start.resume_token_ids))
-        turn = Turn(order=(message.attempt, start.router_attempt))
+        turn = Turn(
+            order=(message.attempt, start.router_attempt),
+            waited_s=start.waited_s,
+            has_missed=start.has_missed,
+        )
         shown_id = message.request_id or start.request_id
         # A request that goes on here has given its id and version elsewhere.
         first = not start.resume_token_ids
@@ -64,12 +68,20 @@ class ReplicaService(internal_pb2_grpc.ReplicaServicer):
     def grant(self, lease: internal_pb2.LeaseGrant, ended: Callable[[str], None]) -> None:
         """A client will come with this lease."""
         version = VersionId(lease.version_id) if lease.version_id else None
-        self._replica.leases.grant(lease.lease_id, version, lease.lease_s, ended)
+        self._replica.leases.grant(
+            lease.lease_id,
+            version,
+            lease.lease_s,
+            ended,
+            waited_s=lease.waited_s,
+            has_missed=lease.has_missed,
+        )
 
     def refused(self, refusal: internal_pb2.Refusal) -> None:
         """It was asked for all the same."""
         version = VersionId(refusal.version_id)
         self._replica.tokens.refused(version, refusal.prompt_tokens, refusal.max_tokens)
+        self._replica.service.refused(version)
 
     def load(self) -> internal_pb2.LoadReport:
         """The replica's load now."""

@@ -66,6 +66,7 @@ class Choice:
         A replica that died may have been the last holder: its adapters are loaded elsewhere, or it is
         started again, within `holder_wait_s` or not at all.
         """
+        flight.has_waited = True
         begun_s = self.clock.now_s()
         until_s = min(begun_s + self._patience_s(flight), flight.deadline_s)
         while True:

@@ -28,6 +28,7 @@ class Flight:
         "excluded",
         "excluded_at",
         "first_message_s",
+        "has_waited",
         "losses",
         "max_tokens",
         "messages",
@@ -62,6 +63,8 @@ class Flight:
         self.excluded: frozenset[ReplicaId] = frozenset()
         self.excluded_at = 0
         self.refusals: list[StatusCode] = []
+        # Whether there was no holder at some moment.
+        self.has_waited = False
         self.losses = 0
         self.attempts = 0
         self.messages = 0
@@ -91,6 +94,8 @@ class Flight:
             remaining_s=self.remaining_s,
             unary=unary,
             router_attempt=self.attempts,
+            waited_s=self.deadline_s - self.started_s - self.remaining_s,
+            has_missed=self.has_missed,
         )
 
     def end(self, code: StatusCode, message: str) -> None:
@@ -115,6 +120,13 @@ class Flight:
         if self.sent is None or not is_resumable(message.sampling):
             return "with a seed, a presence or frequency penalty, or logprobs it cannot be resumed exactly"
         return None
+
+    @property
+    def has_missed(self) -> bool:
+        """Whether it met no copy of its adapter somewhere on its way."""
+        return self.adapter is not None and (
+            self.has_waited or StatusCode.FAILED_PRECONDITION in self.refusals
+        )
 
     @property
     def version(self) -> VersionId | None:

@@ -13,7 +13,7 @@ from random import Random
 import grpc
 
 from loraserve.clock import Clock, WallClock
-from loraserve.config import RouterSection, SloSection
+from loraserve.config import RouterSection
 from loraserve.errors import ConfigError
 from loraserve.router.choice import Choice
 from loraserve.router.leases import LeaseCounter
@@ -62,17 +62,14 @@ class Router:
         clock: Clock | None = None,
         insecure_listen: bool = False,
         run_id: str | None = None,
-        ttft_slo_ms: float = SloSection().ttft_ms,
     ) -> None:
-        """`ttft_slo_ms` is what status counts attainment against; `run_id` sets this run's request ids apart
-        from those of any other, random by default."""
+        """`run_id` sets this run's request ids apart from those of any other, random by default."""
         self._config = config
         self._router_id = router_id
         self._controller_address = controller_address
         self._cluster_name = cluster_name
         self._clock = clock or WallClock()
         self._insecure_listen = insecure_listen
-        self._ttft_slo_ms = ttft_slo_ms
         self._run_id = run_id or secrets.token_hex(4)
         self._rng = Random(f"{router_id}/{self._run_id}")
         self._ledger = Ledger(max_in_flight=config.max_in_flight)
@@ -190,7 +187,6 @@ class Router:
                 loads=self._loads,
                 ledger=self._ledger,
                 leases=self._leases,
-                ttft_slo_ms=self._ttft_slo_ms,
             ),
         )
         management_pb2_grpc.add_ManagementServicer_to_server(management, server)

@@ -3,7 +3,7 @@
 Status alone is answered without the controller, from the router's last table and load reports.
 """
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 import grpc
@@ -82,7 +82,6 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
                 await abort_with(context, error_of(error))
             answer = self._local_status.from_table(self._tables.table)
         answer.router.CopyFrom(self._local_status.router())
-        self._local_status.add_attainment(answer.adapters)
         return answer
 
     async def DrainReplicas(
@@ -172,26 +171,12 @@ class LocalStatus:
         loads: LoadBook,
         ledger: Ledger,
         leases: LeaseCounter,
-        ttft_slo_ms: float,
     ) -> None:
         self._router_id = router_id
         self._cluster_name = cluster_name
         self._loads = loads
         self._ledger = ledger
         self._leases = leases
-        self._ttft_slo_s = ttft_slo_ms / 1e3
-
-    def add_attainment(self, adapters: Iterable[management_pb2.Adapter]) -> None:
-        """Count, per adapter, how many of the last requests had their first token within the SLO."""
-        named = {adapter.name: adapter for adapter in adapters}
-        for outcome in self._ledger.outcomes:
-            adapter = named.get(outcome.adapter)
-            if adapter is None or outcome.status == "CANCELLED":
-                continue
-            adapter.recent_requests += 1
-            first_s = outcome.first_message_s
-            if first_s is not None and first_s - outcome.started_s <= self._ttft_slo_s:
-                adapter.recent_in_slo += 1
 
     def router(self) -> management_pb2.RouterStats:
         """The router's own counters."""

@@ -148,7 +148,13 @@ class PickHandlers:
         lease_id = leases.issue(decision.replica_id, decision.rank, flight.prompt_tokens)
         version = decision.version_id or ""
         peer.link.grant_lease(
-            internal_pb2.LeaseGrant(lease_id=lease_id, version_id=version, lease_s=leases.lease_s)
+            internal_pb2.LeaseGrant(
+                lease_id=lease_id,
+                version_id=version,
+                lease_s=leases.lease_s,
+                waited_s=self._clock.now_s() - flight.started_s,
+                has_missed=flight.has_missed,
+            )
         )
         return inference_pb2.PickResponse(
             replica_id=decision.replica_id,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from loraserve.engines.replica_model.sequence import ReplicaLimits, Sequence
 from placement.latency import PS_PER_S
-from placement.slots.machine import SlotTable
+from placement.slots.machine import SlotPhase, SlotTable
 from placement.slots.messages import (
     Activate,
     Activated,
@@ -66,6 +66,10 @@ class AdapterGate:
     def next_ps(self) -> int | None:
         """When the next adapter becomes active, None if none is on its way."""
         return self._landing[0][0] if self._landing else None
+
+    def is_active(self, version: VersionId) -> bool:
+        """Whether a request for the version would pass at once."""
+        return self._table.phase(version) is SlotPhase.ACTIVE
 
     def sequences(self) -> list[Sequence]:
         """Those that wait here."""

@@ -157,6 +157,10 @@ class Adapter(_message.Message):
     FORECAST_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     RECENT_REQUESTS_FIELD_NUMBER: _builtins.int
     RECENT_IN_SLO_FIELD_NUMBER: _builtins.int
+    RECENT_COLD_MISSES_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    IN_SLO_FIELD_NUMBER: _builtins.int
+    COLD_MISSES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     rank: _builtins.int
@@ -167,10 +171,19 @@ class Adapter(_message.Message):
     """Prompt and output tokens per second: as counted lately, and as expected for the next epoch."""
     forecast_tokens_per_s: _builtins.float
     recent_requests: _builtins.int
-    """Of the last requests that went through the router that answers and were not cancelled: those that
-    named it, and those of them whose first token came within slo.ttft_ms.
+    """Requests of the last five minutes that ended at replicas, whoever brought them, or were turned away;
+    those of them inside the targets: the first token came within slo.ttft_ms from when a router knew of the
+    request, and 19 of 20 gaps between two messages were at most slo.tbt_ms.
     """
     recent_in_slo: _builtins.int
+    recent_cold_misses: _builtins.int
+    """Requests of the last five minutes that met no active copy of it: no holder, or one where it was in no
+    slot.
+    """
+    requests: _builtins.int
+    """The same since its replicas began, as far as the controller has heard of them."""
+    in_slo: _builtins.int
+    cold_misses: _builtins.int
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -190,10 +203,14 @@ class Adapter(_message.Message):
         forecast_tokens_per_s: _builtins.float = ...,
         recent_requests: _builtins.int = ...,
         recent_in_slo: _builtins.int = ...,
+        recent_cold_misses: _builtins.int = ...,
+        requests: _builtins.int = ...,
+        in_slo: _builtins.int = ...,
+        cold_misses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_tokens_per_s", b"demand_tokens_per_s", "forecast_tokens_per_s", b"forecast_tokens_per_s", "holders", b"holders", "name", b"name", "rank", b"rank", "recent_in_slo", b"recent_in_slo", "recent_requests", b"recent_requests", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cold_misses", b"cold_misses", "demand_tokens_per_s", b"demand_tokens_per_s", "forecast_tokens_per_s", b"forecast_tokens_per_s", "holders", b"holders", "in_slo", b"in_slo", "name", b"name", "rank", b"rank", "recent_cold_misses", b"recent_cold_misses", "recent_in_slo", b"recent_in_slo", "recent_requests", b"recent_requests", "requests", b"requests", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$loraserve/internal/v1/internal.proto\x12\x15loraserve.internal.v1\"\x8e\x02\n\x0bRouterFrame\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.loraserve.internal.v1.Hello\x12,\n\x06starts\x18\x02 \x03(\x0b\x32\x1c.loraserve.internal.v1.Start\x12.\n\x07\x63redits\x18\x03 \x03(\x0b\x32\x1d.loraserve.internal.v1.Credit\x12\x0f\n\x07\x63\x61ncels\x18\x04 \x03(\x04\x12\x31\n\x06leases\x18\x05 \x03(\x0b\x32!.loraserve.internal.v1.LeaseGrant\x12\x30\n\x08refusals\x18\x06 \x03(\x0b\x32\x1e.loraserve.internal.v1.Refusal\"H\n\x07Refusal\x12\x12\n\nversion_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\"4\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\xd1\x01\n\x05Start\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nversion_id\x18\x03 \x01(\t\x12\x15\n\rtable_version\x18\x04 \x01(\x04\x12\x10\n\x08generate\x18\x05 \x01(\x0c\x12\x18\n\x10resume_token_ids\x18\x06 \x03(\r\x12\x13\n\x0bremaining_s\x18\x07 \x01(\x01\x12\x0e\n\x06\x63redit\x18\x08 \x01(\r\x12\r\n\x05unary\x18\t \x01(\x08\x12\x16\n\x0erouter_attempt\x18\n \x01(\r\"-\n\x06\x43redit\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x10\n\x08messages\x18\x02 \x01(\r\"C\n\nLeaseGrant\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x12\n\nversion_id\x18\x02 \x01(\t\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\"\xa4\x01\n\x0cReplicaFrame\x12/\n\x04load\x18\x01 \x01(\x0b\x32!.loraserve.internal.v1.LoadReport\x12\x14\n\x0cstep_streams\x18\x02 \x03(\x04\x12\r\n\x05steps\x18\x03 \x03(\x0c\x12(\n\x04\x65nds\x18\x04 \x03(\x0b\x32\x1a.loraserve.internal.v1.End\x12\x14\n\x0c\x65nded_leases\x18\x05 \x03(\t\"7\n\x03\x45nd\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xcd\x02\n\nLoadReport\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x06 \x01(\x04\x12\x16\n\x0ekv_cache_usage\x18\x07 \x01(\x01\x12\x18\n\x10protocol_version\x18\x08 \x01(\r\x12\x0f\n\x07routers\x18\t \x01(\r\x12\x14\n\x0cstarts_per_s\x18\n \x01(\x01\x12\x0f\n\x07token_s\x18\x0b \x01(\x01\x12\x15\n\routput_tokens\x18\x0c \x01(\x01\x12\x15\n\rprompt_tokens\x18\r \x01(\x01\x12.\n\x05ranks\x18\x0e \x03(\x0b\x32\x1f.loraserve.internal.v1.RankLoad\"R\n\x08RankLoad\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x04 \x01(\x04\"@\n\x11WatchTableRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\xeb\x01\n\x0cRoutingTable\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x35\n\x08replicas\x18\x04 \x03(\x0b\x32#.loraserve.internal.v1.TableReplica\x12\x32\n\x07\x65ntries\x18\x05 \x03(\x0b\x32!.loraserve.internal.v1.TableEntry\x12\x31\n\x05\x63osts\x18\x06 \x03(\x0b\x32\".loraserve.internal.v1.ReplicaCost\"\xb2\x03\n\x0bReplicaCost\x12\x0e\n\x06kernel\x18\x01 \x01(\t\x12\x15\n\rmax_lora_rank\x18\x02 \x01(\r\x12\x0f\n\x07\x62\x61se_ms\x18\x03 \x01(\x01\x12\x0e\n\x06row_ms\x18\x04 \x01(\x01\x12\x18\n\x10prefill_token_ms\x18\x05 \x01(\x01\x12\x17\n\x0fprefill_pair_ms\x18\x06 \x01(\x01\x12\x18\n\x10\x63ontext_token_ms\x18\x07 \x01(\x01\x12\x14\n\x0clora_step_ms\x18\x08 \x01(\x01\x12\x12\n\nadapter_ms\x18\t \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_rank_ms\x18\n \x01(\x01\x12\x17\n\x0fprefill_rank_ms\x18\x0b \x01(\x01\x12\x14\n\x0cmax_num_seqs\x18\x0c \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\r \x01(\r\x12\x11\n\tkv_tokens\x18\x0e \x01(\x04\x12\x15\n\radapter_slots\x18\x0f \x01(\r\x12?\n\x10operating_points\x18\x10 \x03(\x0b\x32%.loraserve.internal.v1.OperatingPoint\x12\x12\n\ntbt_slo_ms\x18\x11 \x01(\x01\"4\n\x0eOperatingPoint\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x02 \x01(\x01\"j\n\x0cTableReplica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x15\n\rmax_lora_rank\x18\x03 \x01(\r\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0c\n\x04\x63ost\x18\x05 \x01(\r\"q\n\nTableEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nversion_id\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x33\n\x07holders\x18\x04 \x03(\x0b\x32\".loraserve.internal.v1.TableHolder\"?\n\x0bTableHolder\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\x12\r\n\x05spill\x18\x03 \x01(\x08\x32\x61\n\x07Replica\x12V\n\x07\x43onnect\x12\".loraserve.internal.v1.RouterFrame\x1a#.loraserve.internal.v1.ReplicaFrame(\x01\x30\x01\x32h\n\x07\x43ontrol\x12]\n\nWatchTable\x12(.loraserve.internal.v1.WatchTableRequest\x1a#.loraserve.internal.v1.RoutingTable0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$loraserve/internal/v1/internal.proto\x12\x15loraserve.internal.v1\"\x8e\x02\n\x0bRouterFrame\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.loraserve.internal.v1.Hello\x12,\n\x06starts\x18\x02 \x03(\x0b\x32\x1c.loraserve.internal.v1.Start\x12.\n\x07\x63redits\x18\x03 \x03(\x0b\x32\x1d.loraserve.internal.v1.Credit\x12\x0f\n\x07\x63\x61ncels\x18\x04 \x03(\x04\x12\x31\n\x06leases\x18\x05 \x03(\x0b\x32!.loraserve.internal.v1.LeaseGrant\x12\x30\n\x08refusals\x18\x06 \x03(\x0b\x32\x1e.loraserve.internal.v1.Refusal\"H\n\x07Refusal\x12\x12\n\nversion_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\"4\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\xf7\x01\n\x05Start\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nversion_id\x18\x03 \x01(\t\x12\x15\n\rtable_version\x18\x04 \x01(\x04\x12\x10\n\x08generate\x18\x05 \x01(\x0c\x12\x18\n\x10resume_token_ids\x18\x06 \x03(\r\x12\x13\n\x0bremaining_s\x18\x07 \x01(\x01\x12\x0e\n\x06\x63redit\x18\x08 \x01(\r\x12\r\n\x05unary\x18\t \x01(\x08\x12\x16\n\x0erouter_attempt\x18\n \x01(\r\x12\x10\n\x08waited_s\x18\x0b \x01(\x01\x12\x12\n\nhas_missed\x18\x0c \x01(\x08\"-\n\x06\x43redit\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x10\n\x08messages\x18\x02 \x01(\r\"i\n\nLeaseGrant\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x12\n\nversion_id\x18\x02 \x01(\t\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x10\n\x08waited_s\x18\x04 \x01(\x01\x12\x12\n\nhas_missed\x18\x05 \x01(\x08\"\xa4\x01\n\x0cReplicaFrame\x12/\n\x04load\x18\x01 \x01(\x0b\x32!.loraserve.internal.v1.LoadReport\x12\x14\n\x0cstep_streams\x18\x02 \x03(\x04\x12\r\n\x05steps\x18\x03 \x03(\x0c\x12(\n\x04\x65nds\x18\x04 \x03(\x0b\x32\x1a.loraserve.internal.v1.End\x12\x14\n\x0c\x65nded_leases\x18\x05 \x03(\t\"7\n\x03\x45nd\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xcd\x02\n\nLoadReport\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x1a\n\x12outstanding_tokens\x18\x06 \x01(\x04\x12\x16\n\x0ekv_cache_usage\x18\x07 \x01(\x01\x12\x18\n\x10protocol_version\x18\x08 \x01(\r\x12\x0f\n\x07routers\x18\t \x01(\r\x12\x14\n\x0cstarts_per_s\x18\n \x01(\x01\x12\x0f\n\x07token_s\x18\x0b \x01(\x01\x12\x15\n\routput_tokens\x18\x0c \x01(\x01\x12\x15\n\rprompt_tokens\x18\r \x01(\x01\x12.\n\x05ranks\x18\x0e \x03(\x0b\x32\x1f.loraserve.internal.v1.RankLoad\"R\n\x08RankLoad\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x04 \x01(\x04\"@\n\x11WatchTableRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\xeb\x01\n\x0cRoutingTable\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x35\n\x08replicas\x18\x04 \x03(\x0b\x32#.loraserve.internal.v1.TableReplica\x12\x32\n\x07\x65ntries\x18\x05 \x03(\x0b\x32!.loraserve.internal.v1.TableEntry\x12\x31\n\x05\x63osts\x18\x06 \x03(\x0b\x32\".loraserve.internal.v1.ReplicaCost\"\xb2\x03\n\x0bReplicaCost\x12\x0e\n\x06kernel\x18\x01 \x01(\t\x12\x15\n\rmax_lora_rank\x18\x02 \x01(\r\x12\x0f\n\x07\x62\x61se_ms\x18\x03 \x01(\x01\x12\x0e\n\x06row_ms\x18\x04 \x01(\x01\x12\x18\n\x10prefill_token_ms\x18\x05 \x01(\x01\x12\x17\n\x0fprefill_pair_ms\x18\x06 \x01(\x01\x12\x18\n\x10\x63ontext_token_ms\x18\x07 \x01(\x01\x12\x14\n\x0clora_step_ms\x18\x08 \x01(\x01\x12\x12\n\nadapter_ms\x18\t \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_rank_ms\x18\n \x01(\x01\x12\x17\n\x0fprefill_rank_ms\x18\x0b \x01(\x01\x12\x14\n\x0cmax_num_seqs\x18\x0c \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\r \x01(\r\x12\x11\n\tkv_tokens\x18\x0e \x01(\x04\x12\x15\n\radapter_slots\x18\x0f \x01(\r\x12?\n\x10operating_points\x18\x10 \x03(\x0b\x32%.loraserve.internal.v1.OperatingPoint\x12\x12\n\ntbt_slo_ms\x18\x11 \x01(\x01\"4\n\x0eOperatingPoint\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x02 \x01(\x01\"j\n\x0cTableReplica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x15\n\rmax_lora_rank\x18\x03 \x01(\r\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0c\n\x04\x63ost\x18\x05 \x01(\r\"q\n\nTableEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nversion_id\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x33\n\x07holders\x18\x04 \x03(\x0b\x32\".loraserve.internal.v1.TableHolder\"?\n\x0bTableHolder\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\x12\r\n\x05spill\x18\x03 \x01(\x08\x32\x61\n\x07Replica\x12V\n\x07\x43onnect\x12\".loraserve.internal.v1.RouterFrame\x1a#.loraserve.internal.v1.ReplicaFrame(\x01\x30\x01\x32h\n\x07\x43ontrol\x12]\n\nWatchTable\x12(.loraserve.internal.v1.WatchTableRequest\x1a#.loraserve.internal.v1.RoutingTable0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,35 +38,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=410
   _globals['_HELLO']._serialized_end=462
   _globals['_START']._serialized_start=465
-  _globals['_START']._serialized_end=674
-  _globals['_CREDIT']._serialized_start=676
-  _globals['_CREDIT']._serialized_end=721
-  _globals['_LEASEGRANT']._serialized_start=723
-  _globals['_LEASEGRANT']._serialized_end=790
-  _globals['_REPLICAFRAME']._serialized_start=793
-  _globals['_REPLICAFRAME']._serialized_end=957
-  _globals['_END']._serialized_start=959
-  _globals['_END']._serialized_end=1014
-  _globals['_LOADREPORT']._serialized_start=1017
-  _globals['_LOADREPORT']._serialized_end=1350
-  _globals['_RANKLOAD']._serialized_start=1352
-  _globals['_RANKLOAD']._serialized_end=1434
-  _globals['_WATCHTABLEREQUEST']._serialized_start=1436
-  _globals['_WATCHTABLEREQUEST']._serialized_end=1500
-  _globals['_ROUTINGTABLE']._serialized_start=1503
-  _globals['_ROUTINGTABLE']._serialized_end=1738
-  _globals['_REPLICACOST']._serialized_start=1741
-  _globals['_REPLICACOST']._serialized_end=2175
-  _globals['_OPERATINGPOINT']._serialized_start=2177
-  _globals['_OPERATINGPOINT']._serialized_end=2229
-  _globals['_TABLEREPLICA']._serialized_start=2231
-  _globals['_TABLEREPLICA']._serialized_end=2337
-  _globals['_TABLEENTRY']._serialized_start=2339
-  _globals['_TABLEENTRY']._serialized_end=2452
-  _globals['_TABLEHOLDER']._serialized_start=2454
-  _globals['_TABLEHOLDER']._serialized_end=2517
-  _globals['_REPLICA']._serialized_start=2519
-  _globals['_REPLICA']._serialized_end=2616
-  _globals['_CONTROL']._serialized_start=2618
-  _globals['_CONTROL']._serialized_end=2722
+  _globals['_START']._serialized_end=712
+  _globals['_CREDIT']._serialized_start=714
+  _globals['_CREDIT']._serialized_end=759
+  _globals['_LEASEGRANT']._serialized_start=761
+  _globals['_LEASEGRANT']._serialized_end=866
+  _globals['_REPLICAFRAME']._serialized_start=869
+  _globals['_REPLICAFRAME']._serialized_end=1033
+  _globals['_END']._serialized_start=1035
+  _globals['_END']._serialized_end=1090
+  _globals['_LOADREPORT']._serialized_start=1093
+  _globals['_LOADREPORT']._serialized_end=1426
+  _globals['_RANKLOAD']._serialized_start=1428
+  _globals['_RANKLOAD']._serialized_end=1510
+  _globals['_WATCHTABLEREQUEST']._serialized_start=1512
+  _globals['_WATCHTABLEREQUEST']._serialized_end=1576
+  _globals['_ROUTINGTABLE']._serialized_start=1579
+  _globals['_ROUTINGTABLE']._serialized_end=1814
+  _globals['_REPLICACOST']._serialized_start=1817
+  _globals['_REPLICACOST']._serialized_end=2251
+  _globals['_OPERATINGPOINT']._serialized_start=2253
+  _globals['_OPERATINGPOINT']._serialized_end=2305
+  _globals['_TABLEREPLICA']._serialized_start=2307
+  _globals['_TABLEREPLICA']._serialized_end=2413
+  _globals['_TABLEENTRY']._serialized_start=2415
+  _globals['_TABLEENTRY']._serialized_end=2528
+  _globals['_TABLEHOLDER']._serialized_start=2530
+  _globals['_TABLEHOLDER']._serialized_end=2593
+  _globals['_REPLICA']._serialized_start=2595
+  _globals['_REPLICA']._serialized_end=2692
+  _globals['_CONTROL']._serialized_start=2694
+  _globals['_CONTROL']._serialized_end=2798
 # @@protoc_insertion_point(module_scope)

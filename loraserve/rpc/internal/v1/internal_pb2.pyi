@@ -129,6 +129,8 @@ class Start(_message.Message):
     CREDIT_FIELD_NUMBER: _builtins.int
     UNARY_FIELD_NUMBER: _builtins.int
     ROUTER_ATTEMPT_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
+    HAS_MISSED_FIELD_NUMBER: _builtins.int
     stream_id: _builtins.int
     """Chosen by the router, never reused on one connection."""
     request_id: _builtins.str
@@ -146,6 +148,9 @@ class Start(_message.Message):
     """Which time the router sends this request somewhere, from 1; decides between two of the same
     idempotency key and attempt.
     """
+    waited_s: _builtins.float
+    """How long the router has known of the request, and whether it knew of no holder at first."""
+    has_missed: _builtins.bool
     @_builtins.property
     def resume_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What the router has had from other replicas, after the tokens of generate.resume."""
@@ -163,10 +168,12 @@ class Start(_message.Message):
         credit: _builtins.int = ...,
         unary: _builtins.bool = ...,
         router_attempt: _builtins.int = ...,
+        waited_s: _builtins.float = ...,
+        has_missed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "generate", b"generate", "remaining_s", b"remaining_s", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "router_attempt", b"router_attempt", "stream_id", b"stream_id", "table_version", b"table_version", "unary", b"unary", "version_id", b"version_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "generate", b"generate", "has_missed", b"has_missed", "remaining_s", b"remaining_s", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "router_attempt", b"router_attempt", "stream_id", b"stream_id", "table_version", b"table_version", "unary", b"unary", "version_id", b"version_id", "waited_s", b"waited_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -201,19 +208,26 @@ class LeaseGrant(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     VERSION_ID_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
+    HAS_MISSED_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     version_id: _builtins.str
     lease_s: _builtins.float
+    waited_s: _builtins.float
+    """As in Start."""
+    has_missed: _builtins.bool
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         version_id: _builtins.str = ...,
         lease_s: _builtins.float = ...,
+        waited_s: _builtins.float = ...,
+        has_missed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "lease_s", b"lease_s", "version_id", b"version_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_missed", b"has_missed", "lease_id", b"lease_id", "lease_s", b"lease_s", "version_id", b"version_id", "waited_s", b"waited_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
