@@ -26,7 +26,12 @@ few drawn by lot is nearly the best of all, and routers that draw differently do
 MAX_REMEMBERED = 65_536
 """Adapters, and blocks of prompts, that are remembered."""
 
+MAX_LOOKS_KEPT = 262_144
+"""Holders of adapters whose gauges are kept ready: a hundred bytes each."""
+
 _Best = tuple[Sequence[Holder], Holder]
+_Look = tuple[Holder, ReplicaId, Gauge | None, float]
+"""A holder, its name, its gauge if it has a cost, and how many times its estimate it costs."""
 _Cached = tuple[ReplicaId | None, int]
 _NOT_CACHED: _Cached = (None, 0)
 
@@ -50,6 +55,8 @@ class MarginalCost:
         self._costs: Mapping[ReplicaId, ReplicaCost] = {}
         self._own: Mapping[ReplicaId, OwnRequests] = {}
         self._peers = 0.0
+        self._looks: dict[VersionId | None, tuple[Sequence[Holder], list[_Look]]] = {}
+        self._num_looks = 0
         self._best: dict[VersionId | None, _Best] = {}
         self._prefixes = PrefixMemory()
         self._fallback = LeastOutstanding()
@@ -58,14 +65,16 @@ class MarginalCost:
         self, request: RouteRequest, target: Target, holders: Sequence[Holder], view: LoadView, rng: Random
     ) -> Picked:
         """The holder with the lowest cost, and "spill" or "prefix" if it is one for that."""
-        looked = self._few(target, holders, rng) if len(holders) > MAX_LOOKS else holders
+        looks = self._looks_at(target, holders, view)
+        if len(holders) > MAX_LOOKS:
+            looks = self._few(target, holders, looks, rng)
         cached = self._prefixes.find(request, target) if request.prefix else _NOT_CACHED
-        best, silent = self._cheapest(request, target, looked, view, rng, cached)
+        best, silent = self._cheapest(request, target, looks, view, rng, cached)
         if best is None:
             return self._fall_back(request, target, holders, view, rng)
         if silent:
             best = silent[int(rng.random() * len(silent))]
-        if looked is not holders:
+        if len(holders) > MAX_LOOKS:
             self._remember(target, holders, best)
         if request.prefix:
             self._prefixes.note(request, target, best.replica_id)
@@ -73,11 +82,19 @@ class MarginalCost:
             return best, "spill"
         return best, "prefix" if best.replica_id == cached[0] else ""
 
+    def prepare(self, replica_id: ReplicaId, view: LoadView) -> None:
+        """Work out what has changed at a replica, if it was ever looked at."""
+        gauge, load = self._gauges.get(replica_id), view.loads.get(replica_id)
+        if gauge is not None and load is not None and view.own is self._own and view.peers == self._peers:
+            own = view.own.get(replica_id, NO_REQUESTS)
+            if load is not gauge.load or own.stamp != gauge.stamp:
+                gauge.update(load, own, view.peers)
+
     def _cheapest(
         self,
         request: RouteRequest,
         target: Target,
-        holders: Sequence[Holder],
+        looks: list[_Look],
         view: LoadView,
         rng: Random,
         cached: _Cached,
@@ -86,30 +103,26 @@ class MarginalCost:
         only one, it with those that are silent."""
         silent: list[Holder] = []
         best: Holder | None = None
-        lowest, highest, ties = float("inf"), 0.0, 1
-        peers, find_load, find_own = view.peers, view.loads.get, view.own.get
-        find_gauge = self._gauges_of(target, view).get
+        lowest, ties = float("inf"), 1
+        find_load, find_own, peers = view.loads.get, view.own.get, view.peers
         cached_at, cached_tokens = cached
-        rank, prompt_tokens, most_tokens = target.rank, request.prompt_tokens, request.expected_tokens
-        for holder in holders:
-            name = holder.replica_id
-            load, gauge = find_load(name), find_gauge(name)
-            if load is None or (gauge is None and (gauge := self._learn(name, target)) is None):
+        rank = target.rank
+        prompt_tokens, most_tokens = float(request.prompt_tokens), float(request.expected_tokens)
+        for holder, name, gauge, penalty in looks:
+            load = find_load(name)
+            if load is None or gauge is None:
                 silent.append(holder)
                 continue
             own = gauge.own
-            if own is NO_REQUESTS:
-                own = find_own(name, own)
             if load is not gauge.load or own.stamp != gauge.stamp:
-                gauge.update(load, own, peers)
+                gauge.update(load, find_own(name, own) if own is NO_REQUESTS else own, peers)
             charged = gauge.charged.get(rank)
             if charged is None:
                 charged = gauge.charge(rank)
-            prompt = prompt_tokens or gauge.prompt_tokens
-            if name == cached_at:
-                prompt = max(1, prompt - cached_tokens)
-            output = gauge.output_tokens
-            if 0 < most_tokens < output:
+            prompt, output = prompt_tokens or gauge.prompt_tokens, gauge.output_tokens
+            if cached_at and name == cached_at:
+                prompt = max(1.0, prompt - cached_tokens)
+            if 0.0 < most_tokens < output:
                 output = most_tokens
             # `cost_ms` of the gauge's module, without the call.
             q, q_rank, a, a_rank, f, f_rank, p, p_rank, pair, o, o_rank = (
@@ -121,41 +134,48 @@ class MarginalCost:
                 + (f + f_rank * charged)
                 + (p + p_rank * charged + pair * prompt) * prompt
                 + (o + o_rank * charged) * output
-            )
-            if holder.share == 0:
-                cost_ms *= SPILL_PENALTY
-            if cost_ms > highest:
-                highest = cost_ms
+            ) * penalty
             if cost_ms < lowest:
                 lowest, best, ties = cost_ms, holder, 1
             elif cost_ms == lowest:
                 ties += 1
-                best = holder if rng.random() * ties < 1 else best
-        return best, [*silent, best] if silent and best and lowest == highest else []
+                best = holder if rng.random() * ties < 1.0 else best
+        # So many ties that none cost more.
+        return best, [*silent, best] if silent and best and ties + len(silent) == len(looks) else []
 
-    def _gauges_of(self, target: Target, view: LoadView) -> dict[ReplicaId, Gauge]:
-        """The gauges, as far as they still hold: costs are of one table, and peers count in all of them."""
+    def _looks_at(self, target: Target, holders: Sequence[Holder], view: LoadView) -> list[_Look]:
+        """The holders with their gauges, as far as these still hold: costs are of one table, and peers count
+        in all of them."""
         if target.costs is not self._costs or view.own is not self._own:
             self._costs, self._own, self._gauges = target.costs, view.own, {}
+            self._looks, self._num_looks = {}, 0
         if view.peers != self._peers:
             self._peers = view.peers
             for gauge in self._gauges.values():
                 gauge.stamp = -1
-        return self._gauges
+        known = self._looks.get(target.version_id)
+        if known is not None and known[0] is holders:
+            return known[1]
+        looks = [self._look_at(holder, target) for holder in holders]
+        self._num_looks += len(looks) - (len(known[1]) if known is not None else 0)
+        if self._num_looks > MAX_LOOKS_KEPT:
+            self._looks, self._num_looks = {}, len(looks)
+        self._looks[target.version_id] = (holders, looks)
+        return looks
 
-    def _learn(self, replica: ReplicaId, target: Target) -> Gauge | None:
-        cost = target.costs.get(replica)
-        if cost is None:
-            return None
-        gauge = self._gauges[replica] = Gauge(cost)
-        return gauge
+    def _look_at(self, holder: Holder, target: Target) -> _Look:
+        name = holder.replica_id
+        gauge, cost = self._gauges.get(name), target.costs.get(name)
+        if gauge is None and cost is not None:
+            gauge = self._gauges[name] = Gauge(cost)
+        return holder, name, gauge, SPILL_PENALTY if holder.share == 0 else 1.0
 
-    def _few(self, target: Target, holders: Sequence[Holder], rng: Random) -> Sequence[Holder]:
+    def _few(self, target: Target, holders: Sequence[Holder], looks: list[_Look], rng: Random) -> list[_Look]:
         """Every so many-th holder from one drawn by lot, and the best of the last time."""
         step = -(-len(holders) // MAX_LOOKS)
-        few = holders[int(rng.random() * step) :: step]
+        few = looks[int(rng.random() * step) :: step]
         kept = self._best.get(target.version_id)
-        return few if kept is None or kept[0] is not holders else [*few, kept[1]]
+        return few if kept is None or kept[0] is not holders else [*few, self._look_at(kept[1], target)]
 
     def _remember(self, target: Target, holders: Sequence[Holder], best: Holder) -> None:
         if len(self._best) >= MAX_REMEMBERED:

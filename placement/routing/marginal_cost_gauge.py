@@ -38,6 +38,8 @@ counts: near saturation a place in the batch is what is short."""
 
 FULL_KV = 0.95
 
+AGE = ReplicaLoad._fields.index("age_s")
+
 NO_REQUESTS = OwnRequests()
 """What a router has at a replica that it never sent anything; nobody changes it."""
 
@@ -77,6 +79,7 @@ class Gauge:
 
     __slots__ = (
         "_adapter_rows",
+        "_age_ms",
         "_base",
         "_cost",
         "_counts",
@@ -86,12 +89,9 @@ class Gauge:
         "_levels",
         "_load_tokens",
         "_mean_charged",
-        "_pair_ms",
         "_peers",
-        "_per_token",
-        "_prefill_ms",
-        "_prefill_rank_ms",
         "_prefill_tokens",
+        "_prompts_ms",
         "_rank_rows",
         "_rates",
         "_reported",
@@ -111,20 +111,27 @@ class Gauge:
         self._cost = cost
         self._is_sum = model.kernel is RankKernel.SUM
         self._is_padded = model.kernel is RankKernel.PADDED_BATCH
-        self._prefill_ms, self._prefill_rank_ms = model.prefill_token_ms, model.prefill_rank_ms
-        self._pair_ms, self._per_token = 0.5 * model.prefill_pair_ms, 1.0 / cost.max_num_batched_tokens
-        slots = float(cost.adapter_slots)
-        self._step_ms = (model.base_ms, model.lora_step_ms, model.adapter_ms, model.decode_rank_ms, slots)
+        # All numbers are floats, whole or not: sums of two kinds take longer.
+        self._prompts_ms = (
+            float(model.prefill_token_ms),
+            float(model.prefill_rank_ms),
+            0.5 * model.prefill_pair_ms,
+            1.0 / cost.max_num_batched_tokens,
+        )
+        step_ms = (model.base_ms, model.lora_step_ms, model.adapter_ms, model.decode_rank_ms)
+        base_ms, lora_step_ms, adapter_ms, rank_ms = map(float, step_ms)
+        self._step_ms = (base_ms, lora_step_ms, adapter_ms, rank_ms, float(cost.adapter_slots))
         # Ranks from high to low, 0 last, each with how far it is above the next; the others go with it.
-        self._levels: list[tuple[int, int]] = [(0, 0)]
+        self._levels: list[tuple[int, float]] = [(0, 0.0)]
         self._index: dict[int, int] = {0: 0}
-        self._reported: list[float] = [0]
+        self._reported: list[float] = [0.0]
         self._counts: list[float] = [0.0]
         self._load_tokens = 0
         self._prefill_tokens = self._rows = self._adapter_rows = self._rank_rows = 0.0
         self._peers = self._mean_charged = 0.0
         self._base: Terms | None = None
-        self._rates = (1.0, 0.0, 1.0)
+        self._rates = (1.0, 0.0, 1.0, OUTPUT_TOKENS, PROMPT_TOKENS)
+        self._age_ms = 0.0
         self.charged: dict[int, float] = {}
         self.load: ReplicaLoad | None = None
         self.own = NO_REQUESTS
@@ -135,20 +142,23 @@ class Gauge:
 
     def update(self, load: ReplicaLoad, own: OwnRequests, peers: float) -> None:
         """Take what has changed into account."""
-        stamp, self.own = own.stamp, own
-        if load is not self.load:
+        # The router's own requests may still come to be known.
+        stamp = -1 if own is NO_REQUESTS else own.stamp
+        if load is not self.load and not self._is_only_older(load):
             self._take_report(load)
             self._take_own(own, peers)
-        elif stamp == self.stamp + 1 and own.changed_rank in self._index and peers == self._peers:
-            self._count(own.changed_rank, own, peers)
-        else:
+        elif stamp == self.stamp and peers == self._peers:
+            self.terms, self._base = self._terms(1.0), None
+            return
+        elif stamp != self.stamp + 1 or peers != self._peers or own.changed_rank not in self._index:
             self._take_own(own, peers)
-        self.stamp, self._peers = stamp, peers
+        else:
+            self._count(own.changed_rank, own, peers)
+        self.own, self.stamp, self._peers, self._base = own, stamp, peers, None
         tokens = self._load_tokens + own.num_leased_tokens
-        self._prefill_tokens = tokens + (1 + peers) * own.num_sent_tokens
+        self._prefill_tokens = tokens + (1.0 + peers) * own.num_sent_tokens
         self._add_up()
-        self.terms = self._terms(1, load)
-        self._base = None
+        self.terms = self._terms(1.0)
 
     def charge(self, rank: int) -> float:
         """What the kernel charges a request of this rank for, on average over its life."""
@@ -162,9 +172,16 @@ class Gauge:
     def base_terms(self) -> Terms:
         """The cost of a request for the base model."""
         if self._base is None:
-            assert self.load is not None
-            self._base = self._terms(0, self.load)
+            self._base = self._terms(0.0)
         return self._base
+
+    def _is_only_older(self, load: ReplicaLoad) -> bool:
+        """Whether this is the report that is known, at a later moment; if so it is known from now on."""
+        known = self.load
+        if known is None or load[:AGE] != known[:AGE] or load[AGE + 1 :] != known[AGE + 1 :]:
+            return False
+        self.load, self._age_ms = load, 1e3 * load.age_s
+        return True
 
     # -- what is there -------------------------------------------------------------------------
 
@@ -173,19 +190,21 @@ class Gauge:
         reported = {known: self._reported[at] for known, at in self._index.items()}
         counts = {known: self._counts[at] for known, at in self._index.items()}
         ranks = sorted({*self._index, rank}, reverse=True)
-        self._levels = [(high, high - low) for high, low in zip(ranks, [*ranks[1:], 0], strict=True)]
+        lower = [*ranks[1:], 0]
+        self._levels = [(high, float(high - low)) for high, low in zip(ranks, lower, strict=True)]
         self._index = {known: at for at, known in enumerate(ranks)}
-        self._reported = [reported.get(known, 0) for known in ranks]
+        self._reported = [reported.get(known, 0.0) for known in ranks]
         self._counts = [counts.get(known, 0.0) for known in ranks]
 
     def _take_report(self, load: ReplicaLoad) -> None:
-        self.load = load
-        self._reported = [0] * len(self._levels)
-        tokens = 0
+        self.load, self._age_ms = load, 1e3 * load.age_s
+        self._reported = reported = [0.0] * len(self._levels)
+        index, tokens = self._index, 0
         for rank, running, waiting, prefill_tokens in load.ranks:
-            if rank not in self._index:
+            if rank not in index:
                 self._learn(rank)
-            self._reported[self._index[rank]] = running + waiting
+                reported, index = self._reported, self._index
+            reported[index[rank]] = running + waiting + 0.0
             tokens += prefill_tokens
         self._load_tokens = tokens
         self.prompt_tokens = prompt = load.prompt_tokens or PROMPT_TOKENS
@@ -193,12 +212,12 @@ class Gauge:
         cost = self._cost
         model = cost.latency
         # By places or by the KV cache.
-        length = prompt + output / 2
+        length = prompt + output / 2.0
         seats = min(cost.max_num_seqs, cost.kv_tokens / length)
         if load.waiting and load.kv_cache_usage > FULL_KV:
             seats = min(seats, load.running)
         row_ms = model.row_ms + model.context_token_ms * length
-        self._rates = (float(max(1.0, seats)), row_ms, prompt / output)
+        self._rates = (float(max(1.0, seats)), row_ms, prompt / output, output, prompt)
 
     def _take_own(self, own: OwnRequests, peers: float) -> None:
         now, then, index = own.ranks, own.reported, self._index
@@ -209,10 +228,10 @@ class Gauge:
             index = self._index
         if now == then and not own.leased:
             # As always after a report.
-            self._counts = counts = [*self._reported]
+            self._counts = counts = self._reported.copy()
             for rank, number in now.items():
                 if counts[index[rank]] < number:
-                    counts[index[rank]] = number
+                    counts[index[rank]] = float(number)
         else:
             for rank in index:
                 self._count(rank, own, peers)
@@ -223,7 +242,7 @@ class Gauge:
         at = self._index[rank]
         now, then = own.ranks.get(rank, 0), own.reported.get(rank, 0)
         others = self._reported[at] - then + peers * (now - then)
-        count = others + now if others > 0 else now
+        count = others + now if others > 0.0 else float(now)
         self._counts[at] = count + own.leased[rank] if rank in own.leased else count
 
     def _add_up(self) -> None:
@@ -236,7 +255,8 @@ class Gauge:
         charged, counts = self.charged, self._counts
         if self._is_padded:
             rows, level = 0.0, float(self._levels[0][0])
-            for (rank, gap), count in zip(self._levels, counts, strict=True):
+            # As many of both.
+            for (rank, gap), count in zip(self._levels, counts):  # noqa: B905
                 charged[rank] = level
                 rows += count
                 level -= gap / (rows + 1.0)
@@ -252,10 +272,11 @@ class Gauge:
 
     # -- what one more does --------------------------------------------------------------------
 
-    def _terms(self, lora: int, load: ReplicaLoad) -> Terms:
+    def _terms(self, lora: float) -> Terms:
         """The cost of one request more, for an adapter (1) or the base model (0)."""
-        seats, _, ratio = self._rates
-        rows, tokens, per_token = self._rows, self._prefill_tokens, self._per_token
+        seats, _, ratio, output, prompt = self._rates
+        prefill, prefill_rank, pair, per_token = self._prompts_ms
+        rows, tokens = self._rows, self._prefill_tokens
         batch = rows + 1.0
         # What it is on average, as the number of requests there is uncertain.
         excess = (batch - seats) / SPREAD_ROWS
@@ -266,34 +287,36 @@ class Gauge:
         decode, decode_rank, others, others_rank, added, added_rank = self._steps(lora, batch, share)
         # While one output is drawn, every place in the batch gets a new prompt once.
         turns = waiting / seats
-        draws, prompts = turns * self.output_tokens, turns * batch * self.prompt_tokens
+        draws, prompts = turns * output, turns * batch * prompt
         queue, queue_rank = draws * decode + prompts * others, draws * decode_rank + prompts * others_rank
         # Whoever is there is delayed, and of those who come later the more the longer the queue.
         delayed, prompts = rows + BUSY * waiting, (batch - 1.0) * ratio
         mine, ahead = 1.0 + delayed, 1.0 + (AHEAD - 1.0) / (1.0 + waiting)
+        token, token_rank = decode * per_token, decode_rank * per_token
         return (
             queue,
             queue_rank,
-            ahead * (tokens * (others + decode * per_token) - 1e3 * load.age_s),
-            ahead * tokens * (others_rank + decode_rank * per_token),
+            ahead * (tokens * (others + token) - self._age_ms),
+            ahead * tokens * (others_rank + token_rank),
             BUSY * queue + 1.5 * decode,
             BUSY * queue_rank + 1.5 * decode_rank,
-            mine * self._prefill_ms + decode * per_token,
-            mine * self._prefill_rank_ms * lora + decode_rank * per_token,
-            mine * self._pair_ms,
+            mine * prefill + token,
+            mine * prefill_rank * lora + token_rank,
+            mine * pair,
             decode + prompts * others + delayed * added,
             decode_rank + prompts * others_rank + delayed * added_rank,
         )
 
     def _steps(
-        self, lora: int, batch: float, share: float
+        self, lora: float, batch: float, share: float
     ) -> tuple[float, float, float, float, float, float]:
         """The engine's steps with one request more, as pairs of a constant and what comes to it per charged
         rank: ms of a decoding step, per prompt token of the others, and by how much the new one prolongs a
         step."""
         base_ms, step_ms, adapter_ms, rank_ms, slots = self._step_ms
-        _, row_ms, ratio = self._rates
-        adapter_rows, token_ms, token_rank_ms = self._adapter_rows, self._prefill_ms, self._prefill_rank_ms
+        token_ms, token_rank_ms, _, _ = self._prompts_ms
+        _, row_ms, ratio, _, _ = self._rates
+        adapter_rows = self._adapter_rows
         adapters = adapter_rows + lora
         # Also where the batch is full and it takes another's place, or full replicas would seem the cheaper.
         decode, added = base_ms + row_ms * batch, row_ms + adapter_ms * lora

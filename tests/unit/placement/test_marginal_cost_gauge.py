@@ -155,6 +155,13 @@ class Updates(RuleBasedStateMachine):
         self.load = load
         self.own.report()
 
+    @rule(age_s=st.sampled_from((0.0, 0.03, 0.4)))
+    def grow_older(self, age_s: float) -> None:
+        for age in (0.01, age_s):
+            self.load = self.load._replace(age_s=age)
+            self.ask(0)
+            self.ask(64)
+
     @rule(rank=st.sampled_from(RANKS), tokens=st.integers(0, 900))
     def send(self, rank: int, tokens: int) -> None:
         self.own.send(VersionId(f"a{rank}@1"), rank, tokens)
