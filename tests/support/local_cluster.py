@@ -1,5 +1,6 @@
 """A whole cluster in the test's own event loop: controller, emulated replicas, a router; real gRPC."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from loraserve.config import Config
 from loraserve.controller.controller import Controller
 from loraserve.controller.service import add_controller_services
 from loraserve.engines.base import Engine
-from loraserve.engines.emulated import EmulatedEngine
+from loraserve.engines.emulated import EmulatedEngine, Sleep
 from loraserve.router.router import Router
 from loraserve.rpc.server import bind, make_server
 from loraserve.samples import SampleSet
@@ -44,13 +45,15 @@ async def local_cluster(
     num_routers: int = 1,
     profile: Profile | None = None,
     sections: Mapping[str, Any] | None = None,
+    sleep: Sleep = asyncio.sleep,
 ) -> AsyncIterator[LocalCluster]:
-    """Two replicas that serve the sample adapters; ends with a check that nothing is in flight."""
+    """Two replicas that serve the sample adapters, whose engines pass their time with `sleep`; ends with a
+    check that nothing is in flight."""
     given: dict[str, Any] = {"router": {"port": 0}, **(sections or {})}
     config = small_config(samples.model, **given)
 
     def engine(replica: ReplicaId, config: Config) -> Engine:
-        return EmulatedEngine(config.engine, config.emulated, config.model, clock=WallClock())
+        return EmulatedEngine(config.engine, config.emulated, config.model, clock=WallClock(), sleep=sleep)
 
     async with AsyncExitStack() as stack:
         setup = Setup(folder, config, engine, profile=profile)

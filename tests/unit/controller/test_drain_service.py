@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,32 @@ async def drained(
         return [statuses async for statuses in progress][-1]
 
 
-async def test_requests_that_outlast_a_drain_go_on_elsewhere_and_lose_no_token(cluster: LocalCluster) -> None:
+class Dawdling:
+    """How engines sleep: 50 ms a step until they are to `hurry`; to draw 400 tokens takes 20 s so."""
+
+    def __init__(self) -> None:
+        self.hurry = asyncio.Event()
+        self.hurry.set()
+
+    async def __call__(self, seconds: float) -> None:
+        if self.hurry.is_set():
+            await asyncio.sleep(seconds)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await self.hurry.wait()
+
+
+async def test_requests_that_outlast_a_drain_go_on_elsewhere_and_lose_no_token(
+    tmp_path: Path, samples: SampleSet
+) -> None:
+    sleep = Dawdling()
+    async with local_cluster(tmp_path, samples, sleep=sleep) as cluster:
+        sleep.hurry.clear()
+        await outlast_a_drain(cluster, sleep.hurry)
+
+
+async def outlast_a_drain(cluster: LocalCluster, hurry: asyncio.Event) -> None:
     sampling = SamplingParams(max_tokens=400, ignore_eos=True)
     async with Client(cluster.address, look_aside=False) as client:
         begun = asyncio.Barrier(9)
@@ -52,9 +77,11 @@ async def test_requests_that_outlast_a_drain_go_on_elsewhere_and_lose_no_token(c
 
         streams = [asyncio.ensure_future(run(index)) for index in range(8)]
         await begun.wait()
+        # None of them can have ended by itself when their replica is told to end them.
         (status,) = await drained(client, "replica-0", deadline_s=0.0)
         assert (status.state, status.running) == ("drained", 0)
         assert status.moved > 0
+        hurry.set()
         assert await asyncio.gather(*streams) == [400] * 8
         answer = await client.complete((1, 2, 3), adapter="rank-64", sampling=SamplingParams(max_tokens=5))
         assert answer.served_by.replica == "replica-1"
