@@ -36,8 +36,8 @@ async def drained(
         return [statuses async for statuses in progress][-1]
 
 
-class Dawdling:
-    """How engines sleep: 50 ms a step until they are to `hurry`; to draw 400 tokens takes 20 s so."""
+class Impatience:
+    """How engines sleep: as long as a step takes, until they are to `hurry`."""
 
     def __init__(self) -> None:
         self.hurry = asyncio.Event()
@@ -45,18 +45,19 @@ class Dawdling:
 
     async def __call__(self, seconds: float) -> None:
         if self.hurry.is_set():
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(0)
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(0.05):
+            async with asyncio.timeout(seconds):
                 await self.hurry.wait()
 
 
 async def test_requests_that_outlast_a_drain_go_on_elsewhere_and_lose_no_token(
     tmp_path: Path, samples: SampleSet
 ) -> None:
-    sleep = Dawdling()
-    async with local_cluster(tmp_path, samples, sleep=sleep) as cluster:
+    sleep, sections = Impatience(), {"emulated": {"speed": 0.1}}
+    async with local_cluster(tmp_path, samples, sleep=sleep, sections=sections) as cluster:
+        # 40 ms a step, and 16 s for 400 tokens.
         sleep.hurry.clear()
         await outlast_a_drain(cluster, sleep.hurry)
 
