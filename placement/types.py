@@ -19,6 +19,8 @@ VersionId = NewType("VersionId", str)
 ReplicaId = NewType("ReplicaId", str)
 NodeId = NewType("NodeId", str)
 
+MAX_WEIGHT = 1e6
+
 SHARE_TOLERANCE = 1e-6
 """How far the shares of one adapter may be from summing to one."""
 
@@ -37,6 +39,20 @@ class AdapterVersion:
     sha256: str
     rank: int
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterTerms:
+    """What an operator wants of an adapter, whichever its version: how many times its tokens count where
+    replicas are shared out, and its own targets, None for the usual ones. ValueError for a weight that is
+    none."""
+
+    weight: float = 1.0
+    slo: Slo | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= MAX_WEIGHT:
+            raise ValueError(f"weight: {self.weight:g}; expected a number above 0, at most {MAX_WEIGHT:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +116,9 @@ class Snapshot:
     and output tokens; it misses an adapter that is new.
 
     `profiles` by `ReplicaSpec.profile`; a replica whose profile is not there is taken to serve every rank
-    alike, see `placement.capacity`. `leaving` are replicas that serve now and will not for long. `weights`
-    say how many times an adapter's tokens count (1 where there is none), `slos` which adapters have
-    targets other than the profile's.
+    alike, see `placement.capacity`. Replicas that serve now and are to leave are not among `replicas`;
+    `current` may name them. `weights` say how many times an adapter's tokens count (1 where there is none),
+    `slos` which adapters have targets other than the profile's.
     """
 
     adapters: tuple[AdapterVersion, ...]
@@ -112,6 +128,5 @@ class Snapshot:
     seed: int = 0
     profiles: Mapping[str, Profile] = field(default_factory=lambda: MappingProxyType({}))
     epoch_s: float = 60.0
-    leaving: frozenset[ReplicaId] = frozenset()
     weights: Mapping[VersionId, float] = field(default_factory=lambda: MappingProxyType({}))
     slos: Mapping[VersionId, Slo] = field(default_factory=lambda: MappingProxyType({}))

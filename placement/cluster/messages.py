@@ -6,7 +6,15 @@ from types import MappingProxyType
 
 from placement.cluster.records import DrainOrder
 from placement.table import RoutingTable
-from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, ReplicaSpec, VersionId
+from placement.types import (
+    AdapterName,
+    AdapterTerms,
+    AdapterVersion,
+    Placement,
+    ReplicaId,
+    ReplicaSpec,
+    VersionId,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,14 @@ class AdapterRegistered:
     """A validated adapter, or a new version of a registered name."""
 
     adapter: AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTermsChanged:
+    """An operator wants something else of a registered adapter from now on; an unknown name is no error."""
+
+    name: AdapterName
+    terms: AdapterTerms
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +164,7 @@ Event = (
     | ReplicaLost
     | ReplicaGivenUp
     | AdapterRegistered
+    | AdapterTermsChanged
     | AdapterRemoved
     | AdapterWithdrawn
     | AdapterLoaded

@@ -29,7 +29,15 @@ from placement.policies.base import PlacementPolicy
 from placement.profile import Profile
 from placement.routing.replica_cost import CostBook
 from placement.table import RoutingTable, TableEntry
-from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, Snapshot, VersionId
+from placement.types import (
+    AdapterName,
+    AdapterTerms,
+    AdapterVersion,
+    Placement,
+    ReplicaId,
+    Snapshot,
+    VersionId,
+)
 
 
 class ClusterState:
@@ -56,6 +64,7 @@ class ClusterState:
         max_loads: int = cluster_settle.MAX_LOADS,
         resizer: Resizer | None = None,
         max_lora_ranks: Mapping[ReplicaId, int] = MappingProxyType({}),
+        terms: Mapping[AdapterName, AdapterTerms] = MappingProxyType({}),
     ) -> None:
         """Start empty, or from what a store remembers (`adapters` in order of registration).
 
@@ -82,6 +91,7 @@ class ClusterState:
         self.demand_tokens_per_s: Mapping[VersionId, float] = MappingProxyType({})
         for adapter in adapters:
             self._adopt(adapter)
+        self.terms = {name: terms[name] for name in terms if name in self.active}
         # To routers these names are registered, before anybody is found to hold them.
         waiting = {
             name: TableEntry(name=name, version_id=key, rank=self.adapters[key].rank, holders=())
@@ -133,6 +143,8 @@ class ClusterState:
             case messages.AdapterRegistered(adapter=adapter):
                 self._adopt(adapter)
                 return [SaveAdapter(adapter)]
+            case messages.AdapterTermsChanged(name=name, terms=terms) if name in self.active:
+                self.terms[name] = terms
             case messages.AdapterRemoved(name=name):
                 return self._on_adapter_removed(name)
             case messages.AdapterWithdrawn(version_id=version):
@@ -223,6 +235,8 @@ class ClusterState:
             seed=self.seed,
             profiles=self.profiles,
             epoch_s=self.epoch_s,
+            weights={self.active[name]: one.weight for name, one in self.terms.items()},
+            slos={self.active[name]: one.slo for name, one in self.terms.items() if one.slo is not None},
         )
 
     def holders(self, version: VersionId) -> tuple[ReplicaId, ...]:
@@ -275,6 +289,7 @@ class ClusterState:
     def _on_adapter_removed(self, name: AdapterName) -> list[Command]:
         version = self.active.pop(name, None)
         gone = self.superseded.pop(name, [])
+        self.terms.pop(name, None)
         return self._forget(gone if version is None else [*gone, version])
 
     def _on_adapter_withdrawn(self, version: VersionId) -> list[Command]:
@@ -287,6 +302,7 @@ class ClusterState:
             self.active[adapter.name] = older.pop()
         else:
             del self.active[adapter.name]
+            self.terms.pop(adapter.name, None)
         return self._forget([version])
 
     def _adopt(self, adapter: AdapterVersion) -> None:

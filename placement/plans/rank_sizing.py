@@ -213,8 +213,7 @@ class _Fleet:
     def __init__(self, snapshot: Snapshot, limits: RankSizingLimits) -> None:
         self.snapshot = snapshot
         self.limits = limits
-        staying = (spec for spec in snapshot.replicas if spec.replica_id not in snapshot.leaving)
-        self.specs = sorted(staying, key=lambda spec: spec.replica_id)
+        self.specs = sorted(snapshot.replicas, key=lambda spec: spec.replica_id)
         self.resizable = [
             spec
             for spec in self.specs

@@ -65,19 +65,18 @@ class Fleet:
 def fleet_of(snapshot: Snapshot) -> Fleet:
     """The arrays of a snapshot, the same whatever the order of its tuples.
 
-    Replicas that are leaving are left out, unless all are. Without any demand every adapter counts alike.
+    Without any demand every adapter counts alike.
     """
-    staying = [spec for spec in snapshot.replicas if spec.replica_id not in snapshot.leaving]
     known = sorted(snapshot.adapters, key=attrgetter("version_id"))
     rank = np.array([adapter.rank for adapter in known], dtype=np.int64)
     size_bytes = np.array([adapter.size_bytes for adapter in known], dtype=np.int64)
-    kinds, kind = _kinds(staying or snapshot.replicas)
+    kinds, kind = _kinds(snapshot.replicas)
     admitted = [_admitted(spec, rank, size_bytes) for spec in kinds]
     of_use = np.array([bool(able.any()) for able in admitted], dtype=bool)
     replicas = sorted(
         (
             spec
-            for spec, own in zip(staying or snapshot.replicas, kind.tolist(), strict=True)
+            for spec, own in zip(snapshot.replicas, kind.tolist(), strict=True)
             if bool(of_use[own])
         ),
         key=attrgetter("replica_id"),

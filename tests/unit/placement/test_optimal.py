@@ -103,12 +103,15 @@ def test_spill_is_marked_until_the_cluster_is_overfull() -> None:
     assert not spills(1.6, calm)
 
 
-def test_a_leaving_replica_gets_no_copies() -> None:
+def test_what_a_leaving_replica_held_goes_to_those_that_stay() -> None:
     snapshot = SMALL.snapshot()
-    leaving = snapshot.replicas[2].replica_id
-    plan = _plan(replace(snapshot, leaving=frozenset({leaving})))
-    assert len(plan.holders) == len(snapshot.adapters)
-    assert all(leaving not in plan.replicas_of(version) for version in plan.holders)
+    before = _plan(snapshot)
+    staying = tuple(spec for spec in snapshot.replicas if spec != snapshot.replicas[2])
+    plan = _plan(replace(snapshot, replicas=staying, current=before))
+    assert any(snapshot.replicas[2].replica_id in before.replicas_of(version) for version in before.holders)
+    assert plan.holders.keys() == before.holders.keys()
+    left = {spec.replica_id for spec in staying}
+    assert all(plan.replicas_of(version) <= left for version in plan.holders)
 
 
 def test_a_weight_counts_as_demand() -> None:
