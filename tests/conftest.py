@@ -10,8 +10,10 @@ from loraserve.samples import SampleSet, build_samples
 # Earlier names weigh more; the sort is stable, so that tests that share a fixture stay together.
 SLOW_LAST = ("gpu", "vllm", "ray", "slow")
 
-# How long an example takes says how busy the machine is.
-settings.register_profile("loraserve", deadline=None)
+# How long an example takes says how busy the machine is. The same examples every time: a failure is one
+# that everybody sees. New ones are looked for with `scripts/test --hypothesis-profile search`.
+settings.register_profile("loraserve", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None)
 settings.load_profile("loraserve")
 
 

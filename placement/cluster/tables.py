@@ -1,6 +1,6 @@
 """The routing table that follows from what the replicas hold."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from placement.cluster.records import Holdings, ReplicaPhase
@@ -84,10 +84,10 @@ def _holders(
         shares |= {key: 0.0 for key in planned if key in held and key not in shares}
         shares |= _lent(holdings, held, version, full, planned)
     else:
-        released = _released(holdings, held, version, full)
-        kept = [replica for replica in held if replica not in released]
-        ready = [replica for replica in kept if _is_ready(holdings, replica)]
-        shares = dict.fromkeys(ready or [one for one in kept if _must_stay(holdings, one, version)], 1.0)
+        able = [one for one in held if _is_ready(holdings, one) or _must_stay(holdings, one, version)]
+        released = _released(holdings, able, version, full)
+        kept = [replica for replica in able if replica not in released]
+        shares = dict.fromkeys([one for one in kept if _is_ready(holdings, one)] or kept, 1.0)
     total = sum(shares.values())
     return tuple(
         Holder(
@@ -134,7 +134,7 @@ def _must_stay(holdings: Holdings, replica: ReplicaId, version: VersionId) -> bo
 
 
 def _released(
-    holdings: Holdings, held: tuple[ReplicaId, ...], version: VersionId, full: Collection[ReplicaId]
+    holdings: Holdings, held: Sequence[ReplicaId], version: VersionId, full: Collection[ReplicaId]
 ) -> frozenset[ReplicaId]:
     """The holders that must give up their room for what is planned there, never all of them: an old version
     for the new one, and whatever is not planned on a full replica."""

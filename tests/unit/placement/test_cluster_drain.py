@@ -76,6 +76,22 @@ def test_a_forced_drain_gives_up_what_has_no_other_home() -> None:
     assert len(state.table.entries) == 2, "the other name stays registered: its requests wait"
 
 
+def test_a_forced_drain_gives_up_nothing_that_a_full_replica_serves() -> None:
+    state = cluster(slots=3)
+    for name in ("a", "b"):
+        acknowledge(state, state.handle(messages.AdapterRegistered(adapter(name))))
+    c = adapter("c").version_id
+    state.handle(messages.AdapterRegistered(adapter("c")))
+    state.handle(messages.AdapterLoaded(R1, c))
+    state.handle(messages.AdapterLoadFailed(R0, c, "not now"))
+    state.handle(messages.EpochElapsed())  # replica-0 is asked for it again, and full from now on
+    state.handle(messages.DrainRequested(R1, FORCED))
+    state.handle(messages.AdapterRegistered(adapter("a", digest="1" * 64)))
+    served = {name: [one.replica_id for one in entry.holders] for name, entry in state.table.entries.items()}
+    assert served == {"a": [R0], "b": [R0], "c": [R1]}, "the draining replica's copy of a counts no more"
+    check_cluster(state)
+
+
 def test_a_replica_that_dies_while_draining_is_not_started_again() -> None:
     state = cluster()
     acknowledge(state, state.handle(messages.AdapterRegistered(adapter("a"))))

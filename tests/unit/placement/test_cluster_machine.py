@@ -476,15 +476,18 @@ class ClusterMachine(RuleBasedStateMachine):
         if self.state is None:
             return
         state = self.state
-        for number in range(8):
+        for number in range(20):
             for replica in self.in_phase(ReplicaPhase.STARTING):
                 self.tell(self.ready(replica))
             while self.pending:
                 self.settle(self.pending.pop(0))
                 self.holds()
-            # The last rounds end what an epoch begins: a replica that restarts with another setting.
-            if number < 4 and all(record.resize is None for record in state.replicas.values()):
+            # The last rounds end what an epoch begins: a replica that is to restart with another setting does,
+            # or serves on after some epochs.
+            resized = [record for record in state.replicas.values() if record.resize is not None]
+            if resized or number < 4:
                 self.tell(messages.EpochElapsed())
+        assert all(record.resize is None for record in state.replicas.values())
         for version in state.active.values():
             assert state.is_served(version) or state.refusal(version) is not None
             planned, there = state.plan.replicas_of(version), set(state.holders(version))
