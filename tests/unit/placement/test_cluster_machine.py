@@ -482,8 +482,8 @@ class ClusterMachine(RuleBasedStateMachine):
             while self.pending:
                 self.settle(self.pending.pop(0))
                 self.holds()
-            # The last rounds end what an epoch begins: a replica that is to restart with another setting does,
-            # or serves on after some epochs.
+            # The last rounds end what an epoch begins: a replica that is to restart with another setting
+            # does, or serves on after some epochs.
             resized = [record for record in state.replicas.values() if record.resize is not None]
             if resized or number < 4:
                 self.tell(messages.EpochElapsed())
