@@ -34,7 +34,8 @@ class AdapterStatus:
     """One registered adapter; `version` is `name@digest16`. Its demand is in prompt and output tokens per
     second, as counted lately and as expected for the next epoch. Of its `requests`, whoever brought them,
     `in_slo` were inside their targets; `cold_misses` met no active copy of it. `recent_` is what came in the
-    last five minutes, the rest since its replicas began."""
+    last five minutes, the rest since its replicas began. Its tokens count `weight` times for the placement;
+    the targets are its own (`has_own_slo`) or the cluster's."""
 
     name: str
     version: str
@@ -52,6 +53,10 @@ class AdapterStatus:
     requests: int = 0
     in_slo: int = 0
     cold_misses: int = 0
+    weight: float = 1.0
+    slo_ttft_ms: float = 0.0
+    slo_tbt_ms: float = 0.0
+    has_own_slo: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +165,15 @@ class ClusterStatus:
     skew: Skew = field(default_factory=Skew)
 
 
+def adapter_terms(
+    weight: float | None, slo_ttft_ms: float | None, slo_tbt_ms: float | None
+) -> management_pb2.AdapterTerms | None:
+    """What is wanted of an adapter as a message, None if nothing is said."""
+    if weight is slo_ttft_ms is slo_tbt_ms is None:
+        return None
+    return management_pb2.AdapterTerms(weight=weight, slo_ttft_ms=slo_ttft_ms, slo_tbt_ms=slo_tbt_ms)
+
+
 def adapter_status(message: management_pb2.Adapter) -> AdapterStatus:
     """The adapter in a message."""
     return AdapterStatus(
@@ -182,6 +196,11 @@ def adapter_status(message: management_pb2.Adapter) -> AdapterStatus:
         requests=message.requests,
         in_slo=message.in_slo,
         cold_misses=message.cold_misses,
+        # An earlier release, or a router without its controller, does not say.
+        weight=message.weight or 1.0,
+        slo_ttft_ms=message.slo_ttft_ms,
+        slo_tbt_ms=message.slo_tbt_ms,
+        has_own_slo=message.has_own_slo,
     )
 
 

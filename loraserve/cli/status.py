@@ -34,12 +34,16 @@ def status(
 
     state = run_async(run)
     if json:
-        from placement.plans.skew import FORMULA
-
-        skew = {"total": state.skew.total, **plain(state.skew), "formula": FORMULA}
-        echo_json({**plain(state), "skew": skew})
+        echo_json(_tree(state))
         return
     _print(state)
+
+
+def _tree(state: "ClusterStatus") -> dict[str, Any]:
+    from placement.plans.skew import FORMULA
+
+    skew = {"total": state.skew.total, **plain(state.skew), "formula": FORMULA}
+    return {**plain(state), "skew": skew}
 
 
 @command
@@ -48,13 +52,40 @@ def top(
     address: list[str] = ADDRESS,
     interval: float = typer.Option(1.0, metavar="SECONDS", help="How often to look."),
     once: bool = typer.Option(False, "--once", help="Look once and exit."),
+    json: bool = typer.Option(
+        False, "--json", help="Print one JSON object per look: status's with time_s, or time_s and problem."
+    ),
 ) -> None:
     """Show what `status` shows, refreshed until Ctrl-C; while the cluster is away, the last of it."""
     if not (math.isfinite(interval) and MIN_INTERVAL_S <= interval <= MAX_INTERVAL_S):
         raise BadInputError(
             f"--interval: {interval:g}; expected seconds from {MIN_INTERVAL_S:g} to {MAX_INTERVAL_S:g}"
         )
-    run_async(lambda: _watch(resolve_addresses(address, cluster), interval, once=once))
+    addresses = resolve_addresses(address, cluster)
+    if json:
+        run_async(lambda: _stream(addresses, interval, once=once))
+    else:
+        run_async(lambda: _watch(addresses, interval, once=once))
+
+
+async def _stream(addresses: tuple[str, ...], interval_s: float, *, once: bool) -> None:
+    """One line per look; a look that fails says why in a line of its own, the first one as an error."""
+    import asyncio
+    import time
+
+    from loraserve.client import Client
+
+    async with Client(addresses) as client:
+        tree = _tree(await client.status())
+        while True:
+            echo_json({"time_s": time.time(), **tree})
+            if once:
+                return
+            await asyncio.sleep(interval_s)
+            try:
+                tree = _tree(await client.status())
+            except LoraServeError as error:
+                tree = {"problem": str(error)}
 
 
 async def _watch(addresses: tuple[str, ...], interval_s: float, *, once: bool) -> None:

@@ -21,10 +21,11 @@ def show(part: RenderableType) -> None:
 
 
 def adapter_table(adapters: Sequence[Any]) -> Table:
-    """One row per adapter: name, rank, size, version, demand, attainment of late, cold misses of late and in
-    all, holders with shares."""
+    """One row per adapter: name, rank, size, version, weight, demand, targets (TTFT/TBT), attainment of late,
+    cold misses of late and in all, holders with shares."""
     table = Table(
-        "adapter", "rank", "MiB", "version", "tok/s", "forecast", "in SLO", "cold", "holders",
+        "adapter", "rank", "MiB", "version", "weight", "tok/s", "forecast", "SLO ms", "in SLO", "cold",
+        "holders",
         box=None, pad_edge=False,
     )  # fmt: skip
     for adapter in adapters:
@@ -37,8 +38,10 @@ def adapter_table(adapters: Sequence[Any]) -> Table:
             str(adapter.rank),
             f"{adapter.size_bytes / 2**20:.2f}",
             adapter.version.rpartition("@")[2],
+            f"{adapter.weight:g}",
             f"{adapter.demand_tokens_per_s:.0f}",
             f"{adapter.forecast_tokens_per_s:.0f}",
+            f"{adapter.slo_ttft_ms:g}/{adapter.slo_tbt_ms:g}" if adapter.slo_ttft_ms else "",
             f"{adapter.recent_in_slo / adapter.recent_requests:.0%}" if adapter.recent_requests else "",
             f"{adapter.recent_cold_misses}/{adapter.cold_misses}",
             holders or "none",

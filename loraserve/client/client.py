@@ -131,10 +131,37 @@ class Client:
             attempts=submission.attempts,
         )
 
-    async def register_adapter(self, name: str, source: str, *, replace: bool = False) -> AdapterStatus:
-        """Register an adapter; returns once requests may name it."""
-        request = management_pb2.RegisterAdapterRequest(name=name, source=source, replace=replace)
+    async def register_adapter(
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        weight: float | None = None,
+        slo_ttft_ms: float | None = None,
+        slo_tbt_ms: float | None = None,
+    ) -> AdapterStatus:
+        """Register an adapter; returns once requests may name it. The rest is as in `set_adapter`."""
+        terms = client_types.adapter_terms(weight, slo_ttft_ms, slo_tbt_ms)
+        request = management_pb2.RegisterAdapterRequest(
+            name=name, source=source, replace=replace, terms=terms
+        )
         answer = await self._manage("RegisterAdapter", request, repeatable=False)
+        return client_types.adapter_status(answer.adapter)
+
+    async def set_adapter(
+        self,
+        name: str,
+        *,
+        weight: float | None = None,
+        slo_ttft_ms: float | None = None,
+        slo_tbt_ms: float | None = None,
+    ) -> AdapterStatus:
+        """Change how many times a registered adapter's tokens count for the placement, and its targets, 0 for
+        the cluster's; what is None stays."""
+        terms = client_types.adapter_terms(weight, slo_ttft_ms, slo_tbt_ms)
+        request = management_pb2.SetAdapterRequest(name=name, terms=terms)
+        answer = await self._manage("SetAdapter", request, repeatable=True)
         return client_types.adapter_status(answer.adapter)
 
     async def remove_adapter(self, name: str) -> int:

@@ -32,7 +32,7 @@ from loraserve.errors import (
     WorkFailedError,
 )
 from placement.cluster import messages
-from placement.cluster.records import CopyPhase, DrainOrder, ReplicaPhase
+from placement.cluster.records import CopyPhase, ReplicaPhase
 from placement.cluster.state import ClusterState
 from placement.policies import policy
 from placement.profile import Profile
@@ -115,8 +115,10 @@ class Controller:
             epoch_s=config.placement.epoch_s,
             resizer=resizer_of(config),
             max_lora_ranks=store.max_lora_ranks(),
+            terms=store.terms(),
         )
         self.state.demand_tokens_per_s = self.demand.forecast
+        self.keeper.terms = self.state.terms
         self.migrator = Migrator(self)
 
     def _starting(self, replica: ReplicaId) -> Config:
@@ -172,11 +174,6 @@ class Controller:
     def engines(self) -> dict[ReplicaId, EngineInfo]:
         """What each replica's engine says of itself."""
         return self.keeper.engines
-
-    @property
-    def pids(self) -> dict[ReplicaId, int]:
-        """The processes of the replicas that run."""
-        return self.keeper.pids
 
     @property
     def start_errors(self) -> dict[ReplicaId, ReplicaStartError]:
@@ -298,9 +295,9 @@ class Controller:
             raise WorkFailedError(f"adapter {name} is not removed: {error}") from error
         self.dispatch(messages.AdapterRemoved(AdapterName(name)))
 
-    def save_drains(self, drains: dict[ReplicaId, DrainOrder | None]) -> None:
-        """Make an operator's wish durable before it is acted on; WorkFailedError."""
-        self._journal.write(Changes(drains=drains))
+    def save_wish(self, changes: Changes) -> None:
+        """Make what an operator wants durable before it is acted on; WorkFailedError."""
+        self._journal.write(changes)
 
     # -- events and commands -------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from loraserve.controller.controller import Controller
+from loraserve.controller.store import Changes
 from loraserve.errors import BadInputError, NotFoundError, ReplicaStartError, StaleError, UnavailableError
 from loraserve.rpc.limits import check_drain_deadline
 from loraserve.rpc.v1 import management_pb2
@@ -52,7 +53,7 @@ def begin_drain(controller: Controller, replicas: Sequence[ReplicaId], order: Dr
         raise StaleError(
             f"draining {', '.join(wanted)} is refused: {problem}; make room first, or force it (--force)"
         )
-    controller.save_drains(dict.fromkeys(wanted, order))
+    controller.save_wish(Changes(drains=dict.fromkeys(wanted, order)))
     for replica in wanted:
         controller.keeper.moved.pop(replica, None)
         controller.dispatch(messages.DrainRequested(replica, order))
@@ -60,7 +61,7 @@ def begin_drain(controller: Controller, replicas: Sequence[ReplicaId], order: Dr
 
 def begin_undrain(controller: Controller, replicas: Sequence[ReplicaId]) -> None:
     """Save that these are wanted again, then act on it; WorkFailedError if it cannot be saved."""
-    controller.save_drains(dict.fromkeys(replicas))
+    controller.save_wish(Changes(drains=dict.fromkeys(replicas)))
     for replica in replicas:
         controller.dispatch(messages.UndrainRequested(replica))
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from loraserve.adapters import AdapterStore
@@ -19,7 +19,7 @@ from loraserve.engines.base import AdapterFiles, EngineInfo
 from loraserve.engines.description import ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError
 from placement.cluster import messages
-from placement.types import AdapterVersion, ReplicaId, VersionId
+from placement.types import AdapterName, AdapterTerms, AdapterVersion, ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class ReplicaKeeper:
         self.pids: dict[ReplicaId, int] = {}
         self.start_errors: dict[ReplicaId, ReplicaStartError] = {}
         self.moved: dict[ReplicaId, int] = {}
+        self.terms: Mapping[AdapterName, AdapterTerms] = {}
+        """What is wanted of adapters, as it is now: replicas are told the targets with a load."""
         self._config = config
         self._library = library
         self._dispatch = dispatch
@@ -88,7 +90,7 @@ class ReplicaKeeper:
         self._lives[replica] = self.spawn(self._stop(self._lives.get(replica), replica))
 
     def load(self, replica: ReplicaId, adapter: AdapterVersion) -> None:
-        """Have the replica load."""
+        """Have the replica load, or take in the targets there are now for what it has."""
         if (link := self._links.get(replica)) is not None:
             self.spawn(self._load(replica, link, adapter))
 
@@ -283,6 +285,7 @@ class ReplicaKeeper:
                 directory=self._library.directory_of(adapter.sha256),
                 rank=adapter.rank,
                 size_bytes=adapter.size_bytes,
+                slo=self.terms.get(adapter.name, AdapterTerms()).slo,
             )
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 await link.load_adapter(files)

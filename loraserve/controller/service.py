@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from loraserve.controller import drains, plans
+from loraserve.controller import drains, plans, terms
 from loraserve.controller.controller import Controller
 from loraserve.errors import LoraServeError, WorkFailedError
 from loraserve.rpc import server as rpc_server
@@ -20,7 +20,7 @@ from loraserve.rpc.table_codec import encode_table
 from loraserve.rpc.v1 import management_pb2, management_pb2_grpc
 from placement.cluster.records import DrainOrder, ReplicaRecord
 from placement.plans.skew import ReplicaUse, skew_of, uses_of
-from placement.types import AdapterName, ReplicaId, VersionId
+from placement.types import AdapterName, AdapterTerms, ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +69,7 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
         self, request: management_pb2.RegisterAdapterRequest, context: Any
     ) -> management_pb2.RegisterAdapterResponse:
         """Register; a client that hangs up does not interrupt a registration that has begun."""
-        work = asyncio.ensure_future(
-            self._controller.register(request.name, request.source, replace=request.replace)
-        )
+        work = asyncio.ensure_future(terms.register(self._controller, request))
         try:
             version = await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -82,6 +80,16 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
         return management_pb2.RegisterAdapterResponse(
             adapter=self._adapter(version), table_version=self._controller.table.version
         )
+
+    async def SetAdapter(
+        self, request: management_pb2.SetAdapterRequest, context: Any
+    ) -> management_pb2.SetAdapterResponse:
+        """Change what is wanted of an adapter."""
+        try:
+            version = terms.set_terms(self._controller, request)
+        except LoraServeError as error:
+            await abort_with(context, error)
+        return management_pb2.SetAdapterResponse(adapter=self._adapter(version))
 
     async def RemoveAdapter(
         self, request: management_pb2.RemoveAdapterRequest, context: Any
@@ -226,6 +234,8 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
         adapter = registration.adapter
         entry = self._controller.table.entries.get(adapter.name)
         holders = entry.holders if entry is not None and entry.version_id == version else ()
+        wanted = self._controller.state.terms.get(adapter.name, AdapterTerms())
+        slo = wanted.slo or terms.usual_slo(self._controller)
         service = self._controller.demand.service
         total, recent = service.total(version), service.recent(version)
         return management_pb2.Adapter(
@@ -245,6 +255,10 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             requests=total.requests,
             in_slo=total.in_slo,
             cold_misses=total.cold_misses,
+            weight=wanted.weight,
+            slo_ttft_ms=slo.ttft_ms,
+            slo_tbt_ms=slo.tbt_ms,
+            has_own_slo=wanted.slo is not None,
         )
 
     def _replica(self, record: ReplicaRecord, use: ReplicaUse | None) -> management_pb2.Replica:
@@ -255,7 +269,7 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             address=record.address,
             resident=controller.copies(replica),
             restarts=record.restarts,
-            pid=controller.pids.get(replica, 0),
+            pid=controller.keeper.pids.get(replica, 0),
             reason=record.reason,
         )
         if record.spec is not None:

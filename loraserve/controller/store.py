@@ -4,20 +4,26 @@ Every write is durable before it returns, so that a killed controller comes back
 was told. Every row carries a checksum, because SQLite itself does not notice damage inside a value.
 """
 
-import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
 
+from loraserve.controller.store_checks import (
+    ADAPTER_COLUMNS,
+    check_rows,
+    check_values,
+    checksum,
+    open_unchanged,
+)
 from loraserve.errors import BadInputError, WorkFailedError
 from placement.cluster.records import DrainOrder
 from placement.plans.book import EarlierPlan
 from placement.plans.text import parse_plan, plan_text
-from placement.types import AdapterName, AdapterVersion, Placement, ReplicaId, VersionId
+from placement.profile import Slo
+from placement.types import AdapterName, AdapterTerms, AdapterVersion, Placement, ReplicaId, VersionId
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, SCHEMA_VERSION)
@@ -51,7 +57,8 @@ _EARLIER = "plan/"
 _DEMAND = "demand/"
 """What the keys of measured demand begin with."""
 
-_ADAPTER_COLUMNS = "version_id, name, sha256, rank, size_bytes, source, target_modules"
+_TERMS = "terms/"
+"""What the keys of what is wanted of an adapter begin with; its name follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +81,15 @@ class Changes:
     drains: dict[ReplicaId, DrainOrder | None] = field(default_factory=dict)
     max_lora_ranks: dict[ReplicaId, int | None] = field(default_factory=dict)
     earlier_plans: dict[int, EarlierPlan | None] = field(default_factory=dict)
+    terms: dict[AdapterName, AdapterTerms] = field(default_factory=dict)
     # Empty, or the one that is frozen from now on, None for none.
     frozen: list[Placement | None] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         if self.plan is not None or self.table_version is not None:
             return True
-        return bool(self.deleted or self.drains or self.max_lora_ranks or self.earlier_plans or self.frozen)
+        changed = self.deleted or self.drains or self.max_lora_ranks or self.earlier_plans or self.terms
+        return bool(changed or self.frozen)
 
 
 class Store:
@@ -117,7 +126,7 @@ class Store:
     def _check(self) -> None:
         """Refuse a file that is damaged, without a write to it."""
         try:
-            with closing(_open_unchanged(self.path)) as db:
+            with closing(open_unchanged(self.path)) as db:
                 version = db.execute("PRAGMA user_version").fetchone()[0]
                 if version == 0 and not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
                     raise BadInputError(
@@ -135,9 +144,9 @@ class Store:
                         f"{self.path}: the store is corrupt ({problems[0]}); restore it or move it away"
                     )
                 if version == SCHEMA_VERSION:
-                    _check_rows(db)
+                    check_rows(db)
                 else:
-                    _check_values(db)
+                    check_values(db)
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise BadInputError(
                 f"{self.path}: not a readable store ({error}); restore it or move it away"
@@ -195,6 +204,10 @@ class Store:
         with self._transaction():
             for version in sorted(changes.deleted):
                 self._db.execute("DELETE FROM adapters WHERE version_id = ?", (version,))
+            if changes.deleted:
+                self._forget_terms()
+            for name, terms in changes.terms.items():
+                self._set(f"{_TERMS}{name}", _terms_text(terms))
             if changes.plan is not None:
                 self._set("plan", plan_text(changes.plan))
             for frozen in changes.frozen:
@@ -210,7 +223,7 @@ class Store:
 
     def adapters(self) -> list[StoredRegistration]:
         """All registrations in their order."""
-        rows = self._db.execute(f"SELECT {_ADAPTER_COLUMNS} FROM adapters ORDER BY sequence")
+        rows = self._db.execute(f"SELECT {ADAPTER_COLUMNS} FROM adapters ORDER BY sequence")
         return [
             StoredRegistration(
                 adapter=AdapterVersion(
@@ -225,6 +238,11 @@ class Store:
             )
             for version, name, sha256, rank, size_bytes, source, modules in rows.fetchall()
         ]
+
+    def terms(self) -> dict[AdapterName, AdapterTerms]:
+        """What is wanted of adapters, where anything is."""
+        rows = self._db.execute("SELECT key, value FROM meta WHERE key LIKE ?", (f"{_TERMS}%",))
+        return {AdapterName(key.removeprefix(_TERMS)): _parse_terms(value) for key, value in rows}
 
     def plan(self) -> Placement:
         """The last plan, or an empty one."""
@@ -290,9 +308,16 @@ class Store:
             json.dumps(registration.target_modules),
         )
         self._db.execute(
-            f"INSERT INTO adapters ({_ADAPTER_COLUMNS}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            f"INSERT INTO adapters ({ADAPTER_COLUMNS}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (version_id) DO UPDATE SET checksum = excluded.checksum",
-            (*row, _checksum(row)),
+            (*row, checksum(row)),
+        )
+
+    def _forget_terms(self) -> None:
+        """Those of names that are not registered any more."""
+        self._db.execute(
+            "DELETE FROM meta WHERE key LIKE ? AND substr(key, ?) NOT IN (SELECT name FROM adapters)",
+            (f"{_TERMS}%", len(_TERMS) + 1),
         )
 
     def _put_earlier(self, number: int, earlier: EarlierPlan | None) -> None:
@@ -315,11 +340,11 @@ class Store:
             return
         tree = {"deadline_s": order.deadline_s, "force": order.force, "done": order.done}
         row = (replica, json.dumps(tree))
-        self._db.execute("INSERT OR REPLACE INTO drains VALUES (?, ?, ?)", (*row, _checksum(row)))
+        self._db.execute("INSERT OR REPLACE INTO drains VALUES (?, ?, ?)", (*row, checksum(row)))
 
     def _set(self, key: str, value: str) -> None:
         row = (key, value)
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (*row, _checksum(row)))
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (*row, checksum(row)))
 
     def _get(self, key: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -338,44 +363,14 @@ class Store:
                 self._db.execute("ROLLBACK")
 
 
-def _open_unchanged(path: Path) -> sqlite3.Connection:
-    """The file for reading. Only a log that a killed controller has left needs SQLite's shared memory
-    beside it, which a full disk may not take."""
-    log = path.with_name(f"{path.name}-wal")
-    is_whole = not log.exists() or log.stat().st_size == 0
-    mode = "immutable=1" if is_whole else "mode=ro"
-    return sqlite3.connect(f"file:{quote(str(path))}?{mode}", uri=True)
+def _terms_text(terms: AdapterTerms) -> str:
+    slo = None if terms.slo is None else {"ttft_ms": terms.slo.ttft_ms, "tbt_ms": terms.slo.tbt_ms}
+    return json.dumps({"weight": terms.weight, "slo": slo})
 
 
-def _checksum(row: tuple[object, ...]) -> str:
-    return hashlib.blake2b(json.dumps(row).encode(), digest_size=12).hexdigest()
-
-
-def _check_rows(db: sqlite3.Connection) -> None:
-    """ValueError for a row that is not as it was written."""
-    for table, columns in (
-        ("adapters", _ADAPTER_COLUMNS),
-        ("meta", "key, value"),
-        ("drains", "replica_id, value"),
-    ):
-        for *row, checksum in db.execute(f"SELECT {columns}, checksum FROM {table}"):
-            if _checksum(tuple(row)) != checksum:
-                raise ValueError(f"a row of {table} is damaged")
-
-
-def _check_values(db: sqlite3.Connection) -> None:
-    """ValueError or TypeError for a value of a first-release store, which has no checksums, that cannot be
-    what was written."""
-    for (modules,) in db.execute("SELECT target_modules FROM adapters"):
-        if not isinstance(json.loads(modules), list):
-            raise ValueError("a row of adapters is damaged")
-    values = dict(db.execute("SELECT key, value FROM meta"))
-    int(values.get("table_version", "0"))
-    plan = json.loads(values.get("plan", "{}"))
-    if not isinstance(plan, dict) or not all(isinstance(holders, dict) for holders in plan.values()):
-        raise ValueError("the plan is damaged")
-    for holders in plan.values():
-        sum(holders.values())  # shares are numbers
+def _parse_terms(text: str) -> AdapterTerms:
+    tree = json.loads(text)
+    return AdapterTerms(weight=tree["weight"], slo=None if tree["slo"] is None else Slo(**tree["slo"]))
 
 
 def _explained(error: Exception) -> str:

@@ -47,6 +47,11 @@ class ServiceCounts:
         if slo is not None or version in self._versions:
             self._version(version).slo = slo
 
+    def slo(self, version: VersionId) -> Slo:
+        """The targets that the version's requests are held to now."""
+        counts = self._versions.get(version)
+        return (None if counts is None else counts.slo) or self._slo
+
     def begin(
         self, request: GenerationRequest, *, waited_s: float = 0.0, is_cold: bool = False
     ) -> "RequestService":
@@ -118,8 +123,8 @@ class RequestService:
         version = self._version
         if version is None or not self._is_first:
             return
+        slo = self._counts.slo(version)
         counts = self._counts._version(version)
-        slo = counts.slo or self._counts._slo
         if self._ttft_s is None:
             was_given_up = kind is not None and not issubclass(kind, Exception)
             waited_s = self._counts._clock.now_s() - self._begun_s
@@ -139,8 +144,6 @@ class RequestService:
         if self._ttft_s is None:
             self._ttft_s = now_s - self._begun_s
         elif step.token_ids:
-            known = counts._versions.get(version)
-            slo = (known.slo if known is not None else None) or counts._slo
             self._num_gaps += 1
-            self._num_late += (now_s - self._last_s) * 1e3 > slo.tbt_ms
+            self._num_late += (now_s - self._last_s) * 1e3 > counts.slo(version).tbt_ms
         self._last_s = now_s

@@ -56,6 +56,12 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
         await self._tables.reached(answer.table_version, TABLE_WAIT_S)
         return answer
 
+    async def SetAdapter(
+        self, request: management_pb2.SetAdapterRequest, context: Context
+    ) -> management_pb2.SetAdapterResponse:
+        """Forwarded."""
+        return await self._forward(self._controller.SetAdapter, request, context)
+
     async def RemoveAdapter(
         self, request: management_pb2.RemoveAdapterRequest, context: Context
     ) -> management_pb2.RemoveAdapterResponse:

@@ -74,11 +74,7 @@ def fleet_of(snapshot: Snapshot) -> Fleet:
     admitted = [_admitted(spec, rank, size_bytes) for spec in kinds]
     of_use = np.array([bool(able.any()) for able in admitted], dtype=bool)
     replicas = sorted(
-        (
-            spec
-            for spec, own in zip(snapshot.replicas, kind.tolist(), strict=True)
-            if bool(of_use[own])
-        ),
+        (spec for spec, own in zip(snapshot.replicas, kind.tolist(), strict=True) if bool(of_use[own])),
         key=attrgetter("replica_id"),
     )
     kinds, kind = _kinds(replicas)

@@ -25,25 +25,73 @@ class RegisterAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
+    TERMS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     source: _builtins.str
     """A local path, file://, a Hugging Face id, or an fsspec URL that the operator allows."""
     replace: _builtins.bool
     """Replace the weights of a registered name; without it a second registration is refused."""
+    @_builtins.property
+    def terms(self) -> Global___AdapterTerms:
+        """What the name has already stays where this says nothing."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         source: _builtins.str = ...,
         replace: _builtins.bool = ...,
+        terms: Global___AdapterTerms | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_terms", b"_terms", "terms", b"terms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "replace", b"replace", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_terms", b"_terms", "name", b"name", "replace", b"replace", "source", b"source", "terms", b"terms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__terms: _TypeAlias = _typing.Literal["terms"]  # noqa: Y015
+    _WhichOneofArgType__terms: _TypeAlias = _typing.Literal["_terms", b"_terms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__terms) -> _WhichOneofReturnType__terms | None: ...
 
 Global___RegisterAdapterRequest: _TypeAlias = RegisterAdapterRequest  # noqa: Y015
+
+@_typing.final
+class AdapterTerms(_message.Message):
+    """What an operator wants of an adapter, for all versions of its name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SLO_TTFT_MS_FIELD_NUMBER: _builtins.int
+    SLO_TBT_MS_FIELD_NUMBER: _builtins.int
+    weight: _builtins.float
+    """How many times its tokens count where replicas are shared out, by a policy that weighs them; 1 at first."""
+    slo_ttft_ms: _builtins.float
+    """Its own targets; 0: the cluster's."""
+    slo_tbt_ms: _builtins.float
+    def __init__(
+        self,
+        *,
+        weight: _builtins.float | None = ...,
+        slo_ttft_ms: _builtins.float | None = ...,
+        slo_tbt_ms: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_slo_tbt_ms", b"_slo_tbt_ms", "_slo_ttft_ms", b"_slo_ttft_ms", "_weight", b"_weight", "slo_tbt_ms", b"slo_tbt_ms", "slo_ttft_ms", b"slo_ttft_ms", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slo_tbt_ms", b"_slo_tbt_ms", "_slo_ttft_ms", b"_slo_ttft_ms", "_weight", b"_weight", "slo_tbt_ms", b"slo_tbt_ms", "slo_ttft_ms", b"slo_ttft_ms", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__slo_tbt_ms: _TypeAlias = _typing.Literal["slo_tbt_ms"]  # noqa: Y015
+    _WhichOneofArgType__slo_tbt_ms: _TypeAlias = _typing.Literal["_slo_tbt_ms", b"_slo_tbt_ms"]  # noqa: Y015
+    _WhichOneofReturnType__slo_ttft_ms: _TypeAlias = _typing.Literal["slo_ttft_ms"]  # noqa: Y015
+    _WhichOneofArgType__slo_ttft_ms: _TypeAlias = _typing.Literal["_slo_ttft_ms", b"_slo_ttft_ms"]  # noqa: Y015
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slo_tbt_ms) -> _WhichOneofReturnType__slo_tbt_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slo_ttft_ms) -> _WhichOneofReturnType__slo_ttft_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___AdapterTerms: _TypeAlias = AdapterTerms  # noqa: Y015
 
 @_typing.final
 class RegisterAdapterResponse(_message.Message):
@@ -67,6 +115,51 @@ class RegisterAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RegisterAdapterResponse: _TypeAlias = RegisterAdapterResponse  # noqa: Y015
+
+@_typing.final
+class SetAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TERMS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def terms(self) -> Global___AdapterTerms:
+        """What is left out stays."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        terms: Global___AdapterTerms | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["terms", b"terms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "terms", b"terms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAdapterRequest: _TypeAlias = SetAdapterRequest  # noqa: Y015
+
+@_typing.final
+class SetAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAdapterResponse: _TypeAlias = SetAdapterResponse  # noqa: Y015
 
 @_typing.final
 class RemoveAdapterRequest(_message.Message):
@@ -161,6 +254,10 @@ class Adapter(_message.Message):
     REQUESTS_FIELD_NUMBER: _builtins.int
     IN_SLO_FIELD_NUMBER: _builtins.int
     COLD_MISSES_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SLO_TTFT_MS_FIELD_NUMBER: _builtins.int
+    SLO_TBT_MS_FIELD_NUMBER: _builtins.int
+    HAS_OWN_SLO_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     rank: _builtins.int
@@ -184,6 +281,11 @@ class Adapter(_message.Message):
     """The same since its replicas began, as far as the controller has heard of them."""
     in_slo: _builtins.int
     cold_misses: _builtins.int
+    weight: _builtins.float
+    """How many times its tokens count for the placement, and its targets, its own or the cluster's."""
+    slo_ttft_ms: _builtins.float
+    slo_tbt_ms: _builtins.float
+    has_own_slo: _builtins.bool
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -207,10 +309,14 @@ class Adapter(_message.Message):
         requests: _builtins.int = ...,
         in_slo: _builtins.int = ...,
         cold_misses: _builtins.int = ...,
+        weight: _builtins.float = ...,
+        slo_ttft_ms: _builtins.float = ...,
+        slo_tbt_ms: _builtins.float = ...,
+        has_own_slo: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cold_misses", b"cold_misses", "demand_tokens_per_s", b"demand_tokens_per_s", "forecast_tokens_per_s", b"forecast_tokens_per_s", "holders", b"holders", "in_slo", b"in_slo", "name", b"name", "rank", b"rank", "recent_cold_misses", b"recent_cold_misses", "recent_in_slo", b"recent_in_slo", "recent_requests", b"recent_requests", "requests", b"requests", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "target_modules", b"target_modules", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cold_misses", b"cold_misses", "demand_tokens_per_s", b"demand_tokens_per_s", "forecast_tokens_per_s", b"forecast_tokens_per_s", "has_own_slo", b"has_own_slo", "holders", b"holders", "in_slo", b"in_slo", "name", b"name", "rank", b"rank", "recent_cold_misses", b"recent_cold_misses", "recent_in_slo", b"recent_in_slo", "recent_requests", b"recent_requests", "requests", b"requests", "sha256", b"sha256", "size_bytes", b"size_bytes", "slo_tbt_ms", b"slo_tbt_ms", "slo_ttft_ms", b"slo_ttft_ms", "source", b"source", "target_modules", b"target_modules", "version", b"version", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

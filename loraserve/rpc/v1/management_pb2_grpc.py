@@ -44,6 +44,11 @@ class ManagementStub:
                 request_serializer=loraserve_dot_v1_dot_management__pb2.RemoveAdapterRequest.SerializeToString,
                 response_deserializer=loraserve_dot_v1_dot_management__pb2.RemoveAdapterResponse.FromString,
                 _registered_method=True)
+        self.SetAdapter = channel.unary_unary(
+                '/loraserve.v1.Management/SetAdapter',
+                request_serializer=loraserve_dot_v1_dot_management__pb2.SetAdapterRequest.SerializeToString,
+                response_deserializer=loraserve_dot_v1_dot_management__pb2.SetAdapterResponse.FromString,
+                _registered_method=True)
         self.ListAdapters = channel.unary_unary(
                 '/loraserve.v1.Management/ListAdapters',
                 request_serializer=loraserve_dot_v1_dot_management__pb2.ListAdaptersRequest.SerializeToString,
@@ -98,6 +103,13 @@ class ManagementServicer:
 
     def RemoveAdapter(self, request, context):
         """Answers once the name is out of the routing table; copies are dropped as their requests end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAdapter(self, request, context):
+        """Changes what is wanted of a registered adapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,6 +185,11 @@ def add_ManagementServicer_to_server(servicer, server):
                     servicer.RemoveAdapter,
                     request_deserializer=loraserve_dot_v1_dot_management__pb2.RemoveAdapterRequest.FromString,
                     response_serializer=loraserve_dot_v1_dot_management__pb2.RemoveAdapterResponse.SerializeToString,
+            ),
+            'SetAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAdapter,
+                    request_deserializer=loraserve_dot_v1_dot_management__pb2.SetAdapterRequest.FromString,
+                    response_serializer=loraserve_dot_v1_dot_management__pb2.SetAdapterResponse.SerializeToString,
             ),
             'ListAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAdapters,
@@ -269,6 +286,33 @@ class Management:
             '/loraserve.v1.Management/RemoveAdapter',
             loraserve_dot_v1_dot_management__pb2.RemoveAdapterRequest.SerializeToString,
             loraserve_dot_v1_dot_management__pb2.RemoveAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraserve.v1.Management/SetAdapter',
+            loraserve_dot_v1_dot_management__pb2.SetAdapterRequest.SerializeToString,
+            loraserve_dot_v1_dot_management__pb2.SetAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,8 @@ class ManagementStub:
     """Answers once a holder has acknowledged the weights and the routing table names it."""
     RemoveAdapter: _grpc.UnaryUnaryMultiCallable[_management_pb2.RemoveAdapterRequest, _management_pb2.RemoveAdapterResponse]
     """Answers once the name is out of the routing table; copies are dropped as their requests end."""
+    SetAdapter: _grpc.UnaryUnaryMultiCallable[_management_pb2.SetAdapterRequest, _management_pb2.SetAdapterResponse]
+    """Changes what is wanted of a registered adapter."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_management_pb2.ListAdaptersRequest, _management_pb2.ListAdaptersResponse]
     GetStatus: _grpc.UnaryUnaryMultiCallable[_management_pb2.GetStatusRequest, _management_pb2.GetStatusResponse]
     DrainReplicas: _grpc.UnaryStreamMultiCallable[_management_pb2.DrainReplicasRequest, _management_pb2.DrainProgress]
@@ -63,6 +65,8 @@ class ManagementAsyncStub(ManagementStub):
     """Answers once a holder has acknowledged the weights and the routing table names it."""
     RemoveAdapter: _aio.UnaryUnaryMultiCallable[_management_pb2.RemoveAdapterRequest, _management_pb2.RemoveAdapterResponse]  # type: ignore[assignment]
     """Answers once the name is out of the routing table; copies are dropped as their requests end."""
+    SetAdapter: _aio.UnaryUnaryMultiCallable[_management_pb2.SetAdapterRequest, _management_pb2.SetAdapterResponse]  # type: ignore[assignment]
+    """Changes what is wanted of a registered adapter."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_management_pb2.ListAdaptersRequest, _management_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     GetStatus: _aio.UnaryUnaryMultiCallable[_management_pb2.GetStatusRequest, _management_pb2.GetStatusResponse]  # type: ignore[assignment]
     DrainReplicas: _aio.UnaryStreamMultiCallable[_management_pb2.DrainReplicasRequest, _management_pb2.DrainProgress]  # type: ignore[assignment]
@@ -100,6 +104,14 @@ class ManagementServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_management_pb2.RemoveAdapterResponse, _abc.Awaitable[_management_pb2.RemoveAdapterResponse]]:
         """Answers once the name is out of the routing table; copies are dropped as their requests end."""
+
+    @_abc_1.abstractmethod
+    def SetAdapter(
+        self,
+        request: _management_pb2.SetAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_management_pb2.SetAdapterResponse, _abc.Awaitable[_management_pb2.SetAdapterResponse]]:
+        """Changes what is wanted of a registered adapter."""
 
     @_abc_1.abstractmethod
     def ListAdapters(
