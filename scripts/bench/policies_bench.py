@@ -24,8 +24,10 @@ the best.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,12 @@ from policies_cases import Case, Contender, Outcome, Setting, Workload
 from loraserve.errors import LoraServeError
 
 SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
-LIVE_SHARES = (0.7, 0.8, 0.9)
-LIVE_CONTENDERS = f"{cases.OURS},{cases.RIVAL},{cases.EVERYWHERE}"
 BEYOND = 1.15
+LIVE_RATES = f"{BEYOND}x"
+LIVE_CONTENDERS = f"{cases.OURS},{cases.RIVAL},{cases.EVERYWHERE},everywhere-marginal"
+LIVE_JOBS = 2
+LIVE_RESTART_S = 5.0
+"""An emulated replica is back so soon with another `max_lora_rank`."""
 
 
 def compare(
@@ -62,8 +67,7 @@ def compare(
     def case(contender: Contender, rate: float, seed: int) -> Case:
         return Case(contender=contender, workload=workload, rate_per_s=rate, seed=seed, setting=setting)
 
-    grid = [case(one, rate, seed) for rate in rates for seed in seeds for one in contenders]
-    outcomes = runner.all(what, cases.run_case, grid)
+    outcomes = runner.all(what, cases.run_case, _grid(setting, workload, contenders, rates, seeds))
     found: dict[str, Any] = {
         "fluid_rate_per_s": fluid,
         "runs": outcomes,
@@ -78,6 +82,21 @@ def compare(
         found |= {"highest": highest, "rate_over": ratios.rate_ratios(highest)}
         found["beyond"] = _beyond(what, case, contenders, highest, runner)
     return found
+
+
+def _grid(
+    setting: Setting,
+    workload: Workload,
+    contenders: Sequence[Contender],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+) -> list[Case]:
+    return [
+        Case(contender=one, workload=workload, rate_per_s=rate, seed=seed, setting=setting)
+        for rate in rates
+        for seed in seeds
+        for one in contenders
+    ]
 
 
 def _beyond(
@@ -105,7 +124,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--workload", default="", metavar="W,...", help=f"of {', '.join(cases.WORKLOADS)} (all)"
     )
     made.add_argument("--policy", default="", metavar="P,...", help="contenders, or POLICY/ROUTING (all)")
-    made.add_argument("--rates", default="", metavar="R,...", help="requests/s (shares of the fluid rate)")
+    made.add_argument(
+        "--rates",
+        default="",
+        metavar="R,...",
+        help="requests/s, or such as 0.9x, of loraserve's highest rate in the simulator (shares of the fluid"
+        f" rate; live {LIVE_RATES})",
+    )
     made.add_argument("--seeds", default="0,1,2", metavar="N,...", help="(%(default)s)")
     made.add_argument("--duration", type=common.seconds, metavar="S", help="of a run (600, live 120)")
     made.add_argument("--warmup", type=common.seconds, metavar="S", help="left out of it (120, live 20)")
@@ -116,8 +141,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     made.add_argument("--pool-mib", type=common.at_least_one, metavar="N", help="adapters per replica (all)")
     made.add_argument("--no-search", action="store_true", help="no search for the highest rate")
-    made.add_argument("--jobs", type=common.at_least_one, metavar="N", help="processes (one per core)")
-    made.add_argument("--out", type=Path, metavar="DIR", help="write runs and curves there")
+    made.add_argument(
+        "--jobs",
+        type=common.at_least_one,
+        metavar="N",
+        help=f"processes (one per core; live {LIVE_JOBS} clusters)",
+    )
+    made.add_argument(
+        "--attempts", type=common.at_least_one, default=2, metavar="N", help="at a live run (%(default)s)"
+    )
+    made.add_argument(
+        "--out", type=Path, metavar="DIR", help="write runs and curves there; live runs that are there stay"
+    )
     return made.parse_args(arguments)
 
 
@@ -129,14 +164,21 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
     seeds = [int(one) for one in _names(options.seeds)][: 1 if options.quick else None]
     made = _setting(options)
     found: dict[str, Any] = {}
-    with runs.runner(1 if options.live else options.jobs, _note) as runner:
+    with runs.runner(1 if options.live else options.jobs, _note) as runner, _kept(options) as folder:
         for fleet in fleets:
             setting = replace(made, fleet=fleet)
             for name in workloads:
                 workload = cases.WORKLOADS[name]
-                rates = _rates(options, setting, workload)
+                rates = _rates(options, setting, workload, seeds)
                 if options.live:
-                    one = policies_live.live(setting, workload, contenders, rates, seeds, _note)
+                    wanted = _grid(setting, workload, contenders, rates, seeds)
+                    kept = policies_live.LiveOptions(
+                        jobs=options.jobs or LIVE_JOBS,
+                        attempts=options.attempts,
+                        folder=folder,
+                        note=_note,
+                    )
+                    one = policies_live.live(setting, wanted, kept)
                 else:
                     searching = not (options.no_search or options.quick)
                     one = compare(setting, workload, contenders, rates, seeds, runner, searching=searching)
@@ -146,12 +188,32 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _rates(options: argparse.Namespace, setting: Setting, workload: Workload) -> list[float]:
-    if options.rates:
-        return [float(one) for one in _names(options.rates)]
+@contextmanager
+def _kept(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder for the results of live runs."""
+    if options.out is not None:
+        yield options.out / "live"
+        return
+    with tempfile.TemporaryDirectory(prefix="loraserve-policies-") as name:
+        yield Path(name)
+
+
+def _rates(
+    options: argparse.Namespace, setting: Setting, workload: Workload, seeds: Sequence[int]
+) -> list[float]:
     fluid = cases.fluid_rate_per_s(setting, workload)
-    shares = LIVE_SHARES if options.live else SHARES
-    return [round(share * fluid, 1) for share in (shares[:: len(shares) // 2] if options.quick else shares)]
+    asked = _names(options.rates or LIVE_RATES * options.live)
+    if not asked:
+        shares = SHARES[:: len(SHARES) // 2] if options.quick else SHARES
+        return [round(share * fluid, 1) for share in shares]
+    rival = 0.0
+    if any(one.endswith("x") for one in asked):
+        (contender,) = cases.available([cases.RIVAL])
+        searches = _grid(setting, workload, [contender], [fluid], seeds)
+        held = [runs.search(case).held_per_s for case in searches]
+        rival = sum(held) / len(held)
+        _note(f"{setting.fleet}, {workload.name}: {cases.RIVAL} holds the SLO to {rival:.2f}/s, simulated")
+    return [round(float(one[:-1]) * rival, 1) if one.endswith("x") else float(one) for one in asked]
 
 
 def _setting(options: argparse.Namespace) -> Setting:
@@ -167,6 +229,7 @@ def _setting(options: argparse.Namespace) -> Setting:
         window_s=options.window or 0.0,
         pool_bytes=(options.pool_mib or 0) * 2**20,
         speed=options.speed,
+        restart_s=LIVE_RESTART_S if options.live else 60.0,
     )
 
 
@@ -214,7 +277,7 @@ def _trees(value: Any) -> Any:
         return {key: _trees(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_trees(one) for one in value]
-    return asdict(value) if isinstance(value, Outcome) else value
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 simulator."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -78,7 +78,7 @@ replica is set to rank 128, or plans choose each one's setting, and replicas res
 class Setting:
     """What is the same for every contender. A replica's pool holds `pool_bytes`, 0: everything. Demand is
     measured over `window_s`, 0: an epoch. With a `speed` of 0.5 steps take twice as long, and the SLO gives
-    twice the time."""
+    twice the time. A replica that is started with another `max_lora_rank` is away for `restart_s`."""
 
     fleet: str = "padded_batch"
     profile: str = PROFILE
@@ -91,6 +91,7 @@ class Setting:
     pool_bytes: int = 0
     routers: int = 1
     speed: float = 1.0
+    restart_s: float = 60.0
 
     @property
     def kernel(self) -> str:
@@ -207,8 +208,9 @@ def scenario(case: Case) -> Scenario:
         speed=setting.speed,
         pool_bytes=setting.pool_bytes or None,
         max_lora_ranks="planned" if setting.fleet.endswith(PLANNED) else "fixed",
+        restart_s=setting.restart_s,
     )
-    return scenario_of(_profile(setting), trace, options, seed=case.seed)
+    return scenario_of(profile_of(setting), trace, options, seed=case.seed)
 
 
 def run_case(case: Case) -> Outcome:
@@ -264,12 +266,29 @@ def outcome_from(
     )
 
 
+def case_tree(case: Case) -> dict[str, Any]:
+    """A run in plain values, for `case_of`."""
+    return asdict(case)
+
+
+def case_of(tree: Mapping[str, Any]) -> Case:
+    """What `case_tree` gave."""
+    return Case(
+        contender=Contender(**tree["contender"]),
+        workload=Workload(**tree["workload"]),
+        rate_per_s=tree["rate_per_s"],
+        seed=tree["seed"],
+        setting=Setting(**tree["setting"]),
+    )
+
+
 def _kernel(setting: Setting) -> str | None:
-    own = _profile(setting).latency
+    own = profile_of(setting).latency
     return None if own is not None and own.kernel == setting.kernel else setting.kernel
 
 
-def _profile(setting: Setting) -> Profile:
+def profile_of(setting: Setting) -> Profile:
+    """The profile that was named."""
     return find_simulatable(setting.profile)
 
 

@@ -1,243 +1,245 @@
-"""The comparison on the emulated cluster: Ray, controller, router, and replicas that sleep for each step.
+"""The comparison on live clusters: Ray, controller, router and replicas, which the emulated engine has sleep
+for each step.
 
 Every run has a cluster of its own, started fresh with the contender's placement, routing and forecast, and
-is sent the same requests at their times; the simulator runs them too, under the same settings. A run whose
-pacing error is above 10 ms at the 99th percentile is void, and is made once more. Bytes are seen by asking
-the cluster twice a second what its replicas hold: a copy that comes and goes in between is not seen.
+is sent the same requests at their times; the simulator runs them too, under the same settings. As many runs
+as --jobs says go side by side, in rounds that begin their requests together, so that no start of a cluster
+falls into another one's run. Each result is written when its run ends, under --out into its folder `live`,
+and with the same --out again what is there is not run again.
+
+A run is void if the client sent requests late (pacing error above 0.5 % of the TTFT target at the 99th
+percentile: 10 ms at --speed 1), or if decoding took 5 % longer than the engine was to sleep; it is made once
+more, or as often as --attempts says.
 """
 
-import asyncio
 import contextlib
-import os
+import hashlib
+import json
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-import bench_common as common
 import policies_cases as cases
 import policies_ratios as ratios
 from policies_cases import Case, Outcome, Setting
+from policies_live_run import Spec
 
-from loraserve.client import Client
-from loraserve.cluster.processes import processes_of
-from loraserve.errors import LoraServeError
-from loraserve.fidelity.live import LiveCluster
 from loraserve.folders import cache_dir
-from loraserve.profiling.files import find_simulatable, write_profile
 from loraserve.samples import build_adapter, build_samples
-from placement.profile import Profile
-from traces.metrics import summarise
 
-KV_BYTES_PER_TOKEN = 4096
-LOOK_EVERY_S = 0.5
-ATTEMPTS = 2
-LOAD_S = 0.1
-"""An adapter of the highest rank takes so long into an engine."""
+WORKER = Path(__file__).with_name("policies_live_run.py")
+PACING_SHARE = 0.005
+"""Of the TTFT target: so late may a hundredth of the requests be sent."""
+STEP_FACTOR = 1.05
+POLL_S = 0.1
+END_S = 60.0
+TAIL_LINES = 8
 
-CONFIG = """
-[cluster]
-name = "{{cluster}}"
-replicas = {replicas}
-[model]
-path = "{model}"
-[engine]
-kind = "emulated"
-max_lora_rank = {rank}
-adapter_slots = {slots}
-max_num_seqs = {rows}
-max_num_batched_tokens = {batched}
-kv_cache_bytes = {kv_bytes}
-[emulated]
-kernel = "{kernel}"
-base_step_ms = {base}
-prefill_token_ms = {prefill}
-decode_seq_ms = {row}
-rank_seq_ms = {rank_row}
-rank_token_ms = {rank_token}
-load_bytes_per_s = {load_bytes_per_s}
-kv_bytes_per_token = {kv_per_token}
-speed = {speed}
-[placement]
-policy = "{policy}"
-profile = "{profile}"
-max_lora_ranks = "{max_lora_ranks}"
-epoch_s = {epoch_s}
-window_s = {window_s}
-history_s = {history_s}
-forecast = "{forecast}"
-[router]
-port = 0
-routers = {routers}
-routing = "{routing}"
-early_refusal = false
-"""
+Note = Callable[[str], None]
 
 
-@dataclass(slots=True)
-class Held:
-    """What replicas were seen to hold over a run, after its warm-up."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A live run, and how it went: `busy` and `others` are shares of the machine, `others` what neither this
+    cluster nor its client took; `settings` each replica's `max_lora_rank`, as it changed; `void` why the run
+    proves nothing, '' if it does."""
 
-    sizes: dict[str, int] = field(default_factory=dict)
-    bytes_moved: int = 0
-    resident_bytes: list[int] = field(default_factory=list)
-    before: dict[str, frozenset[str]] = field(default_factory=dict)
+    outcome: Outcome
+    pacing_p99_ms: float
+    busy: float
+    others: float
+    step_factor: float | None
+    settings: tuple[tuple[int, ...], ...]
+    start_s: float
+    run_s: float
+    void: str
 
-    async def watch(self, addresses: Sequence[str], warmup_s: float) -> None:
-        """Look again and again, until cancelled."""
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
-        async with Client(addresses) as client:
-            while True:
-                with contextlib.suppress(LoraServeError):
-                    await self._look(client, counts=loop.time() - began_s >= warmup_s)
-                await asyncio.sleep(LOOK_EVERY_S)
-
-    async def _look(self, client: Client, *, counts: bool) -> None:
-        status = await client.status()
-        self.sizes |= {one.version: one.size_bytes for one in status.adapters}
-        held = {one.replica_id: frozenset(one.resident) for one in status.replicas}
-        if counts:
-            self.resident_bytes.append(sum(self.sizes.get(one, 0) for own in held.values() for one in own))
-            self.bytes_moved += sum(
-                self.sizes.get(one, 0)
-                for replica, own in held.items()
-                for one in own - self.before.get(replica, own)
-            )
-        self.before = held
+    @property
+    def line(self) -> str:
+        """In a line."""
+        one = self.outcome
+        factor = "" if self.step_factor is None else f", steps x {self.step_factor:.3f}"
+        void = f"; VOID: {self.void}" if self.void else ""
+        return (
+            f"{one.fleet}, {one.workload}, {one.contender} at {one.rate_per_s:g}/s, seed {one.seed}:"
+            f" TTFT p95 {one.ttft_p95_ms:.0f} ms, {one.failed} of {one.requests} failed, pacing p99"
+            f" {self.pacing_p99_ms:.1f} ms{factor}, machine {self.busy:.0%} busy, start {self.start_s:.0f} s,"
+            f" run {self.run_s:.0f} s{void}"
+        )
 
 
-def live(
-    setting: Setting,
-    workload: cases.Workload,
-    contenders: Sequence[cases.Contender],
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    note: Callable[[str], None],
-) -> dict[str, Any]:
-    """The comparison at these rates; every run on a cluster of its own."""
-    runs: list[Outcome] = []
-    simulated: list[Outcome] = []
-    void: list[str] = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveOptions:
+    """`jobs` clusters run side by side, a void run is made `attempts` times in all; results are kept in
+    `folder`."""
+
+    jobs: int
+    attempts: int
+    folder: Path
+    note: Note
+
+
+def live(setting: Setting, wanted: Sequence[Case], options: LiveOptions) -> dict[str, Any]:
+    """The comparison of these cases, which all have this setting and one workload."""
     with tempfile.TemporaryDirectory(prefix="loraserve-policies-") as folder:
-        ground = _Ground(Path(folder), setting)
-        for rate in rates:
-            for seed in seeds:
-                for one in contenders:
-                    case = Case(contender=one, workload=workload, rate_per_s=rate, seed=seed, setting=setting)
-                    outcome, why_void = ground.run(case, note)
-                    runs.append(outcome)
-                    simulated.append(cases.run_case(case))
-                    void += [f"{one.name} at {rate:g}, seed {seed}: {why_void}"] if why_void else []
+        field = _Field(Path(folder), setting, options)
+        field.measure(wanted)
+        found = [(case, done) for case in wanted if (done := field.result(case)) is not None]
+    options.note("the same requests are simulated")
+    runs = [done.outcome for _, done in found]
+    void = [done.line for _, done in found if done.void]
+    missing = [_name(case) for case in wanted if case not in [case for case, _ in found]]
     return {
-        "fluid_rate_per_s": cases.fluid_rate_per_s(setting, workload),
+        "fluid_rate_per_s": cases.fluid_rate_per_s(setting, wanted[0].workload),
         "runs": runs,
-        "simulated": simulated,
-        "void": void,
+        "simulated": [cases.run_case(case) for case, _ in found],
+        "measured": [done for _, done in found],
+        "void": void + [f"{name}: did not end" for name in missing],
         "against_best": ratios.against_best(runs),
+        "beyond": ratios.ttft_ratio([one for one in runs if one.rate_per_s == _highest_rate(runs)]),
         "bytes": ratios.bytes_ratios(runs),
     }
 
 
-class _Ground:
-    """What all runs of a setting share: the model, its adapters, and the profile."""
+def _highest_rate(runs: Sequence[Outcome]) -> float:
+    return max((one.rate_per_s for one in runs), default=0.0)
 
-    def __init__(self, folder: Path, setting: Setting) -> None:
+
+class _Field:
+    """What all runs of a setting share: the model, its adapters, the folder of results."""
+
+    def __init__(self, folder: Path, setting: Setting, options: LiveOptions) -> None:
         self._folder = folder
         self._setting = setting
+        self._options = options
         self._model = build_samples(cache_dir() / "samples").model
-        self._adapters: dict[str, Path] = {}
+        self._adapters: dict[tuple[str, int], Path] = {}
 
-    def run(self, case: Case, note: Callable[[str], None]) -> tuple[Outcome, str]:
-        """One run, made again if it is void; why it is void, '' if it is not."""
-        why = ""
-        for _ in range(ATTEMPTS):
-            outcome, why = asyncio.run(self._run(case, note))
-            if not why:
-                break
-        return outcome, why
+    def measure(self, wanted: Sequence[Case]) -> None:
+        """Run what has no result yet, and once more what is void."""
+        note, jobs = self._options.note, self._options.jobs
+        for attempt in range(self._options.attempts):
+            open_ = [case for case in wanted if (done := self.result(case)) is None or done.void]
+            if not open_:
+                return
+            rounds = [open_[at : at + jobs] for at in range(0, len(open_), jobs)]
+            again = ", again" if attempt else ""
+            note(f"{len(open_)} of {len(wanted)} runs{again}, in {len(rounds)} rounds of {jobs}")
+            for number, cases_ in enumerate(rounds, 1):
+                began_s = time.monotonic()
+                self._round(cases_)
+                left_min = (len(rounds) - number) * (time.monotonic() - began_s) / 60
+                note(f"round {number} of {len(rounds)} has ended, about {left_min:.0f} min left")
 
-    async def _run(self, case: Case, note: Callable[[str], None]) -> tuple[Outcome, str]:
+    def result(self, case: Case) -> Measured | None:
+        """What came of this case, if it has been run."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            tree = json.loads(self._path(case).read_text(encoding="utf-8"))
+            if tree["case"] == json.loads(json.dumps(cases.case_tree(case))):
+                return _measured(self._setting, tree)
+        return None
+
+    def _path(self, case: Case) -> Path:
+        digest = hashlib.sha256(json.dumps(cases.case_tree(case)).encode()).hexdigest()
+        name = _name(case).replace("/", "_").replace(" ", "-")
+        return self._options.folder / f"{name}-{digest[:8]}.json"
+
+    def _round(self, round_: Sequence[Case]) -> None:
+        """Runs side by side, each in a process of its own; ended whatever happens."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as name, contextlib.ExitStack() as stack:
+            folder = Path(name)
+            specs = [self._spec(case, folder, str(number)) for number, case in enumerate(round_)]
+            workers = [stack.enter_context(_worker(spec)) for spec in specs]
+            while not all(
+                spec.arrived.exists() or worker.poll() is not None
+                for spec, worker in zip(specs, workers, strict=True)
+            ):
+                time.sleep(POLL_S)
+            (folder / "go").touch()
+            for spec, worker in zip(specs, workers, strict=True):
+                code = worker.wait()
+                self._options.note(self._told(spec, code))
+
+    def _told(self, spec: Spec, code: int) -> str:
+        done = self.result(spec.case)
+        if code == 0 and done is not None:
+            return done.line
+        lines = _log(spec).read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        return f"{_name(spec.case)} failed: {' / '.join(lines)}"
+
+    def _spec(self, case: Case, folder: Path, name: str) -> Spec:
         setting = case.setting
         trace = cases.draw(case.workload, case.rate_per_s, case.seed, setting.duration_s, setting.adapters)
-        adapters = {one.name: self._adapter(one.name, one.rank or 0) for one in trace.adapters}
-        with common.cluster("policies", self._config(case)) as (running, _):
-            cluster = LiveCluster(
-                running.router_addresses,
-                lambda: {"cluster": processes_of(running.run_id)},
-                look_aside=False,
-                max_others=1.0,
-                seed=case.seed,
-            )
-            await cluster.register(adapters)
-            held = Held()
-            watching = asyncio.create_task(held.watch(running.router_addresses, setting.warmup_s))
-            done = await cluster.run(trace)
-            watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
-        records = [replace(one, warmup=one.scheduled_s < setting.warmup_s) for one in done.records]
-        summary = summarise(records, slo=setting.slo)
-        outcome = cases.outcome_from(
-            case,
-            summary.overall,
-            bytes_moved=held.bytes_moved,
-            resident_bytes=mean(held.resident_bytes) if held.resident_bytes else 0.0,
+        result = self._path(case)
+        result.parent.mkdir(parents=True, exist_ok=True)
+        return Spec(
+            case=case,
+            model=self._model,
+            adapters={one.name: self._adapter(one.name, one.rank or 0) for one in trace.adapters},
+            arrived=folder / f"{name}.arrived",
+            go=folder / "go",
+            result=result,
         )
-        paced_ms = summary.pacing.p99_ms if summary.pacing else 0.0
-        note(
-            f"{case.contender.name} at {case.rate_per_s:g}/s, seed {case.seed}: TTFT p95"
-            f" {outcome.ttft_p95_ms:.0f} ms, {outcome.failed} failed, pacing p99 {paced_ms:.1f} ms"
-            f"{', void: ' + summary.void_reason if summary.void else ''}"
-        )
-        return outcome, summary.void_reason
 
     def _adapter(self, name: str, rank: int) -> Path:
-        if name not in self._adapters:
-            self._adapters[name] = build_adapter(
-                self._folder / name, self._model, rank=rank, seed=len(self._adapters)
+        key = (name, rank)
+        if key not in self._adapters:
+            self._adapters[key] = build_adapter(
+                self._folder / f"{name}-{rank}", self._model, rank=rank, seed=len(self._adapters)
             )
-        return self._adapters[name]
+        return self._adapters[key]
 
-    def _config(self, case: Case) -> str:
-        setting = case.setting
-        # Policies know the replicas as the simulator's know them: this kernel, this speed.
-        known: Profile = next(iter(cases.scenario(case).profiles.values()))
-        engine, latency = known.engine, find_simulatable(setting.profile).latency
-        assert latency is not None
-        path = self._folder / f"{known.name}.toml"
-        write_profile(path, known)
-        largest = max(_bytes_of(one) for one in self._adapters.values())
-        return CONFIG.format(
-            replicas=setting.replicas,
-            model=self._model,
-            rank=engine.max_lora_rank,
-            slots=engine.adapter_slots,
-            rows=engine.max_num_seqs,
-            batched=engine.max_num_batched_tokens,
-            kv_bytes=engine.kv_tokens * KV_BYTES_PER_TOKEN,
-            kernel=setting.kernel,
-            base=float(latency.base_ms),
-            prefill=latency.prefill_token_ms,
-            row=float(latency.row_ms),
-            rank_row=latency.decode_rank_ms,
-            rank_token=latency.prefill_rank_ms,
-            load_bytes_per_s=largest / LOAD_S,
-            kv_per_token=KV_BYTES_PER_TOKEN,
-            speed=setting.speed,
-            policy=case.contender.policy,
-            profile=path,
-            max_lora_ranks="planned" if setting.fleet.endswith(cases.PLANNED) else "fixed",
-            epoch_s=setting.epoch_s,
-            window_s=setting.window_s or setting.epoch_s,
-            history_s=5 * setting.epoch_s,
-            forecast=case.contender.forecast,
-            routers=setting.routers,
-            routing=case.contender.routing,
+
+@contextlib.contextmanager
+def _worker(spec: Spec) -> Iterator["subprocess.Popen[bytes]"]:
+    path = spec.arrived.with_suffix(".spec")
+    spec.write(path)
+    with _log(spec).open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(WORKER), str(path)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
-def _bytes_of(folder: Path) -> int:
-    return sum(os.path.getsize(path) for path in folder.iterdir())
+def _log(spec: Spec) -> Path:
+    return spec.arrived.with_suffix(".log")
+
+
+def _name(case: Case) -> str:
+    where = f"{case.setting.fleet} {case.workload.name}"
+    return f"{where} {case.contender.name} {case.rate_per_s:g} seed {case.seed}"
+
+
+def _measured(setting: Setting, tree: dict[str, Any]) -> Measured:
+    outcome, factor = Outcome(**tree["outcome"]), tree["step_factor"]
+    limit_ms = PACING_SHARE * setting.slo.ttft_ms
+    reasons = []
+    if tree["pacing_p99_ms"] > limit_ms:
+        reasons.append(f"requests were sent late by {tree['pacing_p99_ms']:.1f} ms, above {limit_ms:g} ms")
+    if factor is not None and factor > STEP_FACTOR:
+        reasons.append(f"decoding took {factor:.3f} times as long as it should, above {STEP_FACTOR:g}")
+    return Measured(
+        outcome=outcome,
+        pacing_p99_ms=tree["pacing_p99_ms"],
+        busy=tree["busy"],
+        others=tree["others"],
+        step_factor=factor,
+        settings=tuple(tuple(one) for one in tree["settings"]),
+        start_s=tree["start_s"],
+        run_s=tree["run_s"],
+        void="; ".join(reasons),
+    )

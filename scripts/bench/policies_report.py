@@ -61,12 +61,24 @@ def _print_ratios(found: Mapping[str, Any]) -> None:
 
 
 def _live_lines(found: Mapping[str, Any]) -> list[str]:
-    """Live beside simulated, and what was void."""
-    lines = ["", "TTFT p95, s: live, simulated"]
-    for one, other in zip(found["runs"], found["simulated"], strict=True):
+    """Live beside simulated, how each run went, and what was void."""
+    head = ("TTFT p95, s", "TBT p95, ms", "moved, MiB", "pacing p99, ms", "steps, x", "busy, %")
+    lines = ["", f"{'live and simulated':39}" + "".join(f"{one:>16}" for one in head)]
+    for one, other, how in zip(found["runs"], found["simulated"], found["measured"], strict=True):
+        cells = (
+            f"{one.ttft_p95_ms / 1e3:.2f} {other.ttft_p95_ms / 1e3:.2f}",
+            f"{one.tbt_p95_ms:.0f} {other.tbt_p95_ms:.0f}",
+            f"{one.bytes_moved / MIB:.0f} {other.bytes_moved / MIB:.0f}",
+            f"{how.pacing_p99_ms:.1f}",
+            "-" if how.step_factor is None else f"{how.step_factor:.3f}",
+            f"{100 * how.busy:.0f}",
+        )
+        who = f"{one.contender:24}{one.rate_per_s:6.1f}/s seed {one.seed}"
+        changed = " > ".join(",".join(map(str, each)) for each in how.settings)
         lines.append(
-            f"{one.contender:26} {one.rate_per_s:6.1f}/s seed {one.seed}: {one.ttft_p95_ms / 1e3:8.2f}"
-            f" {other.ttft_p95_ms / 1e3:8.2f}"
+            f"{who:39}"
+            + "".join(f"{cell:>16}" for cell in cells)
+            + ("  " + changed) * (len(how.settings) > 1)
         )
     return lines + [f"void: {line}" for line in found["void"]]
 
