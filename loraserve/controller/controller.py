@@ -79,7 +79,7 @@ class Controller:
         self._changed = asyncio.Event()
         self._registering: dict[str, asyncio.Lock] = {}
         self._num_storing = 0
-        self._answers: list[messages.Answer] = []
+        self._waiting: list[messages.Together] = []
         self._recovering = recovering
         self._journal = Journal(store, publish=self._publish, release=self._release)
         registrations = store.adapters()
@@ -214,7 +214,11 @@ class Controller:
                 )
             registration = await self._stored(name, source)
             adapter = registration.adapter
-            self.dispatch(messages.AdapterRegistered(adapter))
+            self._waiting.append(messages.AdapterRegistered(adapter))
+            try:
+                await asyncio.sleep(0)  # With what else is registered now: one plan for all.
+            finally:
+                self._take_waiting()
             await self._wait_served(adapter.version_id)
             return adapter.version_id
 
@@ -244,7 +248,6 @@ class Controller:
                     self._delete_files(manifest.sha256)
                 self._news()
                 raise WorkFailedError(f"adapter {name} is not registered: {error}") from error
-            self._take_answers()  # What follows from them would take this one for unneeded.
             self.registrations[adapter.version_id] = registration
             return registration
         finally:
@@ -303,23 +306,23 @@ class Controller:
 
     def dispatch(self, event: messages.Event) -> None:
         """Give the state machine an event and execute what it asks for, in order."""
-        self._take_answers()
+        self._take_waiting()
         self._step([event], lambda: self.state.handle(event))
 
     def answered(self, answer: messages.Answer) -> None:
-        """Take in a replica's answer to a load or drop, with those that are here already and before any other
-        event: what follows from one copy takes as long to find as what follows from a thousand."""
-        self._answers.append(answer)
-        if len(self._answers) == 1:
-            self.keeper.spawn(self._answers_are_here())
+        """Take in a replica's answer to a load or drop, with what is here already and before any other event:
+        what follows from many takes no longer to find."""
+        self._waiting.append(answer)
+        if len(self._waiting) == 1:
+            self.keeper.spawn(self._waiting_are_here())
 
-    async def _answers_are_here(self) -> None:
-        self._take_answers()
+    async def _waiting_are_here(self) -> None:
+        self._take_waiting()
 
-    def _take_answers(self) -> None:
-        answers, self._answers = self._answers, []
-        if answers:
-            self._step(answers, lambda: self.state.handle_answers(answers))
+    def _take_waiting(self) -> None:
+        events, self._waiting = self._waiting, []
+        if events:
+            self._step(events, lambda: self.state.handle_many(events))
 
     def _step(self, events: Sequence[messages.Event], handle: Callable[[], list[messages.Command]]) -> None:
         for event in events:

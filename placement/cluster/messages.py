@@ -104,6 +104,9 @@ class AdapterUnloaded:
 
 
 Answer = AdapterLoaded | AdapterLoadFailed | AdapterUnloaded
+Together = Answer | AdapterRegistered
+"""What may be taken in many at a time."""
+
 """What replicas answer to what they were asked; it changes nothing that a plan is made from."""
 
 

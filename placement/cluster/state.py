@@ -41,7 +41,7 @@ from placement.types import (
 
 
 class ClusterState:
-    """One door: `handle(event) -> commands`, and `handle_answers` for many at once. Commands are to be
+    """One door: `handle(event) -> commands`, and `handle_many` for many at once. Commands are to be
     executed in their order."""
 
     def __init__(
@@ -112,22 +112,22 @@ class ClusterState:
         commands = self._take_in(event)
         if self._is_starting():
             return commands
-        follows = self.resizer.take_in(event, self.replicas, self.snapshot, self.book.frozen)
         is_chosen = isinstance(event, messages.PlanGiven) and self.book.frozen is None
-        if not is_chosen and not isinstance(event, messages.Answer):
-            follows += self._replan()
-        follows += self._settle()
+        follows = self._follow(event, plans=not is_chosen and not isinstance(event, messages.Answer))
         # Not before: a plan that cannot be carried out at all makes way at once.
         return commands + self.book.keep(before, event) + follows
 
-    def handle_answers(self, answers: Sequence[messages.Answer]) -> list[Command]:
-        """Take several answers to loads and drops in at once: to find what follows from many takes no longer
-        than from one."""
-        commands = [command for answer in answers for command in self._take_in(answer)]
-        if not answers or self._is_starting():
+    def handle_many(self, events: Sequence[messages.Together]) -> list[Command]:
+        """Take several answers and registrations in at once, which takes no longer than one."""
+        commands = [command for event in events for command in self._take_in(event)]
+        if not events or self._is_starting():
             return commands
-        commands += self.resizer.take_in(answers[-1], self.replicas, self.snapshot, self.book.frozen)
-        return commands + self._settle()
+        plans = any(isinstance(event, messages.AdapterRegistered) for event in events)
+        return commands + self._follow(events[-1], plans=plans)
+
+    def _follow(self, event: Event, *, plans: bool) -> list[Command]:
+        commands = self.resizer.take_in(event, self.replicas, self.snapshot, self.book.frozen)
+        return commands + (self._replan() if plans else []) + self._settle()
 
     def _take_in(self, event: Event) -> list[Command]:
         match event:

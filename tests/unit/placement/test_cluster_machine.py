@@ -5,7 +5,7 @@ checked against what replicas really hold and not against what the state machine
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -74,6 +74,11 @@ class Wild:
         return Placement(MappingProxyType(placed))
 
 
+def registered(name: AdapterName, shape: int) -> messages.AdapterRegistered:
+    rank = (8, 64, 128)[shape - 1]
+    return messages.AdapterRegistered(adapter(name, digest=str(shape) * 64, rank=rank, size_bytes=5 * shape))
+
+
 def policy_of(name: str) -> PlacementPolicy:
     return Wild() if name == "wild" else policy(name)
 
@@ -122,10 +127,10 @@ class ClusterMachine(RuleBasedStateMachine):
         state = self.state
         self.take(lambda: state.handle(event), str(event), may_vanish)
 
-    def tell_all(self, answers: list[messages.Answer]) -> None:
+    def tell_all(self, events: Sequence[messages.Together]) -> None:
         assert self.state is not None
         state = self.state
-        self.take(lambda: state.handle_answers(answers), str(answers), frozenset())
+        self.take(lambda: state.handle_many(events), str(events), frozenset())
 
     def take(
         self, handle: Callable[[], list[messages.Command]], what: str, may_vanish: frozenset[AdapterName]
@@ -264,9 +269,7 @@ class ClusterMachine(RuleBasedStateMachine):
         self.register(name, shape)
 
     def register(self, name: AdapterName, shape: int) -> None:
-        rank = (8, 64, 128)[shape - 1]
-        new = adapter(name, digest=str(shape) * 64, rank=rank, size_bytes=5 * shape)
-        self.tell(messages.AdapterRegistered(new))
+        self.tell(registered(name, shape))
 
     @rule(name=st.sampled_from(NAMES))
     def remove(self, name: AdapterName) -> None:
@@ -321,7 +324,7 @@ class ClusterMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.pending) > 1)
     @rule(data=st.data())
     def answer_at_once(self, data: st.DataObject) -> None:
-        """Several answers that the controller takes in together."""
+        """Several answers that the controller takes in together, and registrations among them."""
         assert self.state is not None
         places = data.draw(st.sets(st.integers(0, len(self.pending) - 1), min_size=1))
         chosen = [self.pending[place] for place in places]
@@ -333,7 +336,9 @@ class ClusterMachine(RuleBasedStateMachine):
         drains = [one for one in chosen if isinstance(one, messages.DrainReplica)]
         done = [one for one in chosen if one not in drains]
         self.pending = [one for one in self.pending if one not in done]
-        self.tell_all(answers)
+        shapes = data.draw(st.dictionaries(st.sampled_from(NAMES), st.integers(1, 3), max_size=3))
+        events = [*answers, *(registered(name, shape) for name, shape in shapes.items())]
+        self.tell_all(data.draw(st.permutations(events)))
 
     @precondition(lambda self: bool(self.pending))
     @rule()

@@ -254,6 +254,29 @@ def test_the_plans_kept_are_bounded() -> None:
     assert len(state.book.earlier) == MAX_EARLIER
 
 
+def test_adapters_that_are_registered_together_are_planned_for_once() -> None:
+    class Counting(Given):
+        num_plans = 0
+
+        def plan(self, snapshot: Snapshot) -> Placement:
+            self.num_plans += 1
+            return policy("least-loaded").plan(snapshot)
+
+    counting = Counting()
+    state = ClusterState(replica_ids=(R0, R1), policy=counting, base_model="m")
+    for replica in (R0, R1):
+        state.handle(messages.ReplicaReady(spec(replica, slots=9), f"127.0.0.1:{replica[-1]}"))
+    before = counting.num_plans
+    some = [adapter(f"a{index}") for index in range(9)]
+    commands = state.handle_many([messages.AdapterRegistered(one) for one in some])
+    assert counting.num_plans == before + 1
+    assert [one for one in commands if isinstance(one, messages.SaveAdapter)] == [
+        messages.SaveAdapter(one) for one in some
+    ]
+    acknowledge(state, commands)
+    assert all(state.holders(one.version_id) == (R0, R1) for one in some)
+
+
 def move(state: ClusterState, plan: Placement) -> list[messages.Command]:
     """What a migration adds to the plan."""
     return acknowledge(state, state.handle(messages.PlanGiven(plan, frozen=False, is_reactive=True)))
