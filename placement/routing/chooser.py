@@ -17,6 +17,7 @@ from placement.routing.view import (
     LoadView,
     OwnRequests,
     Picked,
+    PreparedPolicy,
     RankLoad,
     ReplicaLoad,
     RouteRequest,
@@ -118,6 +119,7 @@ class Chooser:
     def __init__(self, policy: str, seed: int) -> None:
         """ValueError for a policy that does not exist."""
         self._policy = make_routing_policy(policy)
+        self._prepared = self._policy if isinstance(self._policy, PreparedPolicy) else None
         self._reason = policy
         self._rng = Random(seed)
         self._costs: dict[ReplicaId, ReplicaCost] = {}
@@ -129,6 +131,17 @@ class Chooser:
     def wants_own(self) -> bool:
         """Whether its views need the router's own requests in detail."""
         return self._policy.wants_own
+
+    @property
+    def wants_prefix(self) -> bool:
+        """Whether it looks at `RouteRequest.prefix`."""
+        return isinstance(self._policy, MarginalCost)
+
+    def prepare(self, replica_id: ReplicaId, view: LoadView) -> None:
+        """Work out now what the next choices need of what has changed at a replica: a report, or the router's
+        own requests there. Nothing depends on it but the time that they take."""
+        if self._prepared is not None:
+            self._prepared.prepare(replica_id, view)
 
     def choose(self, request: RouteRequest, table: RoutingTable, view: LoadView) -> Decision:
         """The replica for this request.

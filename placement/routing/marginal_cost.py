@@ -83,12 +83,13 @@ class MarginalCost:
         return best, "prefix" if best.replica_id == cached[0] else ""
 
     def prepare(self, replica_id: ReplicaId, view: LoadView) -> None:
-        """Work out what has changed at a replica, if it was ever looked at."""
+        """Bring the replica's gauge up to date, if there is one and the view is of the kind last seen."""
         gauge, load = self._gauges.get(replica_id), view.loads.get(replica_id)
-        if gauge is not None and load is not None and view.own is self._own and view.peers == self._peers:
-            own = view.own.get(replica_id, NO_REQUESTS)
-            if load is not gauge.load or own.stamp != gauge.stamp:
-                gauge.update(load, own, view.peers)
+        if gauge is None or load is None or view.own is not self._own or view.peers != self._peers:
+            return
+        own = view.own.get(replica_id, NO_REQUESTS)
+        if load is not gauge.load or own.stamp != gauge.stamp:
+            gauge.update(load, own, view.peers)
 
     def _cheapest(
         self,

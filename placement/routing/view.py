@@ -6,7 +6,7 @@ Owns the values and the policies' protocol; decides nothing. Ages arrive as numb
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from placement.routing.replica_cost import ReplicaCost
 from placement.types import AdapterName, Holder, ReplicaId, VersionId
@@ -226,6 +226,15 @@ class RoutingPolicy(Protocol):
         self, request: RouteRequest, target: Target, holders: Sequence[Holder], view: LoadView, rng: Random
     ) -> Picked:
         """The holder that serves the request, which is for the target's adapter."""
+        ...
+
+
+@runtime_checkable
+class PreparedPolicy(Protocol):
+    """A policy that can work out ahead what its next choices need; whether it does changes none of them."""
+
+    def prepare(self, replica_id: ReplicaId, view: LoadView) -> None:
+        """A report of the replica has come, or the router's own requests there have changed."""
         ...
 
 

@@ -1,7 +1,9 @@
-"""Measures one routing decision of `marginal-cost`: the median over decisions, in microseconds.
+"""Measures routing decisions of `marginal-cost`: medians, in microseconds.
 
 Between two decisions happens what happens between two requests of a busy router: one request is sent, one
 ends, and reports come as often per request as with 100 requests/s per 8 replicas and 10 reports/s of each.
+After each of these the chooser prepares, as the router has it do between requests. With `prepares` False it
+does not, and each decision has to work out by itself what has changed.
 """
 
 from collections.abc import Sequence
@@ -19,41 +21,94 @@ from placement.types import AdapterName, Holder, ReplicaId, VersionId
 RANKS = (8, 16, 32, 64, 128)
 DECISIONS = 5_000
 REPORTS_PER_DECISION = 0.8
+PROMPT_TOKENS = 700
 
 
-def choose_us(
+def both_us(
     sizes: Sequence[int] = (8, 256), *, policy: str = "marginal-cost", decisions: int = DECISIONS
+) -> dict[str, dict[str, dict[str, float]]]:
+    """`routing_us` by number of holders, prepared and unprepared."""
+    return {
+        str(size): {
+            name: routing_us(size, policy=policy, decisions=decisions, prepares=name == "prepared")
+            for name in ("prepared", "unprepared")
+        }
+        for size in sizes
+    }
+
+
+def routing_us(
+    num_holders: int,
+    *,
+    policy: str = "marginal-cost",
+    decisions: int = DECISIONS,
+    prepares: bool = True,
 ) -> dict[str, float]:
-    """The median by number of holders."""
-    return {str(size): _median_us(size, policy, decisions) for size in sizes}
+    """The medians of `choose`, `send`, `end` and `report`, each with what is prepared because of it; and
+    `request`, that of all of them together per request."""
+    bench = _Bench(num_holders, policy, prepares=prepares)
+    for _ in range(decisions):
+        bench.step()
+    return {
+        **{name: median(found) for name, found in bench.taken_us.items() if found},
+        "request": median(bench.request_us),
+    }
 
 
-def _median_us(num_holders: int, policy: str, decisions: int) -> float:
-    rng = Random(num_holders)
-    table = _table(num_holders)
-    names = list(table.replicas)
-    loads: dict[ReplicaId, ReplicaLoad | None] = {name: _load(name, rng) for name in names}
-    own = {name: OwnRequests() for name in names}
-    view = LoadView(loads=loads, in_flight={}, own=own)
-    chooser = Chooser(policy, 0)
-    requests = [RouteRequest(name, 700) for name in table.entries]
-    sent: list[tuple[ReplicaId, VersionId | None, int]] = []
-    taken_us = []
-    for index in range(decisions):
-        request = requests[index % len(requests)]
-        begun_s = perf_counter()
-        decision = chooser.choose(request, table, view)
-        taken_us.append((perf_counter() - begun_s) * 1e6)
-        own[decision.replica_id].send(decision.version_id, decision.rank, 700)
+class _Bench:
+    def __init__(self, num_holders: int, policy: str, *, prepares: bool) -> None:
+        self._rng = rng = Random(num_holders)
+        self._table = _table(num_holders)
+        self._names = list(self._table.replicas)
+        self._loads: dict[ReplicaId, ReplicaLoad | None] = {name: _load(name, rng) for name in self._names}
+        self._own = {name: OwnRequests() for name in self._names}
+        self._view = LoadView(loads=self._loads, in_flight={}, own=self._own)
+        self._chooser, self._prepares = Chooser(policy, 0), prepares
+        self._requests = [RouteRequest(name, PROMPT_TOKENS) for name in self._table.entries]
+        self._sent: list[tuple[ReplicaId, VersionId | None, int]] = []
+        self._begun_s = 0.0
+        self.taken_us: dict[str, list[float]] = {"choose": [], "send": [], "end": [], "report": []}
+        self.request_us: list[float] = []
+
+    def step(self) -> None:
+        """One request, and what else happens until the next."""
+        rng, sent = self._rng, self._sent
+        self.request_us.append(0.0)
+        request = self._requests[len(self.request_us) % len(self._requests)]
+        self._begin()
+        decision = self._chooser.choose(request, self._table, self._view)
+        self._note("choose")
+        self._begin()
+        self._own[decision.replica_id].send(decision.version_id, decision.rank, PROMPT_TOKENS)
+        self._prepare(decision.replica_id)
+        self._note("send")
         sent.append((decision.replica_id, decision.version_id, decision.rank))
-        if len(sent) > 4 * num_holders:
+        if len(sent) > 4 * len(self._names):
             replica, version, rank = sent.pop(rng.randrange(len(sent)))
-            own[replica].end(version, rank)
+            self._begin()
+            self._own[replica].end(version, rank)
+            self._prepare(replica)
+            self._note("end")
         if rng.random() < REPORTS_PER_DECISION:
-            name = rng.choice(names)
-            loads[name] = _load(name, rng)
-            own[name].report()
-    return median(taken_us)
+            name = rng.choice(self._names)
+            load = _load(name, rng)
+            self._begin()
+            self._loads[name] = load
+            self._own[name].report()
+            self._prepare(name)
+            self._note("report")
+
+    def _prepare(self, replica: ReplicaId) -> None:
+        if self._prepares:
+            self._chooser.prepare(replica, self._view)
+
+    def _begin(self) -> None:
+        self._begun_s = perf_counter()
+
+    def _note(self, what: str) -> None:
+        taken_us = (perf_counter() - self._begun_s) * 1e6
+        self.taken_us[what].append(taken_us)
+        self.request_us[-1] += taken_us
 
 
 def _table(num_holders: int) -> RoutingTable:

@@ -5,6 +5,8 @@
   again_ms           the same where the present plan is as good as any
   plan_peak_bytes    the most memory that planning the largest of them allocates
   choose_us          microseconds of one marginal-cost routing decision, by holders
+  routing_us         by holders: that and what happens between decisions, each with what it has prepared for
+                     them, and all of it per request; `unprepared` is the same if nothing is prepared
   utilisation_gap    per policy: how far the highest utilisation of a plan is above the smallest fluid one
                      over all tier counts, memory included, on --instances instances of 2 to 64 replicas
   moved_bytes_ratio  bytes that `optimal` loads while popularity slides from rank 128 to rank 8 over 20
@@ -25,7 +27,7 @@ from typing import Any
 
 import bench_common as common
 import numpy as np
-from choose_bench import choose_us
+from choose_bench import both_us
 
 from placement.policies import POLICIES
 from placement.types import Placement, Snapshot
@@ -58,7 +60,8 @@ def main() -> int:
     )
     figures |= _times(sizes, options.repeats)
     figures["plan_peak_bytes"] = _peak_bytes(*sizes[-1])
-    figures["choose_us"] = choose_us()
+    figures["routing_us"] = routing = both_us()
+    figures["choose_us"] = {holders: found["prepared"]["choose"] for holders, found in routing.items()}
     figures["utilisation_gap"] = _gaps(instances, options.out)
     figures["moved_bytes_ratio"], figures["moved_bytes"] = _moved(options.out)
     text = json.dumps(figures, indent=None if options.json else 2)
