@@ -24,6 +24,10 @@ class Agenda:
         self.due_ps = FAR_PS
         self.num_done = 0
 
+    def __len__(self) -> int:
+        """How many acts are yet to happen."""
+        return len(self._heap)
+
     def put(self, at_ps: int, act: Act) -> None:
         """Have it happen then; not before what is happening now."""
         heappush(self._heap, (at_ps, self._num_put, act))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loraserve.simulator.agenda import FAR_PS, Agenda
+from loraserve.simulator.agenda import FAR_PS, Act, Agenda
 from loraserve.simulator.check import check_result
 from loraserve.simulator.dispatch import Dispatch
 from loraserve.simulator.epochs import Epochs
@@ -71,14 +71,16 @@ class Simulation:
             scenario, sites=by_id, dispatch=self.dispatch, shell=self.shell, agenda=self.agenda
         )
         self.epochs = Epochs(scenario, self.shell, self.dispatch, self.sites, self.ledger)
+        self._num_ticking = 0
+        """The acts on the agenda that come again and again until the run is over."""
 
     def run(self, on_progress: Progress | None = None) -> SimulationResult:
         """The whole run."""
         begun_s = time.perf_counter()
         self.shell.begin()
-        self.agenda.put(self.epochs.period_ps, self._elapse)
+        self._tick(self.epochs.period_ps, self.epochs.elapse, 0)
         if self.scenario.migration != "off":
-            self.agenda.put(self.migrations.period_ps, self._migrate)
+            self._tick(self.migrations.period_ps, self.migrations.look, 0)
         for failure in self.scenario.failures:
             self.agenda.put(round(failure.at_s * PS_PER_S), partial(self._fail, failure))
         self._arrive(on_progress)
@@ -102,15 +104,15 @@ class Simulation:
             if on_progress is not None:
                 on_progress(first + len(chunk), num)
 
-    def _elapse(self, now_ps: int) -> None:
-        if not self._is_over(now_ps):
-            self.epochs.elapse(now_ps)
-            self.agenda.put(now_ps + self.epochs.period_ps, self._elapse)
+    def _tick(self, period_ps: int, act: Act, now_ps: int) -> None:
+        self._num_ticking += 1
+        self.agenda.put(now_ps + period_ps, partial(self._on_tick, period_ps, act))
 
-    def _migrate(self, now_ps: int) -> None:
+    def _on_tick(self, period_ps: int, act: Act, now_ps: int) -> None:
+        self._num_ticking -= 1
         if not self._is_over(now_ps):
-            self.migrations.look(now_ps)
-            self.agenda.put(now_ps + self.migrations.period_ps, self._migrate)
+            act(now_ps)
+            self._tick(period_ps, act, now_ps)
 
     def _fail(self, failure: Failure, now_ps: int) -> None:
         if not self._is_over(now_ps):
@@ -126,7 +128,7 @@ class Simulation:
             return True
         # Else a request that nothing moves any more would let epochs elapse for ever.
         models = [site.model for site in self.sites if site.model is not None]
-        return self.agenda.due_ps == FAR_PS and all(model.next_ps() is None for model in models)
+        return len(self.agenda) == self._num_ticking and all(model.next_ps() is None for model in models)
 
     def _check(self) -> None:
         """AssertionError unless everything is at rest and accounted for."""

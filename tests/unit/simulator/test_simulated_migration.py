@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from loraserve.simulator.run import Simulation
 from loraserve.simulator.scenario import Failure, Scenario
@@ -56,3 +57,18 @@ def test_moves_and_deaths_lose_no_request() -> None:
     simulation = Simulation(replace(scenario, num_routers=2, holder_wait_s=60.0))
     _late_mean_s(simulation)
     assert simulation.migrations.num_moved > 0
+
+
+@pytest.mark.parametrize("migration", ["off", "dlora"])
+def test_a_run_ends_with_its_last_request_and_a_request_that_is_lost_does_not_keep_it_going(
+    migration: str,
+) -> None:
+    scenario = replace(_scenario(migration=migration, migration_period_s=5.0), epoch_s=7.0)
+    result = Simulation(scenario).run()
+    end_ps = int(result.end_ps.max())
+    assert result.epochs[-1].time_ps == end_ps
+    assert len(result.epochs) == 1 + (end_ps - 1) // 7_000_000_000_000
+    broken = Simulation(scenario)
+    broken.ledger.num_ended = -1
+    with pytest.raises(AssertionError, match="a request never ended"):
+        broken.run()
