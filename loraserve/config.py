@@ -109,6 +109,12 @@ class EngineSection(Section, frozen=True):
     auto: list[ChosenAtStart] = []
 
     @property
+    def caches_prefixes(self) -> bool:
+        """Whether it computes the beginning that prompts of one adapter share only once, as vLLM does unless
+        told otherwise."""
+        return self.kind == "vllm" and bool(self.extra.get("enable_prefix_caching", True))
+
+    @property
     def max_held_adapters(self) -> int:
         """How many adapters it may hold at once."""
         return self.held_with(self.lora_execution)

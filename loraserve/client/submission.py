@@ -32,6 +32,7 @@ from loraserve.errors import (
 from loraserve.request import GenerationStep, SamplingParams
 from loraserve.rpc.backoff import Backoff
 from loraserve.rpc.codec import prompt_length
+from loraserve.rpc.prefix import prefix_blocks
 from loraserve.rpc.v1 import inference_pb2
 
 if TYPE_CHECKING:
@@ -269,6 +270,7 @@ class Submission:
             max_tokens=self._sampling.max_tokens - len(self._token_ids),
             remaining_s=left_s,
             prompt_tokens=prompt_length(self._message) + len(self._token_ids),
+            prefix_blocks=prefix_blocks(self._message),
         )
         timeout_s = min(left_s, EXCLUDING_PICK_S) if self._excluded else left_s
         try:

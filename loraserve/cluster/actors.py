@@ -107,6 +107,7 @@ class RouterActor:
             cluster_name=config.cluster.name,
             clock=WallClock(),
             insecure_listen=insecure,
+            caches_prefixes=config.engine.caches_prefixes,
         )
         self._port = await self._router.start()
 

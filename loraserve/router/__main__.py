@@ -37,7 +37,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", help="the address to listen at")
     parser.add_argument("--router-id", default="router-0", help="this router's name in records")
     parser.add_argument("--cluster", default="default", help="the cluster's name")
-    parser.add_argument("--config", type=Path, help="a configuration file, for its [router] section")
+    parser.add_argument(
+        "--config", type=Path, help="a configuration file, for its [router] and [engine] sections"
+    )
     parser.add_argument(
         "--insecure-listen", action="store_true", help="allow a host that is not a loopback address"
     )
@@ -61,6 +63,7 @@ async def _serve(options: argparse.Namespace) -> None:
         controller_address=options.controller,
         cluster_name=options.cluster,
         insecure_listen=options.insecure_listen,
+        caches_prefixes=config.engine.caches_prefixes,
     )
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -20,6 +20,7 @@ from loraserve.router.loads import LoadBook
 from loraserve.router.peers import Peers
 from loraserve.router.tables import TableFollower
 from loraserve.rpc.internal.v1 import internal_pb2
+from loraserve.rpc.prefix import BLOCK_TOKENS
 from placement.routing.admission import Demand, TooLateError, choose_in_time
 from placement.routing.chooser import (
     Chooser,
@@ -39,7 +40,10 @@ CUT_OFF_WAIT_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The shell around `placement.routing.chooser.Chooser`: table, loads and links as they are now."""
+    """The shell around `placement.routing.chooser.Chooser`: table, loads and links as they are now.
+
+    `wants_prefix`: a flight's `prefix` is looked at.
+    """
 
     clock: Clock
     loads: LoadBook
@@ -49,6 +53,7 @@ class Choice:
     chooser: Chooser
     holder_wait_s: float
     early_refusal: bool = True
+    wants_prefix: bool = False
 
     def now(self, flight: Flight) -> Decision | None:
         """The holder for this request, or None when there is none at the moment.
@@ -137,7 +142,9 @@ class Choice:
         exclude = flight.excluded
         if self.peers.down:
             exclude |= self.peers.down
-        request = RouteRequest(flight.adapter, flight.prompt_tokens, flight.max_tokens, exclude)
+        request = RouteRequest(
+            flight.adapter, flight.prompt_tokens, flight.max_tokens, exclude, flight.prefix, BLOCK_TOKENS
+        )
         self.leases.sweep()
         view = self.loads.view()
         try:

@@ -33,6 +33,7 @@ class Flight:
         "max_tokens",
         "messages",
         "pinned_version",
+        "prefix",
         "prompt_tokens",
         "refusals",
         "remaining_s",
@@ -57,6 +58,8 @@ class Flight:
         self.attempt = 0
         self.max_tokens = 0
         self.prompt_tokens = 0
+        # The names of its prompt's first blocks, if anybody looks at them.
+        self.prefix: tuple[int, ...] = ()
         self.decision: Decision | None = None
         # What must not change any more, once the client has seen output: "" is the base model.
         self.pinned_version: str | None = None

@@ -15,6 +15,7 @@ import grpc
 from loraserve.clock import Clock, WallClock
 from loraserve.config import RouterSection
 from loraserve.errors import ConfigError
+from loraserve.router.ahead import Ahead
 from loraserve.router.choice import Choice
 from loraserve.router.leases import LeaseCounter
 from loraserve.router.ledger import Ledger, RequestOutcome, RouterCounters
@@ -62,18 +63,27 @@ class Router:
         clock: Clock | None = None,
         insecure_listen: bool = False,
         run_id: str | None = None,
+        caches_prefixes: bool = False,
     ) -> None:
-        """`run_id` sets this run's request ids apart from those of any other, random by default."""
+        """`run_id` sets this run's request ids apart from those of any other, random by default. With
+        `caches_prefixes`, as the replicas' engines do, prompts that begin alike are routed alike, by a policy
+        that weighs it."""
         self._config = config
         self._router_id = router_id
         self._controller_address = controller_address
         self._cluster_name = cluster_name
         self._clock = clock or WallClock()
         self._insecure_listen = insecure_listen
+        self._caches_prefixes = caches_prefixes
         self._run_id = run_id or secrets.token_hex(4)
         self._rng = Random(f"{router_id}/{self._run_id}")
         self._ledger = Ledger(max_in_flight=config.max_in_flight)
-        self._own = OwnBook()
+        try:
+            self._chooser = Chooser(config.routing, self._rng.getrandbits(64))
+        except ValueError as error:
+            raise ConfigError(f"router.{error}") from error
+        ahead = Ahead(lambda replica_id: self._chooser.prepare(replica_id, self._loads.last_view))
+        self._own = OwnBook(ahead.note if self._chooser.prepares else None)
         self._leases = LeaseCounter(
             prefix=f"{router_id}-{self._run_id}-", lease_s=config.lease_s, clock=self._clock, own=self._own
         )
@@ -84,10 +94,6 @@ class Router:
             own=self._own,
             max_waiting=config.max_waiting_per_replica,
         )
-        try:
-            self._chooser = Chooser(config.routing, self._rng.getrandbits(64))
-        except ValueError as error:
-            raise ConfigError(f"router.{error}") from error
         self._running: _Running | None = None
 
     @property
@@ -210,6 +216,7 @@ class Router:
             chooser=self._chooser,
             holder_wait_s=config.holder_wait_s,
             early_refusal=config.early_refusal,
+            wants_prefix=self._caches_prefixes and self._chooser.wants_prefix,
         )
         picks = PickHandlers(
             router_id=self._router_id,

@@ -32,6 +32,7 @@ from loraserve.router.peers import Peer, Peers
 from loraserve.router.service_picks import PickHandlers
 from loraserve.rpc.codec import prompt_length, validate_generate
 from loraserve.rpc.link_client import StreamEndedError
+from loraserve.rpc.prefix import prefix_blocks
 from loraserve.rpc.status import status_of
 from loraserve.rpc.v1 import inference_pb2
 
@@ -129,8 +130,8 @@ class InferenceService:
                 check_deadline(flight, self._parts.clock.now_s())
                 peer = self._parts.peers.take(decision.replica_id)
                 self._parts.ledger.assign(decision.replica_id)
-                own = self._parts.own.at(decision.replica_id)
-                own.send(decision.version_id, decision.rank, flight.prompt_tokens)
+                own = self._parts.own
+                own.at(decision.replica_id).send(decision.version_id, decision.rank, flight.prompt_tokens)
                 flight.attempts += 1
                 flight.earlier_messages = flight.messages
                 try:
@@ -141,7 +142,7 @@ class InferenceService:
                         continue
                 finally:
                     self._parts.ledger.release(peer.replica_id)
-                    own.end(decision.version_id, decision.rank)
+                    own.at(decision.replica_id).end(decision.version_id, decision.rank)
                     self._parts.peers.give_back(peer)
                 flight.code = grpc.StatusCode.OK
                 context.set_trailing_metadata(self._trailers(flight))
@@ -195,6 +196,8 @@ class InferenceService:
         flight.attempt = message.attempt
         flight.max_tokens = message.sampling.max_tokens or DEFAULT_MAX_TOKENS
         flight.prompt_tokens = prompt_length(message)
+        if parts.choice.wants_prefix:
+            flight.prefix = prefix_blocks(message)
         flight.task = asyncio.current_task()
         if message.HasField("resume"):
             flight.pinned_version = message.resume.adapter_version

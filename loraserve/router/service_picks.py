@@ -18,6 +18,7 @@ from loraserve.router.leases import LeaseCounter
 from loraserve.router.peers import Peers
 from loraserve.rpc.codec import check_adapter_name
 from loraserve.rpc.internal.v1 import internal_pb2
+from loraserve.rpc.prefix import MAX_BLOCKS
 from loraserve.rpc.status import status_of
 from loraserve.rpc.v1 import inference_pb2
 from placement.routing.chooser import Decision
@@ -133,6 +134,8 @@ class PickHandlers:
         )
         flight.max_tokens = request.max_tokens
         flight.prompt_tokens = request.prompt_tokens
+        if self._choice.wants_prefix:
+            flight.prefix = tuple(request.prefix_blocks[:MAX_BLOCKS])
         if request.exclude_replicas:
             flight.excluded = frozenset(map(ReplicaId, request.exclude_replicas))
             flight.excluded_at = self._choice.tables.table.version

@@ -238,6 +238,12 @@ class FakeController(internal_pb2_grpc.ControlServicer, management_pb2_grpc.Mana
             adapter=management_pb2.Adapter(name=request.name), table_version=self.on_register()
         )
 
+    async def SetAdapter(  # noqa: N802
+        self, request: management_pb2.SetAdapterRequest, context: Context
+    ) -> management_pb2.SetAdapterResponse:
+        """Always done."""
+        return management_pb2.SetAdapterResponse(adapter=management_pb2.Adapter(name=request.name))
+
     async def RemoveAdapter(  # noqa: N802
         self, request: management_pb2.RemoveAdapterRequest, context: Context
     ) -> management_pb2.RemoveAdapterResponse:

@@ -130,6 +130,12 @@ class FakeRouter(FakeAnswers, management_pb2_grpc.ManagementServicer):
         await self.add(request.name, int(request.source.rpartition("r")[2]))
         return management.RegisterAdapterResponse(adapter=self._adapter(request.name), table_version=7)
 
+    async def SetAdapter(  # noqa: N802
+        self, request: management.SetAdapterRequest, context: Any
+    ) -> management.SetAdapterResponse:
+        """Nothing is weighed here."""
+        return management.SetAdapterResponse(adapter=self._adapter(request.name))
+
     async def RemoveAdapter(  # noqa: N802
         self, request: management.RemoveAdapterRequest, context: Any
     ) -> management.RemoveAdapterResponse:

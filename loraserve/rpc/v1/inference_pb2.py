@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cloraserve/v1/inference.proto\x12\x0cloraserve.v1\"\xd5\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x16.loraserve.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x12.loraserve.v1.ChatH\x00\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.loraserve.v1.SamplingParams\x12\x0e\n\x06images\x18\x07 \x03(\x0c\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\t \x01(\r\x12$\n\x06resume\x18\n \x01(\x0b\x32\x14.loraserve.v1.Resume\x12\"\n\x05lease\x18\x0b \x01(\x0b\x32\x13.loraserve.v1.LeaseB\x08\n\x06prompt\"4\n\x06Resume\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\"I\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\x12\x15\n\rtable_version\x18\x03 \x01(\x04\"\xaa\x01\n\x0bPickRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x18\n\x10\x65xclude_replicas\x18\x02 \x03(\t\x12\x1c\n\x0f\x61\x64\x61pter_version\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x13\n\x0bremaining_s\x18\x05 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x06 \x01(\rB\x12\n\x10_adapter_version\"x\n\x0cPickResponse\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\"\n\x05lease\x18\x03 \x01(\x0b\x32\x13.loraserve.v1.Lease\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\"<\n\x0fPickManyRequest\x12)\n\x05picks\x18\x01 \x03(\x0b\x32\x1a.loraserve.v1.NumberedPick\"C\n\x0cNumberedPick\x12\n\n\x02id\x18\x01 \x01(\x04\x12\'\n\x04pick\x18\x02 \x01(\x0b\x32\x19.loraserve.v1.PickRequest\"=\n\x10PickManyResponse\x12)\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x18.loraserve.v1.PickAnswer\"c\n\nPickAnswer\x12\n\n\x02id\x18\x01 \x01(\x04\x12*\n\x06picked\x18\x02 \x01(\x0b\x32\x1a.loraserve.v1.PickResponse\x12\x0c\n\x04\x63ode\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"3\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.loraserve.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xec\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x17\n\nmax_tokens\x18\x08 \x01(\rH\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\rH\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x0e\n\x01n\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x17\n\nbeam_width\x18\x10 \x01(\rH\x0c\x88\x01\x01\x12,\n\x06guided\x18\x11 \x01(\x0b\x32\x1c.loraserve.v1.GuidedDecodingB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x04\n\x02_nB\r\n\x0b_beam_width\"U\n\x0eGuidedDecoding\x12\x13\n\x0bjson_schema\x18\x01 \x01(\t\x12\r\n\x05regex\x18\x02 \x01(\t\x12\x0f\n\x07grammar\x18\x03 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x04 \x03(\t\"\x85\x02\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.loraserve.v1.FinishReason\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.loraserve.v1.TokenLogprobs\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\routput_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x13\n\x0bstop_reason\x18\t \x01(\t\"3\n\rTokenLogprobs\x12\"\n\x03top\x18\x01 \x03(\x0b\x32\x15.loraserve.v1.Logprob\"H\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\xb1\x02\n\tInference\x12K\n\x08Generate\x12\x1d.loraserve.v1.GenerateRequest\x1a\x1e.loraserve.v1.GenerateResponse0\x01\x12I\n\x08\x43omplete\x12\x1d.loraserve.v1.GenerateRequest\x1a\x1e.loraserve.v1.GenerateResponse\x12=\n\x04Pick\x12\x19.loraserve.v1.PickRequest\x1a\x1a.loraserve.v1.PickResponse\x12M\n\x08PickMany\x12\x1d.loraserve.v1.PickManyRequest\x1a\x1e.loraserve.v1.PickManyResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cloraserve/v1/inference.proto\x12\x0cloraserve.v1\"\xd5\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x16.loraserve.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x12.loraserve.v1.ChatH\x00\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.loraserve.v1.SamplingParams\x12\x0e\n\x06images\x18\x07 \x03(\x0c\x12\x17\n\x0fidempotency_key\x18\x08 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\t \x01(\r\x12$\n\x06resume\x18\n \x01(\x0b\x32\x14.loraserve.v1.Resume\x12\"\n\x05lease\x18\x0b \x01(\x0b\x32\x13.loraserve.v1.LeaseB\x08\n\x06prompt\"4\n\x06Resume\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\"I\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\x12\x15\n\rtable_version\x18\x03 \x01(\x04\"\xc1\x01\n\x0bPickRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x18\n\x10\x65xclude_replicas\x18\x02 \x03(\t\x12\x1c\n\x0f\x61\x64\x61pter_version\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x13\n\x0bremaining_s\x18\x05 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x15\n\rprefix_blocks\x18\x07 \x03(\x07\x42\x12\n\x10_adapter_version\"x\n\x0cPickResponse\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\"\n\x05lease\x18\x03 \x01(\x0b\x32\x13.loraserve.v1.Lease\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\"<\n\x0fPickManyRequest\x12)\n\x05picks\x18\x01 \x03(\x0b\x32\x1a.loraserve.v1.NumberedPick\"C\n\x0cNumberedPick\x12\n\n\x02id\x18\x01 \x01(\x04\x12\'\n\x04pick\x18\x02 \x01(\x0b\x32\x19.loraserve.v1.PickRequest\"=\n\x10PickManyResponse\x12)\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x18.loraserve.v1.PickAnswer\"c\n\nPickAnswer\x12\n\n\x02id\x18\x01 \x01(\x04\x12*\n\x06picked\x18\x02 \x01(\x0b\x32\x1a.loraserve.v1.PickResponse\x12\x0c\n\x04\x63ode\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"3\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.loraserve.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xec\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x17\n\nmax_tokens\x18\x08 \x01(\rH\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\rH\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x0e\n\x01n\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x17\n\nbeam_width\x18\x10 \x01(\rH\x0c\x88\x01\x01\x12,\n\x06guided\x18\x11 \x01(\x0b\x32\x1c.loraserve.v1.GuidedDecodingB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x04\n\x02_nB\r\n\x0b_beam_width\"U\n\x0eGuidedDecoding\x12\x13\n\x0bjson_schema\x18\x01 \x01(\t\x12\r\n\x05regex\x18\x02 \x01(\t\x12\x0f\n\x07grammar\x18\x03 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x04 \x03(\t\"\x85\x02\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.loraserve.v1.FinishReason\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.loraserve.v1.TokenLogprobs\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x15\n\routput_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x13\n\x0bstop_reason\x18\t \x01(\t\"3\n\rTokenLogprobs\x12\"\n\x03top\x18\x01 \x03(\x0b\x32\x15.loraserve.v1.Logprob\"H\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\xb1\x02\n\tInference\x12K\n\x08Generate\x12\x1d.loraserve.v1.GenerateRequest\x1a\x1e.loraserve.v1.GenerateResponse0\x01\x12I\n\x08\x43omplete\x12\x1d.loraserve.v1.GenerateRequest\x1a\x1e.loraserve.v1.GenerateResponse\x12=\n\x04Pick\x12\x19.loraserve.v1.PickRequest\x1a\x1a.loraserve.v1.PickResponse\x12M\n\x08PickMany\x12\x1d.loraserve.v1.PickManyRequest\x1a\x1e.loraserve.v1.PickManyResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loraserve.rpc.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2334
-  _globals['_FINISHREASON']._serialized_end=2456
+  _globals['_FINISHREASON']._serialized_start=2357
+  _globals['_FINISHREASON']._serialized_end=2479
   _globals['_GENERATEREQUEST']._serialized_start=47
   _globals['_GENERATEREQUEST']._serialized_end=388
   _globals['_RESUME']._serialized_start=390
@@ -40,33 +40,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEASE']._serialized_start=444
   _globals['_LEASE']._serialized_end=517
   _globals['_PICKREQUEST']._serialized_start=520
-  _globals['_PICKREQUEST']._serialized_end=690
-  _globals['_PICKRESPONSE']._serialized_start=692
-  _globals['_PICKRESPONSE']._serialized_end=812
-  _globals['_PICKMANYREQUEST']._serialized_start=814
-  _globals['_PICKMANYREQUEST']._serialized_end=874
-  _globals['_NUMBEREDPICK']._serialized_start=876
-  _globals['_NUMBEREDPICK']._serialized_end=943
-  _globals['_PICKMANYRESPONSE']._serialized_start=945
-  _globals['_PICKMANYRESPONSE']._serialized_end=1006
-  _globals['_PICKANSWER']._serialized_start=1008
-  _globals['_PICKANSWER']._serialized_end=1107
-  _globals['_TOKENIDS']._serialized_start=1109
-  _globals['_TOKENIDS']._serialized_end=1132
-  _globals['_CHAT']._serialized_start=1134
-  _globals['_CHAT']._serialized_end=1185
-  _globals['_CHATMESSAGE']._serialized_start=1187
-  _globals['_CHATMESSAGE']._serialized_end=1231
-  _globals['_SAMPLINGPARAMS']._serialized_start=1234
-  _globals['_SAMPLINGPARAMS']._serialized_end=1854
-  _globals['_GUIDEDDECODING']._serialized_start=1856
-  _globals['_GUIDEDDECODING']._serialized_end=1941
-  _globals['_GENERATERESPONSE']._serialized_start=1944
-  _globals['_GENERATERESPONSE']._serialized_end=2205
-  _globals['_TOKENLOGPROBS']._serialized_start=2207
-  _globals['_TOKENLOGPROBS']._serialized_end=2258
-  _globals['_LOGPROB']._serialized_start=2260
-  _globals['_LOGPROB']._serialized_end=2332
-  _globals['_INFERENCE']._serialized_start=2459
-  _globals['_INFERENCE']._serialized_end=2764
+  _globals['_PICKREQUEST']._serialized_end=713
+  _globals['_PICKRESPONSE']._serialized_start=715
+  _globals['_PICKRESPONSE']._serialized_end=835
+  _globals['_PICKMANYREQUEST']._serialized_start=837
+  _globals['_PICKMANYREQUEST']._serialized_end=897
+  _globals['_NUMBEREDPICK']._serialized_start=899
+  _globals['_NUMBEREDPICK']._serialized_end=966
+  _globals['_PICKMANYRESPONSE']._serialized_start=968
+  _globals['_PICKMANYRESPONSE']._serialized_end=1029
+  _globals['_PICKANSWER']._serialized_start=1031
+  _globals['_PICKANSWER']._serialized_end=1130
+  _globals['_TOKENIDS']._serialized_start=1132
+  _globals['_TOKENIDS']._serialized_end=1155
+  _globals['_CHAT']._serialized_start=1157
+  _globals['_CHAT']._serialized_end=1208
+  _globals['_CHATMESSAGE']._serialized_start=1210
+  _globals['_CHATMESSAGE']._serialized_end=1254
+  _globals['_SAMPLINGPARAMS']._serialized_start=1257
+  _globals['_SAMPLINGPARAMS']._serialized_end=1877
+  _globals['_GUIDEDDECODING']._serialized_start=1879
+  _globals['_GUIDEDDECODING']._serialized_end=1964
+  _globals['_GENERATERESPONSE']._serialized_start=1967
+  _globals['_GENERATERESPONSE']._serialized_end=2228
+  _globals['_TOKENLOGPROBS']._serialized_start=2230
+  _globals['_TOKENLOGPROBS']._serialized_end=2281
+  _globals['_LOGPROB']._serialized_start=2283
+  _globals['_LOGPROB']._serialized_end=2355
+  _globals['_INFERENCE']._serialized_start=2482
+  _globals['_INFERENCE']._serialized_end=2787
 # @@protoc_insertion_point(module_scope)

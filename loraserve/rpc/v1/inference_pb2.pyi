@@ -173,6 +173,7 @@ class PickRequest(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     REMAINING_S_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """As in GenerateRequest."""
     adapter_version: _builtins.str
@@ -186,6 +187,14 @@ class PickRequest(_message.Message):
     def exclude_replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Replicas that have failed this request already."""
 
+    @_builtins.property
+    def prefix_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Names of the whole blocks of 64 tokens that its prompt begins with, at most 64, for routing to where they
+        are cached: each is the same for all prompts that are the same up to the block's end. Clients of this
+        project take the CRC-32 of the first 256, 512, ... bytes: of the text in UTF-8, of the token ids with four
+        bytes each, little-endian, or of the chat's roles and contents, each followed by a zero.
+        """
+
     def __init__(
         self,
         *,
@@ -195,10 +204,11 @@ class PickRequest(_message.Message):
         max_tokens: _builtins.int = ...,
         remaining_s: _builtins.float = ...,
         prompt_tokens: _builtins.int = ...,
+        prefix_blocks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "adapter_version", b"adapter_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "adapter", b"adapter", "adapter_version", b"adapter_version", "exclude_replicas", b"exclude_replicas", "max_tokens", b"max_tokens", "prompt_tokens", b"prompt_tokens", "remaining_s", b"remaining_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "adapter", b"adapter", "adapter_version", b"adapter_version", "exclude_replicas", b"exclude_replicas", "max_tokens", b"max_tokens", "prefix_blocks", b"prefix_blocks", "prompt_tokens", b"prompt_tokens", "remaining_s", b"remaining_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_version: _TypeAlias = _typing.Literal["adapter_version"]  # noqa: Y015
     _WhichOneofArgType__adapter_version: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version"]  # noqa: Y015

@@ -19,7 +19,9 @@ async def make_bench() -> AsyncIterator[MakeBench]:
     """Builds benches; at the end each router must be idle with its requests conserved."""
     async with AsyncExitStack() as stack:
 
-        async def make(replicas: tuple[str, ...] = ("r0", "r1"), **config: Any) -> Bench:
+        async def make(
+            replicas: tuple[str, ...] = ("r0", "r1"), *, caches_prefixes: bool = False, **config: Any
+        ) -> Bench:
             controller = FakeController()
             await controller.start()
             stack.push_async_callback(controller.stop)
@@ -33,6 +35,7 @@ async def make_bench() -> AsyncIterator[MakeBench]:
                 controller_address=controller.address,
                 cluster_name="test",
                 run_id="run",
+                caches_prefixes=caches_prefixes,
             )
             port = await router.start()
             channel = make_channel(f"127.0.0.1:{port}")
