@@ -18,6 +18,7 @@ POLICIES: Mapping[str, PlacementPolicy] = MappingProxyType(
         for policy in (
             LeastLoaded(),
             Optimal(),
+            Optimal(name="optimal-from-scratch", keeps=False),
             SloraRandom(),
             SloraContiguous(),
             LoraServe(),
@@ -28,7 +29,8 @@ POLICIES: Mapping[str, PlacementPolicy] = MappingProxyType(
         )
     }
 )
-"""`toppings` and `rank-backlog` have every adapter everywhere; they are told apart by how they route."""
+"""`toppings` and `rank-backlog` have every adapter everywhere; they are told apart by how they route.
+`optimal-from-scratch` is there to be compared with."""
 
 
 def policy(name: str) -> PlacementPolicy:

@@ -64,9 +64,14 @@ BETTER = 0.97
 
 @dataclass(frozen=True, slots=True)
 class Optimal:
-    """Tiers by capacity, pools by memory, spill by load, and hysteresis; see the module."""
+    """Tiers by capacity, pools by memory, spill by load, and hysteresis; see the module.
+
+    Unless it `keeps` what there is, every plan is made from scratch, whatever that moves: what hysteresis is
+    to be measured against.
+    """
 
     name: str = "optimal"
+    keeps: bool = True
 
     def plan(self, snapshot: Snapshot) -> Placement:
         """The placement for the next epoch; the present one where that is good enough."""
@@ -75,7 +80,8 @@ class Optimal:
             return Placement()
         sizes = size_tiers(fleet)
         least = sizes[0].utilisation
-        plan, present = snapshot.current, present_of(fleet, snapshot.current)
+        plan = snapshot.current if self.keeps else Placement()
+        present = present_of(fleet, plan)
         is_valid = _is_valid(fleet, plan, present)
         # Each round has to be better than the last, so that an unchanged workload moves nothing.
         while not (is_valid and _is_good(fleet, present, least)):

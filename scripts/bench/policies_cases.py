@@ -25,6 +25,8 @@ PROFILE = "a100-llama2-7b-bgmv-42"
 RANKS = "8,16,32,64,128"
 OURS, RIVAL, EVERYWHERE = "optimal", "loraserve", "least-loaded"
 """The contenders that the goals name."""
+FROM_SCRATCH = "optimal-from-scratch"
+"""Ours without hysteresis: no rival, but what shows what keeping to the present plan costs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class Contender:
 
 CONTENDERS = (
     Contender(name=OURS, policy="optimal", routing="marginal-cost"),
+    Contender(name=FROM_SCRATCH, policy=FROM_SCRATCH, routing="marginal-cost"),
     Contender(name=RIVAL, policy="loraserve", routing="weighted-share", forecast="loraserve"),
     Contender(name=EVERYWHERE, policy="least-loaded", routing="least-outstanding"),
     Contender(name="everywhere-marginal", policy="least-loaded", routing="marginal-cost"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any
 
-from policies_cases import EVERYWHERE, OURS, RIVAL, Outcome
+from policies_cases import EVERYWHERE, FROM_SCRATCH, OURS, RIVAL, Outcome
 
 # One-sided 95 % of Student's t, by how many seeds there are.
 _T95 = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}
@@ -50,6 +50,7 @@ def against_best(runs: Sequence[Outcome]) -> list[dict[str, Any]]:
     for rate, group in _by_rate(runs).items():
         of = {name: _by_seed(group, name) for name in _names(group)}
         ours = of.pop(OURS, None)
+        of.pop(FROM_SCRATCH, None)
         if not ours or not of:
             continue
         best = min(of, key=lambda name: _level(of[name].values()))
@@ -65,6 +66,21 @@ def against_best(runs: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "worse": ratio.low > 1.0,
             }
         )
+    return rows
+
+
+def over_scratch(runs: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """For each rate, `optimal`'s TTFT p95 over that of plans from scratch, and the bytes that both move."""
+    rows = []
+    for rate, group in _by_rate(runs).items():
+        ours, other = _by_seed(group, OURS), _by_seed(group, FROM_SCRATCH)
+        if seeds := sorted(ours.keys() & other.keys()):
+            ratio = paired([ours[seed] for seed in seeds], [other[seed] for seed in seeds])
+            moved = _moved(group)
+            rows.append(
+                {"rate_per_s": rate, "ratio": ratio.ratio, "low": ratio.low, "high": ratio.high}
+                | {"moved_over_scratch": _over(moved[OURS], moved[FROM_SCRATCH])}
+            )
     return rows
 
 
@@ -102,7 +118,7 @@ def ttft_ratio(runs: Sequence[Outcome]) -> dict[str, Any]:
 def bytes_ratios(runs: Sequence[Outcome]) -> dict[str, Any]:
     """What `optimal` moves over what `loraserve` does, and holds over least-loaded-everywhere, at all rates
     together; None where the other has none."""
-    moved = {name: sum(one.bytes_moved for one in runs if one.contender == name) for name in _names(runs)}
+    moved = _moved(runs)
     held = {
         name: mean([one.resident_bytes for one in runs if one.contender == name]) for name in _names(runs)
     }
@@ -110,6 +126,10 @@ def bytes_ratios(runs: Sequence[Outcome]) -> dict[str, Any]:
         "moved_over_loraserve": _over(moved.get(OURS), moved.get(RIVAL)),
         "resident_over_everywhere": _over(held.get(OURS), held.get(EVERYWHERE)),
     }
+
+
+def _moved(runs: Sequence[Outcome]) -> dict[str, int]:
+    return {name: sum(one.bytes_moved for one in runs if one.contender == name) for name in _names(runs)}
 
 
 def _over(one: float | None, other: float | None) -> float | None:

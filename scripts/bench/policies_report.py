@@ -54,6 +54,12 @@ def _print_ratios(found: Mapping[str, Any]) -> None:
             f"at {row['rate_per_s']:6.1f}: optimal {row['ratio']:.3f} x {row['best_other']}"
             f" [{row['low']:.3f}, {row['high']:.3f}]{worse}"
         )
+    for row in found.get("over_scratch", ()):
+        moved = "" if row["moved_over_scratch"] is None else f", moved {row['moved_over_scratch']:.2f} x"
+        print(
+            f"at {row['rate_per_s']:6.1f}: optimal {row['ratio']:.3f} x plans from scratch"
+            f" [{row['low']:.3f}, {row['high']:.3f}]{moved}"
+        )
     for line in _live_lines(found) if "simulated" in found else ():
         print(line)
     told = {key: value for key, value in found["bytes"].items() if value is not None}

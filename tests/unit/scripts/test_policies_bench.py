@@ -107,6 +107,17 @@ def test_optimal_is_held_against_the_best_other_at_each_rate() -> None:
     assert ratios.ttft_ratio(made[:9])["ratio"] == pytest.approx(3.0, rel=0.02)
 
 
+def test_plans_from_scratch_are_no_rival_but_what_keeping_is_held_against() -> None:
+    levels = {"optimal": 105.0, cases.FROM_SCRATCH: 100.0, "least-loaded": 120.0}
+    made = [outcome(name, seed, level) for name, level in levels.items() for seed in range(3)]
+    made = [replace(one, bytes_moved=one.bytes_moved or 1000) for one in made]
+    (row,) = ratios.over_scratch(made)
+    assert row["ratio"] == pytest.approx(1.05)
+    assert row["moved_over_scratch"] == pytest.approx(0.1)
+    assert ratios.against_best(made)[0]["best_other"] == "least-loaded"
+    assert ratios.over_scratch(made[:3]) == []
+
+
 def test_rates_are_compared_seed_by_seed() -> None:
     over = ratios.rate_ratios({"optimal": {0: 12.0, 1: 24.0}, "loraserve": {0: 10.0, 1: 20.0}})
     assert over["loraserve"]["ratio"] == pytest.approx(1.2)
