@@ -53,7 +53,8 @@ class LoadBook:
         self._max_waiting = max_waiting
         self._stale_after_s = stale_after_s
         self._entries: dict[ReplicaId, _Entry] = {}
-        self._view = self._make_view({})
+        self._shown: dict[ReplicaId, ReplicaLoad | None] = {}
+        self._view = self._make_view()
         self._view_s = float("-inf")
 
     def record(self, report: LoadReport) -> bool:
@@ -69,29 +70,42 @@ class LoadBook:
                 return False
             else:
                 ended = (*ended, kept.incarnation)[-MAX_ENDED:]
+        load = self._load(report)
         self._entries[report.replica_id] = _Entry(
             incarnation=report.incarnation,
             ended=ended,
             sequence=report.sequence,
             received_s=self._clock.now_s(),
-            load=ReplicaLoad(
-                replica_id=report.replica_id,
-                running=report.running,
-                waiting=report.waiting,
-                outstanding_tokens=report.outstanding_tokens,
-                kv_cache_usage=report.kv_cache_usage,
-                own_requests=self._in_flight.get(report.replica_id, 0),
-                routers=report.routers,
-                starts_per_s=report.starts_per_s,
-                token_s=report.token_s,
-                output_tokens=report.output_tokens,
-                ranks=report.ranks,
-                prompt_tokens=report.prompt_tokens,
-            ),
+            load=load,
         )
         self._own.at(report.replica_id).report()
-        self._view_s = float("-inf")
+        self._show(load)
         return True
+
+    def _load(self, report: LoadReport) -> ReplicaLoad:
+        return ReplicaLoad(
+            replica_id=report.replica_id,
+            running=report.running,
+            waiting=report.waiting,
+            outstanding_tokens=report.outstanding_tokens,
+            kv_cache_usage=report.kv_cache_usage,
+            own_requests=self._in_flight.get(report.replica_id, 0),
+            routers=report.routers,
+            starts_per_s=report.starts_per_s,
+            token_s=report.token_s,
+            output_tokens=report.output_tokens,
+            ranks=report.ranks,
+            prompt_tokens=report.prompt_tokens,
+        )
+
+    def _show(self, load: ReplicaLoad) -> None:
+        """Have the view tell the report. Among many replicas one comes with nearly every request, so the rest
+        of the view, the estimate of peers too, stays as old as it may be."""
+        shown = self._shown.get(load.replica_id)
+        if shown is None or shown.routers != load.routers:
+            self._view_s = float("-inf")
+        else:
+            self._shown[load.replica_id] = load
 
     def forget(self, replica_id: ReplicaId) -> None:
         """The replica has left the table."""
@@ -100,22 +114,27 @@ class LoadBook:
         self._view_s = float("-inf")
 
     def view(self) -> LoadView:
-        """The loads as of now or `VIEW_PERIOD_S` ago, None for a replica whose report is stale."""
+        """The loads as of now or `VIEW_PERIOD_S` ago, None for a replica whose report is stale; a later
+        report shows in it too."""
         now_s = self._clock.now_s()
         if now_s - self._view_s >= VIEW_PERIOD_S:
-            self._view = self._make_view(
-                {name: self._fresh(entry, now_s) for name, entry in self._entries.items()}
-            )
+            self._shown = {name: self._fresh(entry, now_s) for name, entry in self._entries.items()}
+            self._view = self._make_view()
             self._view_s = now_s
         return self._view
 
-    def _make_view(self, loads: Mapping[ReplicaId, ReplicaLoad | None]) -> LoadView:
+    @property
+    def last_view(self) -> LoadView:
+        """The last view that was asked for."""
+        return self._view
+
+    def _make_view(self) -> LoadView:
         return LoadView(
-            loads=loads,
+            loads=self._shown,
             in_flight=self._in_flight,
             max_waiting=self._max_waiting,
             leased=self._leased,
-            peers=active_peers(loads.values()),
+            peers=active_peers(self._shown.values()),
             own=self._own.by_replica,
         )
 

@@ -1,15 +1,19 @@
 """This router's own requests at each replica, by rank: what its routing policy knows for certain."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from placement.routing.chooser import OwnRequests
 from placement.types import ReplicaId
 
 
 class OwnBook:
-    """One `OwnRequests` per replica that was ever asked about; bounded by the replicas there have been."""
+    """One `OwnRequests` per replica that was ever asked about; bounded by the replicas there have been.
 
-    def __init__(self) -> None:
+    `on_change` hears of a replica whose requests are about to change.
+    """
+
+    def __init__(self, on_change: Callable[[ReplicaId], None] | None = None) -> None:
+        self._on_change = on_change
         self._by_replica: dict[ReplicaId, OwnRequests] = {}
 
     @property
@@ -18,7 +22,9 @@ class OwnBook:
         return self._by_replica
 
     def at(self, replica_id: ReplicaId) -> OwnRequests:
-        """The replica's."""
+        """The replica's, for a change."""
+        if self._on_change is not None:
+            self._on_change(replica_id)
         own = self._by_replica.get(replica_id)
         if own is None:
             own = self._by_replica[replica_id] = OwnRequests()

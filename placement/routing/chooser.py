@@ -137,6 +137,11 @@ class Chooser:
         """Whether it looks at `RouteRequest.prefix`."""
         return isinstance(self._policy, MarginalCost)
 
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` does anything."""
+        return self._prepared is not None
+
     def prepare(self, replica_id: ReplicaId, view: LoadView) -> None:
         """Work out now what the next choices need of what has changed at a replica: a report, or the router's
         own requests there. Nothing depends on it but the time that they take."""

@@ -125,6 +125,22 @@ def test_the_routers_own_requests_are_not_counted_twice() -> None:
     assert load.others == 2
 
 
+def test_a_report_shows_in_the_view_that_there_is_and_the_others_age_with_the_next() -> None:
+    clock, r1 = ManualClock(), ReplicaId("r1")
+    book = LoadBook(clock=clock, in_flight={})
+    for name in (R0, r1):
+        book.record(replace(report(1, running=1), replica_id=name))
+    view, other = book.view(), book.view().loads[r1]
+    clock.advance(VIEW_PERIOD_S / 2)
+    book.record(report(2, running=7))
+    assert book.view() is book.last_view is view
+    assert (running(book), view.loads[r1]) == (7, other)
+    clock.advance(VIEW_PERIOD_S / 2)
+    aged = book.view().loads[r1]
+    assert aged is not None
+    assert (running(book), aged.age_s) == (7, VIEW_PERIOD_S)
+
+
 def test_leases_and_peers_are_in_the_view() -> None:
     leased = {R0: 2}
     book = LoadBook(clock=ManualClock(), in_flight={R0: 1}, leased=leased)
