@@ -163,7 +163,7 @@ def make_way(holdings: Holdings, full: frozenset[ReplicaId]) -> list[Command]:
 def possible(holdings: Holdings, waiting: Collection[Waiting]) -> Placement:
     """The plan without the copies that wait for room for ever: an adapter that has none of its planned
     holders stays where it is held; one that no ready replica holds takes the place of a copy that is not the
-    only one, if there is such a place."""
+    only one, or is left out."""
     absent: dict[VersionId, set[ReplicaId]] = {}
     for one in waiting:
         absent.setdefault(one.adapter.version_id, set()).add(one.replica_id)
@@ -184,6 +184,9 @@ def possible(holdings: Holdings, waiting: Collection[Waiting]) -> Placement:
             taken.add(replica)
             changed[version] = _normalised([one for one in changed[version] if one.replica_id != replica])
             changed[adapter.version_id] = (Holder(replica_id=replica, share=1.0),)
+        else:
+            # A draining replica would wait for it in vain.
+            del changed[adapter.version_id]
     return replace(holdings.plan, holders=MappingProxyType(changed))
 
 
