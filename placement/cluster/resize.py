@@ -17,8 +17,10 @@ from placement.plans.rank_sizing import (
     can_spare,
     holds_all,
     next_restart,
+    restart_cost_tokens,
     size_ranks,
 )
+from placement.plans.restart_debts import RestartDebts
 from placement.types import AdapterVersion, Placement, ReplicaId, ReplicaSpec, Snapshot
 
 MAX_WAITING_EPOCHS = 3
@@ -30,8 +32,8 @@ _AT_REST = (ReplicaPhase.READY, ReplicaPhase.DRAINED, ReplicaPhase.FAILED)
 class Resizer:
     """Decides at each epoch which replica restarts with which setting. Without `limits` none ever does.
 
-    A replica that did not come up with its new setting is started with the one before, and not resized again.
-    `sizing` is the last decision.
+    A replica that did not come up with its new setting is started with the one before, and not resized again;
+    one that did is not resized again before it has repaid that. `sizing` is the last decision.
     """
 
     def __init__(self, limits: RankSizingLimits | None = None, *, deadline_s: float = 30.0) -> None:
@@ -39,6 +41,9 @@ class Resizer:
         self.sizing = RankPlan()
         self._deadline_s = deadline_s
         self._given_up: set[ReplicaId] = set()
+        self._debts = RestartDebts(limits or RankSizingLimits())
+        self._costs: dict[ReplicaId, tuple[int, float]] = {}
+        """Of the restarts under way: the setting before, and what it costs in tokens."""
         self._num_waited = 0
 
     def take_in(
@@ -66,14 +71,20 @@ class Resizer:
         for record in waiting:
             self._reconsider(record, snapshot, is_epoch=is_epoch)
         if is_epoch:
+            self._debts.elapse(snapshot)
+            held = self._held(snapshot) if frozen is None else frozenset()
             if frozen is not None:
                 self.sizing = RankPlan(max_lora_ranks=frozen.max_lora_ranks, reason="the plan is frozen")
             elif all(record.resize is None for record in replicas.values()):
                 # Chosen for the replicas that are left, settings would change with each one that is away.
-                self.sizing = size_ranks(snapshot, self.limits, begun=self.sizing.max_lora_ranks)
+                self.sizing = size_ranks(snapshot, self.limits, begun=self.sizing.max_lora_ranks, held=held)
             if all(record.phase in _AT_REST for record in replicas.values()):
-                self._begin(replicas, snapshot)
+                self._begin(replicas, snapshot, held)
         return commands
+
+    def _held(self, snapshot: Snapshot) -> frozenset[ReplicaId]:
+        """Those that have a restart to repay, unless an adapter waits for a replica that takes its rank."""
+        return self._debts.owing if holds_all(snapshot.adapters, snapshot.replicas) else frozenset()
 
     def lowered(
         self, specs: Iterable[ReplicaSpec], adapters: Iterable[AdapterVersion]
@@ -119,6 +130,9 @@ class Resizer:
                 if spec.max_lora_rank != order.max_lora_rank:
                     # Or it would be tried again and again.
                     self._given_up.add(replica)
+                elif replica in self._costs:
+                    before, tokens = self._costs.pop(replica)
+                    self._debts.owe(replica, before=before, tokens=tokens)
             case messages.ReplicaDrained(replica_id=other) if other == replica:
                 record.resize = replace(order, is_started=record.phase is ReplicaPhase.STARTING)
             case messages.ReplicaLost(replica_id=other) if other == replica:
@@ -147,16 +161,25 @@ class Resizer:
         if is_late or not spared:
             record.phase, record.resize = ReplicaPhase.READY, None
 
-    def _begin(self, replicas: Mapping[ReplicaId, ReplicaRecord], snapshot: Snapshot) -> None:
+    def _begin(
+        self,
+        replicas: Mapping[ReplicaId, ReplicaRecord],
+        snapshot: Snapshot,
+        held: frozenset[ReplicaId],
+    ) -> None:
+        limits = self.limits or RankSizingLimits()
         wanted = {
             replica: rank
             for replica, rank in self.sizing.max_lora_ranks.items()
-            if replica not in self._given_up
+            if replica not in self._given_up and replica not in held
         }
-        chosen = next_restart(snapshot, wanted, limits=self.limits)
+        chosen = next_restart(snapshot, wanted, limits=limits)
         if chosen is None:
             return
         record = replicas[chosen]
+        if record.spec is not None:
+            cost = restart_cost_tokens(snapshot, chosen, limits)
+            self._costs[chosen] = record.spec.max_lora_rank, cost
         record.phase = ReplicaPhase.DRAINING
         record.resize = ResizeOrder(
             max_lora_rank=wanted[chosen], before=record.max_lora_rank, deadline_s=self._deadline_s

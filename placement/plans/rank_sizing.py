@@ -64,6 +64,7 @@ def size_ranks(
     limits: RankSizingLimits | None = None,
     *,
     begun: Mapping[ReplicaId, int] = MappingProxyType({}),
+    held: frozenset[ReplicaId] = frozenset(),
 ) -> RankPlan:
     """The settings that make the highest utilisation lowest, if they repay the restarts they need.
 
@@ -71,17 +72,18 @@ def size_ranks(
     the horizon. The cost is what others have to serve of a replica that is away or loads, once for each
     restart. Whatever the gain, a registered adapter that no replica admits is made room for. Settings that
     were chosen before and `begun` are gone on with while none are better by `min_gain`, if what is left of
-    them repays. The order of the snapshot's tuples does not matter.
+    them repays. Those `held` keep their setting. The order of the snapshot's tuples does not matter.
     """
     limits = limits or RankSizingLimits()
-    fleet = _Fleet(snapshot, limits)
-    if not fleet.resizable:
+    fleet = _Fleet(snapshot, limits, held)
+    if not fleet.sized:
         return RankPlan(reason="no replica's cost follows from its max_lora_rank")
     now = {spec.replica_id: spec.max_lora_rank for spec in fleet.specs}
     before = fleet.utilisation(now)
     best = fleet.best()
     if best is None:
         return RankPlan(utilisation=before, planned_utilisation=before, reason="the replicas cannot hold all")
+    begun = {replica: setting for replica, setting in begun.items() if replica not in held}
     wanted, min_gain = _gone_on_with(fleet, best, {**now, **begun})
     after = fleet.utilisation(wanted)
     changed = [spec for spec in fleet.resizable if wanted[spec.replica_id] != spec.max_lora_rank]
@@ -94,7 +96,7 @@ def size_ranks(
     if not must and (after > before * (1 - min_gain) or gain <= limits.margin * cost):
         return replace(found, reason="restarts would not repay their cost")
     why = "a registered adapter has no replica" if must else "the gain repays the restarts"
-    ours = {spec.replica_id: wanted[spec.replica_id] for spec in fleet.resizable}
+    ours = {spec.replica_id: wanted[spec.replica_id] for spec in fleet.sized}
     return replace(found, max_lora_ranks=MappingProxyType(dict(sorted(ours.items()))), reason=why)
 
 
@@ -142,6 +144,23 @@ def next_restart(
         if best is None or key < best:
             best = key
     return None if best is None else best[1]
+
+
+def restart_cost_tokens(snapshot: Snapshot, replica: ReplicaId, limits: RankSizingLimits) -> float:
+    """What others have to serve of this replica while it restarts."""
+    fleet = _Fleet(snapshot, limits)
+    now = {spec.replica_id: spec.max_lora_rank for spec in fleet.specs}
+    (spec,) = (spec for spec in fleet.specs if spec.replica_id == replica)
+    return _cost_tokens(fleet, spec, fleet.utilisation(now))
+
+
+def spared_tokens(snapshot: Snapshot, limits: RankSizingLimits, before: Mapping[ReplicaId, int]) -> float:
+    """What the settings as they are spare the cluster in an epoch, beside those with `before`; less than 0 if
+    they are the worse ones."""
+    fleet = _Fleet(snapshot, limits)
+    settings = {spec.replica_id: spec.max_lora_rank for spec in fleet.specs}
+    now, then = fleet.utilisation(settings), fleet.utilisation({**settings, **before})
+    return (_gain_tokens(fleet, then, now) - _gain_tokens(fleet, now, then)) / limits.horizon_epochs
 
 
 def holds_all(adapters: Iterable[AdapterVersion], specs: Iterable[ReplicaSpec]) -> bool:
@@ -210,15 +229,18 @@ def _holds(adapters: Sequence[AdapterVersion], specs: Sequence[ReplicaSpec]) -> 
 class _Fleet:
     """The snapshot's numbers by rank, gathered once."""
 
-    def __init__(self, snapshot: Snapshot, limits: RankSizingLimits) -> None:
+    def __init__(
+        self, snapshot: Snapshot, limits: RankSizingLimits, held: frozenset[ReplicaId] = frozenset()
+    ) -> None:
         self.snapshot = snapshot
         self.limits = limits
         self.specs = sorted(snapshot.replicas, key=lambda spec: spec.replica_id)
-        self.resizable = [
+        self.sized = [
             spec
             for spec in self.specs
             if kernel_of(snapshot.profiles.get(spec.profile)) is RankKernel.PADDED_CONFIG
         ]
+        self.resizable = [spec for spec in self.sized if spec.replica_id not in held]
         self.adapters = _sorted_adapters(snapshot.adapters)
         ranks = {adapter.rank for adapter in self.adapters} | ({limits.kept} if limits.kept else set())
         self.ranks = sorted(ranks, reverse=True)

@@ -30,13 +30,18 @@ PROFILE = Profile(
 MOSTLY_LOW = messages.EpochElapsed({LOW.version_id: 1200.0, HIGH.version_id: 100.0})
 
 
-def _mixed(*, replicas: tuple[ReplicaId, ...] = (R0, R1), slots: int = 4) -> ClusterState:
+MOSTLY_HIGH = messages.EpochElapsed({LOW.version_id: 100.0, HIGH.version_id: 2000.0})
+
+
+def _mixed(
+    *, replicas: tuple[ReplicaId, ...] = (R0, R1), slots: int = 4, restart_s: float = 5.0
+) -> ClusterState:
     """All set to 128, with both adapters on each."""
     state = ClusterState(
         replica_ids=replicas,
         policy=policy("least-loaded"),
         profiles={"": PROFILE},
-        resizer=Resizer(RankSizingLimits(restart_s=5.0), deadline_s=7.0),
+        resizer=Resizer(RankSizingLimits(restart_s=restart_s), deadline_s=7.0),
     )
     for replica in replicas:
         state.handle(messages.ReplicaReady(spec(replica, slots=slots), f"h:{replica[-1]}"))
@@ -187,10 +192,45 @@ def test_settings_stand_until_the_replica_that_restarts_is_back() -> None:
     state = _mixed(replicas=(R0, R1, R2))
     first = _leaves(state)
     wanted = state.resizer.sizing.max_lora_ranks
-    mostly_high = messages.EpochElapsed({LOW.version_id: 100.0, HIGH.version_id: 2000.0})
-    for event in (mostly_high, messages.ReplicaDrained(first), mostly_high):
+    for event in (MOSTLY_HIGH, messages.ReplicaDrained(first), MOSTLY_HIGH):
         acknowledge(state, state.handle(event))
         assert state.resizer.sizing.max_lora_ranks == wanted
     _up(state, first)
-    acknowledge(state, state.handle(mostly_high))
+    acknowledge(state, state.handle(MOSTLY_HIGH))
     assert state.resizer.sizing.max_lora_ranks != wanted
+
+
+def _restarted(state: ClusterState, event: messages.Event) -> list[ReplicaId]:
+    """An epoch, and the restart that it begins, if it does, to its end."""
+    acknowledge(state, state.handle(event))
+    leaving = [record.replica_id for record in state.replicas.values() if record.leaving]
+    for replica in leaving:
+        state.handle(messages.ReplicaDrained(replica))
+        _up(state, replica)
+    assert all(record.phase is ReplicaPhase.READY for record in state.replicas.values())
+    return leaving
+
+
+def test_a_replica_restarts_again_only_when_it_has_repaid_the_last_restart() -> None:
+    state = _mixed(replicas=(R0, R1, R2), restart_s=60.0)
+    horizon = RankSizingLimits().horizon_epochs
+    restarts = [_restarted(state, (MOSTLY_LOW, MOSTLY_HIGH)[place % 2]) for place in range(horizon)]
+    each = [replica for restarted in restarts for replica in restarted]
+    assert 1 <= len(each) == len(set(each)), f"{restarts}"
+    # A change that lasts is followed in the end.
+    later = [one for _ in range(2 * horizon) for one in _restarted(state, MOSTLY_HIGH)]
+    assert len(later) == len(set(later))
+    assert later
+    check_cluster(state)
+
+
+def test_a_rank_that_no_replica_takes_waits_for_no_repayment() -> None:
+    state = _mixed(replicas=(R0, R1, R2), restart_s=60.0)
+    acknowledge(state, state.handle(messages.AdapterRemoved(HIGH.name)))
+    only_low = messages.EpochElapsed({LOW.version_id: 1200.0})
+    assert len([one for _ in range(3) for one in _restarted(state, only_low)]) == 3
+    acknowledge(state, state.handle(messages.AdapterRegistered(HIGH)))
+    assert state.refusal(HIGH.version_id) is not None
+    (back,) = _restarted(state, only_low)
+    acknowledge(state, [])
+    assert state.holders(HIGH.version_id) == (back,)
