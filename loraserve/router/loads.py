@@ -24,7 +24,6 @@ class _Entry:
     incarnation: str
     ended: tuple[str, ...]
     sequence: int
-    received_s: float
     load: ReplicaLoad
 
 
@@ -54,7 +53,7 @@ class LoadBook:
         self._stale_after_s = stale_after_s
         self._entries: dict[ReplicaId, _Entry] = {}
         self._shown: dict[ReplicaId, ReplicaLoad | None] = {}
-        self._view = self._make_view()
+        self._view = self._make_view(clock.now_s())
         self._view_s = float("-inf")
 
     def record(self, report: LoadReport) -> bool:
@@ -72,11 +71,7 @@ class LoadBook:
                 ended = (*ended, kept.incarnation)[-MAX_ENDED:]
         load = self._load(report)
         self._entries[report.replica_id] = _Entry(
-            incarnation=report.incarnation,
-            ended=ended,
-            sequence=report.sequence,
-            received_s=self._clock.now_s(),
-            load=load,
+            incarnation=report.incarnation, ended=ended, sequence=report.sequence, load=load
         )
         self._own.at(report.replica_id).report()
         self._show(load)
@@ -89,6 +84,7 @@ class LoadBook:
             waiting=report.waiting,
             outstanding_tokens=report.outstanding_tokens,
             kv_cache_usage=report.kv_cache_usage,
+            received_s=self._clock.now_s(),
             own_requests=self._in_flight.get(report.replica_id, 0),
             routers=report.routers,
             starts_per_s=report.starts_per_s,
@@ -119,7 +115,7 @@ class LoadBook:
         now_s = self._clock.now_s()
         if now_s - self._view_s >= VIEW_PERIOD_S:
             self._shown = {name: self._fresh(entry, now_s) for name, entry in self._entries.items()}
-            self._view = self._make_view()
+            self._view = self._make_view(now_s)
             self._view_s = now_s
         return self._view
 
@@ -128,7 +124,7 @@ class LoadBook:
         """The last view that was asked for."""
         return self._view
 
-    def _make_view(self) -> LoadView:
+    def _make_view(self, now_s: float) -> LoadView:
         return LoadView(
             loads=self._shown,
             in_flight=self._in_flight,
@@ -136,8 +132,8 @@ class LoadBook:
             leased=self._leased,
             peers=active_peers(self._shown.values()),
             own=self._own.by_replica,
+            now_s=now_s,
         )
 
     def _fresh(self, entry: _Entry, now_s: float) -> ReplicaLoad | None:
-        age_s = now_s - entry.received_s
-        return entry.load._replace(age_s=age_s) if age_s <= self._stale_after_s else None
+        return entry.load if now_s - entry.load.received_s <= self._stale_after_s else None

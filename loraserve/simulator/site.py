@@ -282,7 +282,7 @@ class Site:
         _, running, waiting, tokens, usage, ranks = report
         replica_id, loads, num_routers = self.replica_id, self.loads, self._num_routers
         for router, own in enumerate(self.own):
-            # By position, which is much faster; the age is 0 at this moment.
+            # By position, which is much faster; its age is not known, and counts as 0.
             loads[router] = ReplicaLoad(replica_id, running, waiting, tokens, usage, 0.0, own, num_routers)
         if self._means is not None:
             prompt, output = self._means.prompt_tokens, self._means.output_tokens

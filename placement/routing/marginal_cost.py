@@ -107,7 +107,7 @@ class MarginalCost:
         lowest, ties = float("inf"), 1
         find_load, find_own, peers = view.loads.get, view.own.get, view.peers
         cached_at, cached_tokens = cached
-        rank = target.rank
+        rank, now_s = target.rank, view.now_s
         prompt_tokens, most_tokens = float(request.prompt_tokens), float(request.expected_tokens)
         for holder, name, gauge, penalty in looks:
             load = find_load(name)
@@ -126,10 +126,13 @@ class MarginalCost:
             if 0.0 < most_tokens < output:
                 output = most_tokens
             # `cost_ms` of the gauge's module, without the call.
-            q, q_rank, a, a_rank, f, f_rank, p, p_rank, pair, o, o_rank = (
+            q, q_rank, a, a_rank, aged, f, f_rank, p, p_rank, pair, o, o_rank = (
                 gauge.terms if rank else gauge.base_terms()
             )
             wait_ms, ahead_ms = q + q_rank * charged, a + a_rank * charged
+            age_s = now_s - load.received_s
+            if age_s > 0.0:
+                ahead_ms -= aged * age_s
             cost_ms = (
                 (wait_ms if wait_ms > ahead_ms else ahead_ms)
                 + (f + f_rank * charged)

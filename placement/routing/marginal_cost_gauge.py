@@ -38,30 +38,30 @@ counts: near saturation a place in the batch is what is short."""
 
 FULL_KV = 0.95
 
-AGE = ReplicaLoad._fields.index("age_s")
-
 NO_REQUESTS = OwnRequests()
 """What a router has at a replica that it never sent anything; nobody changes it."""
 
 
-Terms = tuple[float, float, float, float, float, float, float, float, float, float, float]
+Terms = tuple[float, float, float, float, float, float, float, float, float, float, float, float]
 """A request's cost in ms by what the kernel charges it for, its prompt and its output tokens.
 
 Pairs of a constant and what comes to it per charged rank: the wait for a place in the batch, the wait for the
-prompts ahead (the longer of these two counts), what does not depend on lengths, per prompt token; then what
-comes per square of the prompt, and the pair per output token. A plain tuple, which is made and read fastest;
-`cost_ms` puts it together.
+prompts ahead, with by how much that is less per second that the report is old (the longer of these two waits
+counts), what does not depend on lengths, per prompt token; then what comes per square of the prompt, and the
+pair per output token. A plain tuple, which is made and read fastest; `cost_ms` puts it together.
 """
 
-NO_TERMS: Terms = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+NO_TERMS: Terms = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def cost_ms(terms: Terms, charged: float, prompt_tokens: float, output_tokens: float) -> float:
-    """The cost of one request."""
-    queue, queue_rank, ahead, ahead_rank, fixed, fixed_rank, *lengths = terms
+def cost_ms(
+    terms: Terms, charged: float, prompt_tokens: float, output_tokens: float, age_s: float = 0.0
+) -> float:
+    """The cost of one request, by a report so old."""
+    queue, queue_rank, ahead, ahead_rank, aged, fixed, fixed_rank, *lengths = terms
     prompt, prompt_rank, pair, output, output_rank = lengths
     return (
-        max(queue + queue_rank * charged, ahead + ahead_rank * charged)
+        max(queue + queue_rank * charged, ahead + ahead_rank * charged - aged * max(0.0, age_s))
         + (fixed + fixed_rank * charged)
         + (prompt + prompt_rank * charged + pair * prompt_tokens) * prompt_tokens
         + (output + output_rank * charged) * output_tokens
@@ -79,7 +79,6 @@ class Gauge:
 
     __slots__ = (
         "_adapter_rows",
-        "_age_ms",
         "_base",
         "_cost",
         "_counts",
@@ -131,7 +130,6 @@ class Gauge:
         self._peers = self._mean_charged = 0.0
         self._base: Terms | None = None
         self._rates = (1.0, 0.0, 1.0, OUTPUT_TOKENS, PROMPT_TOKENS)
-        self._age_ms = 0.0
         self.charged: dict[int, float] = {}
         self.load: ReplicaLoad | None = None
         self.own = NO_REQUESTS
@@ -144,11 +142,10 @@ class Gauge:
         """Take what has changed into account."""
         # The router's own requests may still come to be known.
         stamp = -1 if own is NO_REQUESTS else own.stamp
-        if load is not self.load and not self._is_only_older(load):
+        if load is not self.load:
             self._take_report(load)
             self._take_own(own, peers)
         elif stamp == self.stamp and peers == self._peers:
-            self.terms, self._base = self._terms(1.0), None
             return
         elif stamp != self.stamp + 1 or peers != self._peers or own.changed_rank not in self._index:
             self._take_own(own, peers)
@@ -175,14 +172,6 @@ class Gauge:
             self._base = self._terms(0.0)
         return self._base
 
-    def _is_only_older(self, load: ReplicaLoad) -> bool:
-        """Whether this is the report that is known, at a later moment; if so it is known from now on."""
-        known = self.load
-        if known is None or load[:AGE] != known[:AGE] or load[AGE + 1 :] != known[AGE + 1 :]:
-            return False
-        self.load, self._age_ms = load, 1e3 * load.age_s
-        return True
-
     # -- what is there -------------------------------------------------------------------------
 
     def _learn(self, rank: int) -> None:
@@ -197,7 +186,7 @@ class Gauge:
         self._counts = [counts.get(known, 0.0) for known in ranks]
 
     def _take_report(self, load: ReplicaLoad) -> None:
-        self.load, self._age_ms = load, 1e3 * load.age_s
+        self.load = load
         self._reported = reported = [0.0] * len(self._levels)
         index, tokens = self._index, 0
         for rank, running, waiting, prefill_tokens in load.ranks:
@@ -296,8 +285,9 @@ class Gauge:
         return (
             queue,
             queue_rank,
-            ahead * (tokens * (others + token) - self._age_ms),
+            ahead * (tokens * (others + token)),
             ahead * tokens * (others_rank + token_rank),
+            1e3 * ahead,
             BUSY * queue + 1.5 * decode,
             BUSY * queue_rank + 1.5 * decode_rank,
             mine * prefill + token,

@@ -26,7 +26,7 @@ class RankLoad(NamedTuple):
 
 # Made for every report, in the simulator for every other request: a named tuple, as `RouteRequest` is.
 class ReplicaLoad(NamedTuple):
-    """A replica's own report, `age_s` seconds old.
+    """A replica's own report, which came at `received_s` by the router's clock.
 
     `own_requests` is how many of its requests were the choosing router's when the report came, so
     that they are not counted twice; `routers` is how many routers it hears. The next three are what
@@ -41,7 +41,7 @@ class ReplicaLoad(NamedTuple):
     waiting: int
     outstanding_tokens: int
     kv_cache_usage: float
-    age_s: float = 0.0
+    received_s: float = 0.0
     own_requests: int = 0
     routers: int = 1
     starts_per_s: float = 0.0
@@ -177,7 +177,8 @@ class LoadView:
     router's own requests, `leased` those that it picked a replica for and that the replica does not
     count yet. With `max_waiting`, a replica that reports as many waiting is full. `peers` is how many
     other routers are taken to do as this one does, see `active_peers`. `own` has the router's own requests
-    in detail, kept only for a policy that `wants_own`.
+    in detail, kept only for a policy that `wants_own`. `now_s` is when, by the clock of the reports'
+    `received_s`; one that came later is as good as new.
     """
 
     loads: Mapping[ReplicaId, ReplicaLoad | None]
@@ -186,6 +187,7 @@ class LoadView:
     leased: Mapping[ReplicaId, int] = field(default_factory=dict)
     peers: float = 0.0
     own: Mapping[ReplicaId, OwnRequests] = field(default_factory=dict)
+    now_s: float = 0.0
 
     def sent_since(self, load: ReplicaLoad) -> float:
         """How many requests more than it reported the replica has by now: those that this router has

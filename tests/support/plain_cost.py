@@ -46,7 +46,14 @@ def padding_of(counts: dict[int, float], rank: int) -> tuple[float, float]:
 
 
 def plain_cost_ms(
-    load: ReplicaLoad, own: OwnRequests, peers: float, cost: ReplicaCost, rank: int, prompt: int, output: int
+    load: ReplicaLoad,
+    own: OwnRequests,
+    peers: float,
+    cost: ReplicaCost,
+    rank: int,
+    prompt: int,
+    output: int,
+    age_s: float,
 ) -> float:
     """The cost of one request more, see the docstring of `placement.routing.marginal_cost_gauge`."""
     model, counts = cost.latency, counts_of(load, own, peers)
@@ -86,7 +93,7 @@ def plain_cost_ms(
     queue = waiting * (mean_output * decode + batch * mean_prompt * others_ms) / seats
     tokens: float = sum(one.prefill_tokens for one in load.ranks) + sum(own.leased_tokens.values())
     tokens += (1 + peers) * sum(own.sent_tokens.values())
-    ahead = tokens * (others_ms + decode / cost.max_num_batched_tokens) - 1e3 * load.age_s
+    ahead = tokens * (others_ms + decode / cost.max_num_batched_tokens) - 1e3 * age_s
     delayed = rows + BUSY * waiting
     found = max(queue, (1 + (AHEAD - 1) / (1 + waiting)) * ahead) + BUSY * queue + 1.5 * decode
     found += prompt * (own_ms * (1 + delayed) + decode / cost.max_num_batched_tokens)

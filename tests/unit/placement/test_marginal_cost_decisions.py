@@ -60,6 +60,7 @@ class Site:
         )
         self.cost = ReplicaCost(latency=model, max_num_seqs=16, kv_tokens=100_000)
         self.rng = Random(seed)
+        self.now_s = 0.0
         self.loads = {name: self._load(name) for name in REPLICAS}
         self.own = {name: OwnRequests() for name in REPLICAS}
         self.peers = 0.0
@@ -68,14 +69,14 @@ class Site:
 
     @property
     def view(self) -> LoadView:
-        return LoadView(loads=self.loads, in_flight={}, own=self.own, peers=self.peers)
+        return LoadView(loads=self.loads, in_flight={}, own=self.own, peers=self.peers, now_s=self.now_s)
 
     def _load(self, name: ReplicaId) -> ReplicaLoad:
         counts = {rank: (self.rng.randrange(4), self.rng.randrange(2)) for rank in RANKS}
         ranks = tuple(RankLoad(rank, *number, 300 * number[1]) for rank, number in counts.items())
         running, waiting = (sum(one[place] for one in counts.values()) for place in (0, 1))
         return ReplicaLoad(
-            name, running, waiting, 0, 0.3, output_tokens=150.0, ranks=ranks, prompt_tokens=700.0
+            name, running, waiting, 0, 0.3, self.now_s, output_tokens=150.0, ranks=ranks, prompt_tokens=700.0
         )
 
     def change(self) -> ReplicaId:
@@ -91,7 +92,7 @@ class Site:
         elif what < 0.8:
             self.own[name].lease(self.rng.choice(RANKS), 70)
         elif what < 0.9:
-            self.loads[name] = self.loads[name]._replace(age_s=self.rng.random())
+            self.now_s += 0.1 * self.rng.random()
         elif what < 0.92:
             self.own[name].clear()
             self.sent = [decision for decision in self.sent if decision.replica_id != name]
@@ -107,7 +108,9 @@ class Site:
 
     def plain_ms(self, name: ReplicaId, rank: int) -> float:
         """The plain estimate."""
-        found = plain_cost_ms(self.loads[name], self.own[name], self.peers, self.cost, rank, PROMPT, LONGEST)
+        load, own = self.loads[name], self.own[name]
+        age_s = self.now_s - load.received_s
+        found = plain_cost_ms(load, own, self.peers, self.cost, rank, PROMPT, LONGEST, age_s)
         return found * SPILL_PENALTY if name == SPILL and rank else found
 
 

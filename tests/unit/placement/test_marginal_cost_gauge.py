@@ -32,7 +32,6 @@ def reports(draw: st.DrawFn) -> ReplicaLoad:
         waiting=sum(one.waiting for one in ranks),
         outstanding_tokens=0,
         kv_cache_usage=draw(st.sampled_from((0.3, 0.99))),
-        age_s=draw(st.sampled_from((0.0, 0.07))),
         output_tokens=draw(st.sampled_from((0.0, 150.0))),
         ranks=tuple(ranks),
         prompt_tokens=draw(st.sampled_from((0.0, 700.0))),
@@ -73,13 +72,6 @@ class Updates(RuleBasedStateMachine):
         self.load = load
         self.own.report()
 
-    @rule(age_s=st.sampled_from((0.0, 0.03, 0.4)))
-    def grow_older(self, age_s: float) -> None:
-        for age in (0.01, age_s):
-            self.load = self.load._replace(age_s=age)
-            self.ask(0)
-            self.ask(64)
-
     @rule(rank=st.sampled_from(RANKS), tokens=st.integers(0, 900))
     def send(self, rank: int, tokens: int) -> None:
         self.own.send(VersionId(f"a{rank}@1"), rank, tokens)
@@ -108,13 +100,14 @@ class Updates(RuleBasedStateMachine):
         self.peers = peers
         self.gauge.stamp = -1
 
-    @rule(rank=st.sampled_from(RANKS))
-    def ask(self, rank: int) -> None:
+    @rule(rank=st.sampled_from(RANKS), age_s=st.sampled_from((0.0, 0.03, 0.4)))
+    def ask(self, rank: int, age_s: float) -> None:
         gauge, own = self.gauge, self.own
         if self.load is not gauge.load or own.stamp != gauge.stamp:
             gauge.update(self.load, own, self.peers)
-        found = cost_ms(gauge.terms if rank else gauge.base_terms(), gauge.charge(rank), PROMPT, OUTPUT)
-        plain = plain_cost_ms(self.load, own, self.peers, self.cost, rank, PROMPT, OUTPUT)
+        terms = gauge.terms if rank else gauge.base_terms()
+        found = cost_ms(terms, gauge.charge(rank), PROMPT, OUTPUT, age_s)
+        plain = plain_cost_ms(self.load, own, self.peers, self.cost, rank, PROMPT, OUTPUT, age_s)
         assert math.isclose(found, plain, rel_tol=1e-9)
 
     @invariant()
