@@ -56,6 +56,10 @@ UNEVEN, ROUNDS = 1.05, 3
 """Above this factor of the best utilisation a placement is tried again, with less asked of the tiers that
 memory keeps from doing their part; so often in all."""
 
+FAR = 1.2
+"""Above this factor of the best utilisation what was made of the present placement gives way to one made from
+scratch that is clearly better, whatever that moves: the demand has little to do with it any more."""
+
 _SMALL = 64
 
 BETTER = 0.97
@@ -86,6 +90,9 @@ class Optimal:
         # Each round has to be better than the last, so that an unchanged workload moves nothing.
         while not (is_valid and _is_good(fleet, present, least)):
             tried, found = _best(fleet, sizes, present if present.num_placed else None)
+            if present.num_placed and utilisation_of_shares(fleet, found) > max(least * FAR, CALM):
+                anew = _best(fleet, sizes, None)
+                tried, found = anew if _is_better(fleet, anew[1], found) else (tried, found)
             if is_valid and not _is_better(fleet, found, present):
                 break
             plan, present, is_valid = tried, found, True

@@ -3,6 +3,7 @@
   plan_ms            milliseconds of one plan of `optimal` from scratch, median over --repeats, by adapters x
                      replicas; ranks 8 to 128, popularity by Zipf, room for eight copies of everything
   again_ms           the same where the present plan is as good as any
+  changed_ms         the same where the present plan was made for other demand: all adapters' demand dealt anew
   plan_peak_bytes    the most memory that planning the largest of them allocates
   choose_us          microseconds of one marginal-cost routing decision, by holders
   routing_us         by holders: that and what happens between decisions, each with what it has prepared for
@@ -30,7 +31,7 @@ import numpy as np
 from choose_bench import both_us
 
 from placement.policies import POLICIES
-from placement.types import Placement, Snapshot
+from placement.types import Placement, Snapshot, VersionId
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -76,7 +77,7 @@ def _sized(adapters: int, replicas: int) -> Snapshot:
 
 
 def _times(sizes: Sequence[tuple[int, int]], repeats: int) -> dict[str, Mapping[str, float]]:
-    plan_ms, again_ms = {}, {}
+    plan_ms, again_ms, changed_ms = {}, {}, {}
     for adapters, replicas in sizes:
         snapshot = _sized(adapters, replicas)
         policy = POLICIES[OURS]
@@ -85,7 +86,14 @@ def _times(sizes: Sequence[tuple[int, int]], repeats: int) -> dict[str, Mapping[
         name = f"{adapters}x{replicas}"
         plan_ms[name] = median(_ms(snapshot) for _ in range(repeats))
         again_ms[name] = median(_ms(settled) for _ in range(repeats))
-    return {"plan_ms": plan_ms, "again_ms": again_ms}
+        changed = replace(settled, demand_tokens_per_s=_dealt_anew(snapshot.demand_tokens_per_s))
+        changed_ms[name] = median(_ms(changed) for _ in range(repeats))
+    return {"plan_ms": plan_ms, "again_ms": again_ms, "changed_ms": changed_ms}
+
+
+def _dealt_anew(demand: Mapping[VersionId, float]) -> dict[VersionId, float]:
+    rates = np.random.default_rng(1).permutation(list(demand.values()))
+    return dict(zip(demand, rates.tolist(), strict=True))
 
 
 def _ms(snapshot: Snapshot) -> float:

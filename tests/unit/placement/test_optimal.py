@@ -55,6 +55,17 @@ def test_plans_are_near_the_smallest_utilisation_that_any_tiers_have() -> None:
     assert max(gaps) <= 0.10
 
 
+def test_demand_that_has_nothing_to_do_with_the_present_plan_is_planned_for_from_scratch() -> None:
+    snapshot = Instance(seed=0, replicas=200, adapters=20_000, popularity="skewed", room=3.0).snapshot()
+    rates = np.random.default_rng(1).permutation(list(snapshot.demand_tokens_per_s.values()))
+    demand = dict(zip(snapshot.demand_tokens_per_s, rates.tolist(), strict=True))
+    changed = replace(snapshot, current=_plan(snapshot), demand_tokens_per_s=demand)
+    anew = _plan(replace(changed, current=Placement()))
+    again = _plan(changed)
+    assert plan_utilisation(changed, again) <= 1.2 * plan_utilisation(changed, anew)
+    assert _plan(replace(changed, current=again)) == again
+
+
 # The place of an instance among 300 of a seed: few large adapters fill replicas, or very many adapters.
 @pytest.mark.parametrize(("seed", "place"), [(0, 77), (2000, 41), (3000, 176), (3000, 284)])
 def test_memory_that_is_short_leaves_no_replica_idle(seed: int, place: int) -> None:
