@@ -3,7 +3,7 @@
   plan_ms            milliseconds of one plan of `optimal` from scratch, median over --repeats, by adapters x
                      replicas; ranks 8 to 128, popularity by Zipf, room for eight copies of everything
   again_ms           the same where the present plan is as good as any
-  changed_ms         the same where the present plan was made for other demand: all adapters' demand dealt anew
+  changed_ms         the same where all demand was dealt anew since the present plan was made
   plan_peak_bytes    the most memory that planning the largest of them allocates
   choose_us          microseconds of one marginal-cost routing decision, by holders
   routing_us         by holders: that and what happens between decisions, each with what it has prepared for
