@@ -29,12 +29,16 @@ class Waiting:
 def waiting_copies(holdings: Holdings) -> tuple[Waiting, ...]:
     """All copies that are yet to be loaded."""
     active = set(holdings.active.values())
+    # What is there already is nearly everything, and passed over first.
+    there = {record.replica_id: record.copies for record in _ready(holdings)}
     return tuple(
         Waiting(replica_id=holder.replica_id, adapter=holdings.adapters[version])
         for version, holders in holdings.plan.holders.items()
         if version in active
         for holder in holders
-        if _may_load(holdings.replicas.get(holder.replica_id), version)
+        if (copies := there.get(holder.replica_id)) is not None
+        and version not in copies
+        and _may_load(holdings.replicas.get(holder.replica_id), version)
     )
 
 
@@ -67,18 +71,21 @@ def retire(holdings: Holdings, table: RoutingTable) -> list[Command]:
     """Drop the held copies that the published table sends nobody to."""
     commands: list[Command] = []
     active = set(holdings.active.values())
-    needed = {
-        (entry.version_id, holder.replica_id) for entry in table.entries.values() for holder in entry.holders
-    }
-    needed.update(
-        (version, holder.replica_id)
-        for version, holders in holdings.plan.holders.items()
-        if version in active
-        for holder in holders
-    )
+    planned = holdings.plan.holders
+    needed: dict[ReplicaId, set[VersionId]] = {replica: set() for replica in holdings.replicas}
+    for entry in table.entries.values():
+        # Most are as planned, and come with the plan.
+        if entry.version_id not in active or entry.holders is not planned.get(entry.version_id):
+            for holder in entry.holders:
+                needed[holder.replica_id].add(entry.version_id)
+    for version, holders in planned.items():
+        if version in active:
+            for holder in holders:
+                if (own := needed.get(holder.replica_id)) is not None:
+                    own.add(version)
     for record in _ready(holdings):
-        for version in sorted(record.copies):
-            if (version, record.replica_id) not in needed and record.holds(version):
+        for version in sorted(record.copies.keys() - needed[record.replica_id]):
+            if record.holds(version):
                 record.copies[version].phase = CopyPhase.RETIRING
                 commands.append(UnloadAdapter(record.replica_id, version))
     return commands

@@ -19,10 +19,16 @@ def table_of(
     on `full` replicas leaves the table there if another holds it, to make room for what is."""
     # Gathered once: to look through all replicas for each name takes seconds with a thousand of them.
     held = holdings.all_holders()
+    ready = frozenset(one.replica_id for one in holdings.replicas.values() if one.phase is ReplicaPhase.READY)
     entries = {
         name: entry
-        for name in sorted(holdings.active)
-        if (entry := _entry(holdings, held, name, full) or _waiting(holdings, name, before)) is not None
+        for name, version in sorted(holdings.active.items())
+        if (
+            entry := _settled(holdings, held.get(version, ()), version, before.entries.get(name), ready)
+            or _entry(holdings, held, name, full)
+            or _waiting(holdings, name, before)
+        )
+        is not None
     }
     needed = {holder.replica_id for entry in entries.values() for holder in entry.holders}
     replicas = {
@@ -42,6 +48,33 @@ def table_of(
         replicas=MappingProxyType(replicas),
         entries=MappingProxyType(entries),
     )
+
+
+def _settled(
+    holdings: Holdings,
+    held: tuple[ReplicaId, ...],
+    version: VersionId,
+    before: TableEntry | None,
+    ready: Collection[ReplicaId],
+) -> TableEntry | None:
+    """What `_entry` makes of a newest version that exactly the planned holders hold, all of them ready: the
+    plan as it is, and the entry before if it said so. Nearly all are so, and looked at after every event."""
+    planned = holdings.plan.holders.get(version, ())
+    if not held or len(planned) != len(held):
+        return None
+    last, total = "", 0.0
+    for one in planned:
+        replica, share = one.replica_id, one.share
+        if replica <= last or replica not in held or replica not in ready or (one.spill and share > 0):
+            return None
+        last = replica
+        total += share
+    if total != 1.0:
+        return None
+    if before is not None and before.version_id == version and before.holders == planned:
+        return before
+    adapter = holdings.adapters[version]
+    return TableEntry(name=adapter.name, version_id=version, rank=adapter.rank, holders=planned)
 
 
 def _entry(
