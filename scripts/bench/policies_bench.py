@@ -5,7 +5,8 @@ rank 128), 25 adapters of ranks 8 to 128, Poisson arrivals, 600 s, by default. A
 in a step: padded_batch, padded_config or sum. Workloads are LoRAServe's: skew (rank 128 four times as
 popular), slide (from that to rank 8), uniform. Every contender gets the same requests, and the same warm-up
 is left out. Rates are shares of the fluid rate, at which all replicas would be busy if ranks never met in a
-batch. With --live the emulated cluster serves such requests instead, see policies_live.py.
+batch. With --live the emulated cluster serves such requests instead, see policies_live.py; with --engine
+vllm replicas that compute, see policies_vllm.py.
 
   runs       per contender, rate and seed: TTFT p50, p95, p99, TBT p95, attainment, bytes moved, mean
              resident bytes, cold misses
@@ -38,6 +39,7 @@ import policies_live
 import policies_ratios as ratios
 import policies_report as report
 import policies_runs as runs
+import policies_vllm
 from policies_cases import Case, Contender, Outcome, Setting, Workload
 
 from loraserve.errors import LoraServeError
@@ -47,6 +49,8 @@ BEYOND = 1.15
 LIVE_RATES = f"{BEYOND}x"
 LIVE_CONTENDERS = f"{cases.OURS},{cases.RIVAL},{cases.EVERYWHERE},everywhere-marginal"
 LIVE_JOBS = 2
+VLLM_CONTENDERS = f"{cases.OURS},{cases.RIVAL},{cases.EVERYWHERE}"
+VLLM_REPLICAS, VLLM_ADAPTERS = 2, 10
 LIVE_RESTART_S = 5.0
 """An emulated replica is back so soon with another `max_lora_rank`."""
 
@@ -121,7 +125,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     made = common.parser("policies", __doc__, quick="shorter, at fewer rates, with one seed")
     made.add_argument("--live", action="store_true", help="on the emulated cluster instead of simulated")
-    made.add_argument("--fleet", default="", metavar="F,...", help=f"of {', '.join(cases.FLEETS)} (all)")
+    made.add_argument(
+        "--engine", choices=("emulated", "vllm"), default="emulated", help="live: replicas (%(default)s)"
+    )
+    made.add_argument(
+        "--profiles",
+        type=Path,
+        metavar="DIR",
+        help="vllm: stock.toml and rank-true.toml, measured if they are not there (OUT/profiles)",
+    )
+    fleets = ", ".join(cases.FLEETS)
+    made.add_argument(
+        "--fleet",
+        default="",
+        metavar="F,...",
+        help=f"of {fleets} (all); vllm: of {', '.join(cases.VLLM_RANKS)}",
+    )
     made.add_argument(
         "--workload", default="", metavar="W,...", help=f"of {', '.join(cases.WORKLOADS)} (all)"
     )
@@ -160,22 +179,30 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def compared(options: argparse.Namespace) -> dict[str, Any]:
     """The comparison, simulated or live: by fleet, then workload."""
-    fleets = _chosen(options.fleet or "padded_batch" * options.live, cases.FLEETS, "--fleet")
+    is_vllm = options.engine == "vllm"
+    known = list(cases.VLLM_RANKS) if is_vllm else cases.FLEETS
+    fleets = _chosen(options.fleet or "padded_batch" * (options.live and not is_vllm), known, "--fleet")
     workloads = _chosen(options.workload or "slide" * options.live, cases.WORKLOADS, "--workload")
-    contenders = cases.available(_names(options.policy or LIVE_CONTENDERS * options.live))
+    usual = VLLM_CONTENDERS if is_vllm else LIVE_CONTENDERS * options.live
+    contenders = cases.available(_names(options.policy or usual))
     seeds = [int(one) for one in _names(options.seeds)][: 1 if options.quick else None]
     made = _setting(options)
     found: dict[str, Any] = {}
     with runs.runner(1 if options.live else options.jobs, _note) as runner, _kept(options) as folder:
         for fleet in fleets:
             setting = replace(made, fleet=fleet)
+            if is_vllm:
+                profile = policies_vllm.profile_file(
+                    setting, options.profiles or folder.parent / "profiles", _note
+                )
+                setting = replace(setting, profile=str(profile.resolve()))
             for name in workloads:
                 workload = cases.WORKLOADS[name]
                 rates = _rates(options, setting, workload, seeds)
                 if options.live:
                     wanted = _grid(setting, workload, contenders, rates, seeds)
                     kept = policies_live.LiveOptions(
-                        jobs=options.jobs or LIVE_JOBS,
+                        jobs=options.jobs or (1 if is_vllm else LIVE_JOBS),
                         attempts=options.attempts,
                         folder=folder,
                         note=_note,
@@ -197,7 +224,7 @@ def _kept(options: argparse.Namespace) -> Iterator[Path]:
         yield options.out / "live"
         return
     with tempfile.TemporaryDirectory(prefix="loraserve-policies-") as name:
-        yield Path(name)
+        yield Path(name) / "live"
 
 
 def _rates(
@@ -220,11 +247,16 @@ def _rates(
 
 def _setting(options: argparse.Namespace) -> Setting:
     duration_s, warmup_s, epoch_s = 600.0, 120.0, 60.0
-    if options.live:
+    plain = Setting()
+    if options.engine == "vllm":
+        duration_s, warmup_s, epoch_s = (15.0, 3.0, 5.0) if options.quick else (40.0, 8.0, 5.0)
+        plain = Setting(replicas=VLLM_REPLICAS, adapters=VLLM_ADAPTERS)
+    elif options.live:
         duration_s, warmup_s, epoch_s = (20.0, 5.0, 5.0) if options.quick else (120.0, 20.0, 5.0)
     elif options.quick:
         duration_s, warmup_s, epoch_s = 200.0, 40.0, 20.0
-    return Setting(
+    return replace(
+        plain,
         duration_s=options.duration or duration_s,
         warmup_s=options.warmup or warmup_s,
         epoch_s=options.epoch or epoch_s,
@@ -259,6 +291,7 @@ def outcomes_in(found: dict[str, Any]) -> list[Outcome]:
 def main() -> int:
     """Compare, print, write."""
     options = parse(sys.argv[1:])
+    options.live = options.live or options.engine == "vllm"
     common.end_in_order_when_told()
     try:
         found = compared(options)

@@ -2,10 +2,13 @@
 simulator."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from loraserve.errors import BadInputError
 from loraserve.profiling.files import find_simulatable
@@ -15,6 +18,7 @@ from loraserve.simulator.run import simulate
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.workload import SimulatedWorkload
 from placement.demand import DEFAULT_FORECASTER, FORECASTERS
+from placement.latency import StepCost
 from placement.policies import POLICIES
 from placement.profile import Profile
 from placement.routing.chooser import ROUTING_POLICIES
@@ -75,6 +79,16 @@ PLANNED = "_planned"
 FLEETS = ("padded_batch", f"padded_config{PLANNED}", "padded_config", "sum")
 """What an adapter's rank costs in a step, see `placement.latency.RankKernel`; under `padded_config` every
 replica is set to rank 128, or plans choose each one's setting, and replicas restart to it."""
+VLLM_RANKS: Mapping[str, tuple[int, ...]] = {
+    "vllm_mixed": (128, 16),
+    "vllm_uniform": (128, 128),
+    "vllm_rank_true": (128, 128),
+}
+"""Fleets of real replicas, by each one's `max_lora_rank`, see policies_vllm."""
+VLLM_LENGTHS = (32.0, 24.0)
+"""Mean tokens of a prompt and of an output there."""
+_LENGTHS = (369.0, 106.0)
+"""What a workload's requests have on average by themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +112,34 @@ class Setting:
 
     @property
     def kernel(self) -> str:
-        """What ranks cost in a step."""
-        return self.fleet.removesuffix(PLANNED)
+        """What ranks cost in a step; '' is what the profile says."""
+        return "" if self.is_vllm else self.fleet.removesuffix(PLANNED)
+
+    @property
+    def is_vllm(self) -> bool:
+        """Whether its replicas run vLLM."""
+        return self.fleet in VLLM_RANKS
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether plans choose each replica's `max_lora_rank`."""
+        return self.fleet.endswith(PLANNED)
+
+    @property
+    def is_arranged(self) -> bool:
+        """Whether replicas are set otherwise than one another before a run, and stay so."""
+        return len(set(VLLM_RANKS.get(self.fleet, ()))) > 1
+
+    @property
+    def lora_execution(self) -> str:
+        """How vLLM computes adapters."""
+        return "rank-true" if self.fleet == "vllm_rank_true" else "stock"
 
     @property
     def slo(self) -> Slo:
         """The targets at this speed."""
+        if self.is_vllm:
+            return Slo(ttft_ms=4000.0, tbt_ms=600.0)
         return Slo(ttft_ms=2000.0 / self.speed, tbt_ms=150.0 / self.speed)
 
 
@@ -170,7 +206,10 @@ def available(names: Iterable[str] = ()) -> tuple[Contender, ...]:
 def fluid_rate_per_s(setting: Setting, workload: Workload) -> float:
     """Requests per second that would keep every replica exactly busy if ranks never met in a batch: an
     upper bound for fleets that pad a batch, used to lay out rates."""
-    trace = draw(workload, 10.0, 0, 200.0, setting.adapters)
+    typical = replace(setting, duration_s=200.0)
+    trace = requests(
+        Case(contender=CONTENDERS[0], workload=workload, rate_per_s=10.0, seed=0, setting=typical)
+    )
     profile = find_simulatable(setting.profile)
     ranks = [adapter.rank or 0 for adapter in trace.adapters]
     padded = setting.fleet == "padded_config"
@@ -195,10 +234,31 @@ def draw(workload: Workload, rate_per_s: float, seed: int, duration_s: float, ad
     ).draw(seed)
 
 
+def requests(case: Case) -> TraceColumns:
+    """The requests of a run; short ones for real replicas."""
+    setting = case.setting
+    trace = draw(case.workload, case.rate_per_s, case.seed, setting.duration_s, setting.adapters)
+    if not setting.is_vllm:
+        return trace
+    (prompt, output), (own_prompt, own_output) = VLLM_LENGTHS, _LENGTHS
+    return replace(
+        trace,
+        prompt_tokens=_scaled(trace.prompt_tokens, prompt / own_prompt),
+        output_tokens=_scaled(trace.output_tokens, output / own_output),
+        hash_offsets=None,
+        hash_ids=None,
+    )
+
+
+def _scaled(tokens: NDArray[np.int32], factor: float) -> NDArray[np.int32]:
+    scaled: NDArray[np.int32] = np.maximum(1, np.rint(tokens * factor)).astype(np.int32)
+    return scaled
+
+
 def scenario(case: Case) -> Scenario:
     """What the simulator is to run."""
     setting = case.setting
-    trace = draw(case.workload, case.rate_per_s, case.seed, setting.duration_s, setting.adapters)
+    trace = requests(case)
     options = ClusterOptions(
         num_replicas=setting.replicas,
         policy=case.contender.policy,
@@ -210,10 +270,26 @@ def scenario(case: Case) -> Scenario:
         forecast=case.contender.forecast,
         speed=setting.speed,
         pool_bytes=setting.pool_bytes or None,
-        max_lora_ranks="planned" if setting.fleet.endswith(PLANNED) else "fixed",
+        max_lora_ranks="planned" if setting.is_planned else "fixed",
         restart_s=setting.restart_s,
     )
-    return scenario_of(profile_of(setting), trace, options, seed=case.seed)
+    made = scenario_of(profile_of(setting), trace, options, seed=case.seed)
+    return _as_set(made, VLLM_RANKS[setting.fleet]) if setting.is_vllm else made
+
+
+def _as_set(made: Scenario, max_lora_ranks: Sequence[int]) -> Scenario:
+    """With each replica's `max_lora_rank`; where steps are charged for it, with its cost."""
+    (known,) = made.profiles.values()
+    assert known.latency is not None, "it is simulated by it"
+    replicas = tuple(
+        replace(
+            setup,
+            spec=replace(setup.spec, max_lora_rank=rank),
+            cost=StepCost.of(replace(known.latency, max_lora_rank=rank), 1.0),
+        )
+        for setup, rank in zip(made.replicas, max_lora_ranks, strict=True)
+    )
+    return replace(made, replicas=replicas)
 
 
 def run_case(case: Case) -> Outcome:
@@ -287,7 +363,7 @@ def case_of(tree: Mapping[str, Any]) -> Case:
 
 def _kernel(setting: Setting) -> str | None:
     own = profile_of(setting).latency
-    return None if own is not None and own.kernel == setting.kernel else setting.kernel
+    return None if own is not None and setting.kernel in ("", own.kernel) else setting.kernel
 
 
 def profile_of(setting: Setting) -> Profile:

@@ -1,5 +1,5 @@
-"""The comparison on live clusters: Ray, controller, router and replicas, which the emulated engine has sleep
-for each step.
+"""The comparison on live clusters: Ray, controller, router and replicas, which sleep for each step (the
+emulated engine) or compute (vLLM on the CPU, see policies_vllm).
 
 Every run has a cluster of its own, started fresh with the contender's placement, routing and forecast, and
 is sent the same requests at their times; the simulator runs them too, under the same settings. As many runs
@@ -8,8 +8,8 @@ falls into another one's run. Each result is written when its run ends, under --
 and with the same --out again what is there is not run again.
 
 A run is void if the client sent requests late (pacing error above 0.5 % of the TTFT target at the 99th
-percentile: 10 ms at --speed 1), or if decoding took 5 % longer than the engine was to sleep; it is made once
-more, or as often as --attempts says.
+percentile: 10 ms at --speed 1), if decoding took 5 % longer than the engine was to sleep, or if beside vLLM
+other programs took more than a tenth of the machine; it is made once more, or as often as --attempts says.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from typing import Any
 
 import policies_cases as cases
 import policies_ratios as ratios
+import policies_vllm as vllm
 from policies_cases import Case, Outcome, Setting
 from policies_live_run import Spec
 
@@ -36,6 +37,8 @@ WORKER = Path(__file__).with_name("policies_live_run.py")
 PACING_SHARE = 0.005
 """Of the TTFT target: so late may a hundredth of the requests be sent."""
 STEP_FACTOR = 1.05
+MAX_OTHERS = 0.1
+"""Of the machine: what computes is slowed down by other programs."""
 POLL_S = 0.1
 END_S = 60.0
 TAIL_LINES = 8
@@ -117,7 +120,11 @@ class _Field:
         self._folder = folder
         self._setting = setting
         self._options = options
-        self._model = build_samples(cache_dir() / "samples").model
+        self._model = (
+            vllm.build_model(folder / "model")
+            if setting.is_vllm
+            else build_samples(cache_dir() / "samples").model
+        )
         self._adapters: dict[tuple[str, int], Path] = {}
 
     def measure(self, wanted: Sequence[Case]) -> None:
@@ -173,8 +180,7 @@ class _Field:
         return f"{_name(spec.case)} failed: {' / '.join(lines)}"
 
     def _spec(self, case: Case, folder: Path, name: str) -> Spec:
-        setting = case.setting
-        trace = cases.draw(case.workload, case.rate_per_s, case.seed, setting.duration_s, setting.adapters)
+        trace = cases.requests(case)
         result = self._path(case)
         result.parent.mkdir(parents=True, exist_ok=True)
         return Spec(
@@ -230,8 +236,10 @@ def _measured(setting: Setting, tree: dict[str, Any]) -> Measured:
     reasons = []
     if tree["pacing_p99_ms"] > limit_ms:
         reasons.append(f"requests were sent late by {tree['pacing_p99_ms']:.1f} ms, above {limit_ms:g} ms")
-    if factor is not None and factor > STEP_FACTOR:
+    if factor is not None and factor > STEP_FACTOR and not setting.is_vllm:
         reasons.append(f"decoding took {factor:.3f} times as long as it should, above {STEP_FACTOR:g}")
+    if setting.is_vllm and tree["others"] > MAX_OTHERS:
+        reasons.append(f"other programs took {tree['others']:.0%} of the machine, above {MAX_OTHERS:.0%}")
     return Measured(
         outcome=outcome,
         pacing_p99_ms=tree["pacing_p99_ms"],

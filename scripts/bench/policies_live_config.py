@@ -1,10 +1,12 @@
 """The configuration of the cluster that a live run is made on, as TOML with {cluster} for its name."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import policies_cases as cases
+import policies_vllm as vllm
 from policies_cases import Case
 
 from loraserve.profiling.files import find_simulatable, write_profile
@@ -20,6 +22,7 @@ name = "{{cluster}}"
 replicas = {replicas}
 [model]
 path = "{model}"
+dtype = "{dtype}"
 [placement]
 policy = "{policy}"
 profile = "{profile}"
@@ -58,6 +61,23 @@ speed = {speed}
 """
 
 
+def config_of(case: Case, model: Path, adapters: Mapping[str, Path], folder: Path) -> str:
+    """The configuration of this run's cluster; files that it names are written into `folder`."""
+    return (vllm_config if case.setting.is_vllm else emulated_config)(case, model, adapters, folder)
+
+
+def vllm_config(case: Case, model: Path, _adapters: Mapping[str, Path], folder: Path) -> str:
+    """A cluster of real replicas, all set to the highest rank; `policies_vllm.arrange` may change that."""
+    keys = vllm.engine_of(case.setting, model)
+    engine = [
+        f"{name.removeprefix('engine.')} = {_toml(value)}"
+        for name, value in keys.items()
+        if name.startswith("engine.")
+    ]
+    cluster = _cluster_part(case, model, cases.profile_of(case.setting), folder, dtype=keys["model.dtype"])
+    return "\n".join([cluster, "[engine]", *engine, ""])
+
+
 def emulated_config(case: Case, model: Path, adapters: Mapping[str, Path], folder: Path) -> str:
     """A cluster of emulated replicas; the profile that its policies plan by is written into `folder`."""
     setting = case.setting
@@ -88,17 +108,18 @@ def emulated_config(case: Case, model: Path, adapters: Mapping[str, Path], folde
     )
 
 
-def _cluster_part(case: Case, model: Path, known: Profile, folder: Path) -> str:
+def _cluster_part(case: Case, model: Path, known: Profile, folder: Path, dtype: str = "auto") -> str:
     setting = case.setting
     profile = folder / f"{known.name}.toml"
     write_profile(profile, known)
     return _CLUSTER.format(
         replicas=setting.replicas,
         model=model,
+        dtype=dtype,
         policy=case.contender.policy,
         profile=profile,
-        max_lora_ranks="planned" if setting.fleet.endswith(cases.PLANNED) else "fixed",
-        restart_s=setting.restart_s,
+        max_lora_ranks="planned" if setting.is_planned or setting.is_arranged else "fixed",
+        restart_s=vllm.NEVER_S if setting.is_arranged else setting.restart_s,
         epoch_s=setting.epoch_s,
         window_s=setting.window_s or setting.epoch_s,
         history_s=5 * setting.epoch_s,
@@ -106,6 +127,12 @@ def _cluster_part(case: Case, model: Path, known: Profile, folder: Path) -> str:
         routers=setting.routers,
         routing=case.contender.routing,
     )
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _bytes_of(folder: Path) -> int:

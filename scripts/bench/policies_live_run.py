@@ -22,6 +22,7 @@ from typing import Any
 import bench_common as common
 import policies_cases as cases
 import policies_live_config as configs
+import policies_vllm as vllm
 from policies_cases import Case
 
 from loraserve.client import Client
@@ -112,12 +113,18 @@ class Spec:
 async def measure(spec: Spec, folder: Path) -> dict[str, Any]:
     """The run, from the cluster's start to its end."""
     case, setting = spec.case, spec.case.setting
-    trace = cases.draw(case.workload, case.rate_per_s, case.seed, setting.duration_s, setting.adapters)
-    config = configs.emulated_config(case, spec.model, spec.adapters, folder)
+    trace = cases.requests(case)
+    if setting.is_vllm:
+        vllm.use_one_thread()
+    config = configs.config_of(case, spec.model, spec.adapters, folder)
     began_s = time.monotonic()
     with common.cluster("policies", config) as (running, _):
+        if setting.is_arranged:
+            await vllm.arrange(running.router_addresses, cases.VLLM_RANKS[setting.fleet])
         cluster = _live_cluster(running, case)
         await cluster.register({one.name: spec.adapters[one.name] for one in trace.adapters})
+        if setting.is_vllm:
+            vllm.yield_processors(running.run_id)
         _pass_gate(spec)
         ready_s = time.monotonic()
         seen = Seen(bytes_per_rank=cases.profile_of(setting).adapter_bytes_per_rank)
@@ -174,7 +181,7 @@ def _told(case: Case, done: LiveRun, seen: Seen) -> dict[str, Any]:
 def _model(case: Case) -> LatencyModel | None:
     """What steps take by the model; None where it is another one on each replica."""
     (known,) = cases.scenario(case).profiles.values()
-    return None if case.setting.fleet.endswith(cases.PLANNED) else known.latency
+    return None if case.setting.is_planned or case.setting.is_arranged else known.latency
 
 
 def main() -> None:
