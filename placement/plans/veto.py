@@ -2,7 +2,7 @@
 
 import math
 
-from placement.types import SHARE_TOLERANCE, AdapterVersion, Holder, Placement, ReplicaSpec, Snapshot
+from placement.types import SHARE_TOLERANCE, Holder, Placement, Snapshot
 
 
 def veto(snapshot: Snapshot, plan: Placement) -> str | None:
@@ -15,39 +15,44 @@ def veto(snapshot: Snapshot, plan: Placement) -> str | None:
     specs = {spec.replica_id: spec for spec in snapshot.replicas}
     num_held = dict.fromkeys(specs, 0)
     held_bytes = dict.fromkeys(specs, 0)
+    takes = {
+        key: min(spec.max_lora_rank, plan.max_lora_ranks.get(key, spec.max_lora_rank))
+        for key, spec in specs.items()
+    }
+    # Many adapters may share one tuple of holders.
+    flaws: dict[int, str | None] = {}
     for version, holders in plan.holders.items():
         adapter = adapters.get(version)
         if adapter is None:
             return f"it places {version}, which is not registered"
         for holder in holders:
-            spec = specs.get(holder.replica_id)
-            if spec is None:
-                return f"it places {version} on {holder.replica_id}, which is not ready"
-            if (reason := _too_high(plan, adapter, spec)) is not None:
-                return reason
-            num_held[holder.replica_id] += 1
-            held_bytes[holder.replica_id] += adapter.size_bytes
-        if (reason := _bad_holders(holders)) is not None:
+            replica = holder.replica_id
+            if replica not in specs:
+                return f"it places {version} on {replica}, which is not ready"
+            if adapter.rank > takes[replica]:
+                return (
+                    f"it places {version} of rank {adapter.rank} on {replica}, which takes {takes[replica]}"
+                )
+            num_held[replica] += 1
+            held_bytes[replica] += adapter.size_bytes
+        if id(holders) not in flaws:
+            flaws[id(holders)] = _bad_holders(holders)
+        if (reason := flaws[id(holders)]) is not None:
             return f"{version}: {reason}"
     for replica, spec in specs.items():
         if num_held[replica] > spec.pool_adapters:
             return f"it places {num_held[replica]} adapters on {replica}, which holds {spec.pool_adapters}"
         if held_bytes[replica] > spec.pool_bytes:
             return f"it places {held_bytes[replica]} bytes on {replica}, whose pool has {spec.pool_bytes}"
+    return _dropped(plan, snapshot) or _bad_ranks(plan, snapshot)
+
+
+def _dropped(plan: Placement, snapshot: Snapshot) -> str | None:
+    known = {spec.replica_id for spec in snapshot.replicas}
     for adapter in snapshot.adapters:
         version = adapter.version_id
-        if version in plan.holders:
-            continue
-        if not snapshot.current.replicas_of(version).isdisjoint(specs):
+        if version not in plan.holders and not snapshot.current.replicas_of(version).isdisjoint(known):
             return f"it drops the last copy of {version}"
-    return _bad_ranks(plan, snapshot)
-
-
-def _too_high(plan: Placement, adapter: AdapterVersion, spec: ReplicaSpec) -> str | None:
-    replica = spec.replica_id
-    takes = min(spec.max_lora_rank, plan.max_lora_ranks.get(replica, spec.max_lora_rank))
-    if adapter.rank > takes:
-        return f"it places {adapter.version_id} of rank {adapter.rank} on {replica}, which takes {takes}"
     return None
 
 
