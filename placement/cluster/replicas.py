@@ -27,7 +27,9 @@ def ready(record: ReplicaRecord, event: ReplicaReady, adapters: _Adapters) -> li
         version: Copy(CopyPhase.HELD, _size_bytes(adapters, version)) for version in sorted(event.resident)
     }
     record.refused.clear()
-    return _resume(record, event, adapters) + cluster_drain.ready(record, is_draining=event.draining)
+    commands = _resume(record, event, adapters)
+    _reserve_for_strays(record, event.spec.pool_bytes, adapters)
+    return commands + cluster_drain.ready(record, is_draining=event.draining)
 
 
 def _resume(record: ReplicaRecord, event: ReplicaReady, adapters: _Adapters) -> list[Command]:
@@ -86,6 +88,15 @@ def epoch_elapsed(records: Iterable[ReplicaRecord]) -> list[Command]:
 
 
 def _size_bytes(adapters: _Adapters, version: VersionId) -> int:
-    """What is registered; nothing for a stray version, which is dropped at once."""
+    """What is registered, see `_reserve_for_strays` for the others."""
     adapter = adapters.get(version)
     return adapter.size_bytes if adapter is not None else 0
+
+
+def _reserve_for_strays(record: ReplicaRecord, pool_bytes: int, adapters: _Adapters) -> None:
+    """Copies of versions that nobody knows any more, dropped at once, may be of any size: until the last one
+    has gone nothing is loaded in place of them."""
+    strays = [copy for version, copy in record.copies.items() if version not in adapters]
+    free_bytes = max(0, pool_bytes - sum(copy.size_bytes for copy in record.copies.values()))
+    for copy in strays:
+        copy.size_bytes, free_bytes = free_bytes, 0

@@ -11,10 +11,11 @@ import pytest
 
 from loraserve.clock import WallClock
 from loraserve.config import Config
-from loraserve.controller import drains, plans
+from loraserve.controller import drains, plans, terms
 from loraserve.controller.controller import Checkpoint, Controller
 from loraserve.engines.base import EngineInfo
 from loraserve.errors import AdapterRejectedError, AlreadyExistsError, NotFoundError, WorkFailedError
+from loraserve.rpc.v1 import management_pb2
 from loraserve.samples import SampleSet
 from placement.cluster import messages
 from placement.cluster.invariants import check_cluster
@@ -103,6 +104,7 @@ class Scenario:
         return [
             lambda: self.register("a", "rank-8"),
             lambda: self.register("b", "rank-8"),
+            self.weigh,
             lambda: self.register("a", "rank-16"),
             self.refused,
             lambda: self.remove("b"),
@@ -119,6 +121,10 @@ class Scenario:
         self.acknowledged.pop(name, None)
         path = str(self.samples.adapters[source])
         self.acknowledged[name] = await self.controller.register(name, path, replace=True)
+
+    async def weigh(self) -> None:
+        wanted = management_pb2.AdapterTerms(weight=2.0, slo_ttft_ms=500.0)
+        terms.set_terms(self.controller, management_pb2.SetAdapterRequest(name="a", terms=wanted))
 
     async def refused(self) -> None:
         try:
@@ -288,6 +294,7 @@ async def test_whatever_it_dies_in_the_next_controller_goes_on(
     published = killer.published + versions
     assert published == sorted(set(published)), "table versions only grow"
     assert set(controller.state.active) == {"a"}
+    assert controller.state.terms[AdapterName("a")].weight == 2.0, "for the version after, too"
     assert len(controller.state.table.replicas) == 3
     assert len(controller.library.contents()) >= 1
     for link in scenario.setup.fleet.links.values():
