@@ -52,8 +52,8 @@ class EngineLoad:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotMemory:
     """What the slots of a worker hold: how many adapters are active, the bytes allocated, those of them that
-    the adapters' true ranks fill, and what all slots take where each is padded to the highest rank. All 0:
-    not known."""
+    the adapters' true ranks fill, and what all slots take where each is padded to the highest rank. Bytes of
+    0: not known."""
 
     active: int = 0
     allocated_bytes: int = 0

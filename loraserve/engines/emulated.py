@@ -207,8 +207,8 @@ class EmulatedEngine:
         )
 
     def slot_memory(self) -> SlotMemory:
-        """Not modelled."""
-        return SlotMemory()
+        """How many adapters have a slot; their memory is not modelled."""
+        return SlotMemory(active=self._replica.gate.num_in_slots)
 
     async def check(self) -> None:
         """EngineDeadError if the loop task is gone."""

@@ -67,6 +67,11 @@ class AdapterGate:
         """When the next adapter becomes active, None if none is on its way."""
         return self._landing[0][0] if self._landing else None
 
+    @property
+    def num_in_slots(self) -> int:
+        """How many versions have a slot."""
+        return len(self._table.snapshot().slots)
+
     def is_active(self, version: VersionId) -> bool:
         """Whether a request for the version would pass at once."""
         return self._table.phase(version) is SlotPhase.ACTIVE

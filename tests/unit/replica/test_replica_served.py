@@ -142,6 +142,7 @@ async def test_a_request_misses_when_its_adapter_has_no_slot_or_its_router_knew_
         A: ServiceTotals(requests=4, in_slo=3, cold_misses=3),
         B: ServiceTotals(requests=1, in_slo=1, cold_misses=1),
     }
+    assert (await bench.server.report()).slots.active == 1
 
 
 async def test_a_request_that_waits_for_a_slot_misses_once(make_bench: MakeBench) -> None:
