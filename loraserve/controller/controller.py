@@ -310,8 +310,7 @@ class Controller:
         self._step([event], lambda: self.state.handle(event))
 
     def answered(self, answer: messages.Answer) -> None:
-        """Take in a replica's answer to a load or drop, with what is here already and before any other event:
-        what follows from many takes no longer to find."""
+        """Take in an answer to a load or drop, with what waits already and before any other event."""
         self._waiting.append(answer)
         if len(self._waiting) == 1:
             self.keeper.spawn(self._waiting_are_here())

@@ -41,8 +41,7 @@ from placement.types import (
 
 
 class ClusterState:
-    """One door: `handle(event) -> commands`, and `handle_many` for many at once. Commands are to be
-    executed in their order."""
+    """One door: `handle(event) -> commands`, `handle_many` for many at once; commands are to run in order."""
 
     def __init__(
         self,
