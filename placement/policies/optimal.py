@@ -7,7 +7,7 @@ cheap (`placement.pooling.spilling`). The present placement is kept for as long 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -29,18 +29,13 @@ from placement.pooling.present import (
 )
 from placement.pooling.spilling import Layout
 from placement.pooling.tiers import Tiers, flows, neighbours, size_tiers, utilisation_of
-from placement.types import Holder, Placement, Snapshot
+from placement.types import Placement, Snapshot
 
 GOOD_ENOUGH = 1.05
 """A placement is kept while its utilisation is within this factor of the best that there is."""
 
 CALM = 0.5
 """Below this utilisation requests hardly wait, so that no move is worth its bytes."""
-
-SOFT_BELOW, STRICT_ABOVE = 1.25, 1.35
-"""Copies outside their tier are marked as spill below the first utilisation, not above the second, between
-them as they were. Operating points are those of the highest rank alone, and batches without it are cheaper,
-so replicas take more than a plan says: simulated, spill helped up to about 1.25 and was no matter beyond."""
 
 CLOSE, NEAR = 1.02, 1.05
 """A placement so near to the smallest utilisation is not searched further, nor, for more than `FEW`
@@ -68,7 +63,7 @@ BETTER = 0.97
 
 @dataclass(frozen=True, slots=True)
 class Optimal:
-    """Tiers by capacity, pools by memory, spill by load, and hysteresis; see the module.
+    """Tiers by capacity, pools by memory, spill, and hysteresis; see the module.
 
     Unless it `keeps` what there is, every plan is made from scratch, whatever that moves: what hysteresis is
     to be measured against.
@@ -96,7 +91,7 @@ class Optimal:
             if is_valid and not _is_better(fleet, found, present):
                 break
             plan, present, is_valid = tried, found, True
-        return _marked(plan, fleet, present)
+        return _marked(plan, present)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +226,7 @@ def _built(fleet: Fleet, sized: Tiers, present: Present | None, usable: Floats) 
         ring, unplaced = pack(fleet, tier, pools, slack)
         rings.append(ring)
         left += unplaced
-    return Layout(fleet, rings, tier_of, soft=sized.utilisation < SOFT_BELOW).placement(left)
+    return Layout(fleet, rings, tier_of).placement(left)
 
 
 def _tiers(fleet: Fleet, counts: Ints, present: Present | None) -> Ints:
@@ -271,17 +266,12 @@ def _pools(present: Present) -> list[Pool | None]:
     return [served[group] for group in present.of_adapter.tolist()]
 
 
-def _marked(plan: Placement, fleet: Fleet, present: Present) -> Placement:
-    """The plan with its copies without a share marked as spill, or not, by how full the cluster is."""
-    utilisation = utilisation_of_shares(fleet, present)
-    soft = utilisation < STRICT_ABOVE if present.spills else utilisation < SOFT_BELOW
-    if all(spill == (soft and share == 0) for group in present.groups for _, share, spill in group):
+def _marked(plan: Placement, present: Present) -> Placement:
+    """The plan with all copies without a share marked as spill, also those that another policy made."""
+    if all(spill == (share == 0) for group in present.groups for _, share, spill in group):
         return plan
     made = {
-        key: tuple(
-            Holder(replica_id=one.replica_id, share=one.share, spill=soft and one.share == 0) for one in own
-        )
-        for key, own in {id(own): own for own in plan.holders.values()}.items()
+        id(own): tuple(replace(one, spill=one.share == 0) for one in own) for own in plan.holders.values()
     }
     holders = {version: made[id(own)] for version, own in plan.holders.items()}
     return Placement(MappingProxyType(holders), plan.max_lora_ranks)

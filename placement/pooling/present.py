@@ -32,11 +32,6 @@ class Present:
         single = np.array([len(group) == 1 for group in self.groups], dtype=bool)
         return int(np.count_nonzero(single[self.of_adapter[self.of_adapter >= 0]])) if len(single) else 0
 
-    @property
-    def spills(self) -> bool:
-        """Whether any holder is marked to take what would wait elsewhere."""
-        return any(spill for group in self.groups for _, _, spill in group)
-
 
 def present_of(fleet: Fleet, placement: Placement) -> Present:
     """The placement on the fleet; holders that are not of the fleet are left out."""

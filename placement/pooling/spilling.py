@@ -14,13 +14,26 @@ UP, DOWN = 2, 1
 """How many replicas of higher and of lower tiers a pool's adapters may spill to. Upwards costs few bytes,
 since low ranks are small, and no padding; downwards both."""
 
+HOLDERS = 4
+"""Where that makes fewer holders there are more: while popularity moves from rank to rank plans lag behind,
+and what helps then is to choose among many."""
+
+FEWEST = 3
+"""So many holders an adapter has to have before one is left out."""
+
+LEFT_OUT = 0.1
+"""So much of the highest tier, by bytes, has no copy on the last replica downwards, the coldest adapters:
+their bytes are the most, and their requests the dearest there."""
+
 
 class Layout:
-    """The rings of all tiers while copies outside of their pools are added; with `soft` they are spill."""
+    """The rings of all tiers while copies outside of their pools are added, as spill.
 
-    def __init__(self, fleet: Fleet, rings: Sequence[Ring], tier_of: Ints, *, soft: bool) -> None:
+    Also where the cluster is overfull: strict tiers are for routing that cannot tell what a request costs.
+    """
+
+    def __init__(self, fleet: Fleet, rings: Sequence[Ring], tier_of: Ints) -> None:
         self._fleet = fleet
-        self._soft = soft
         self._rings = list(rings)
         self._tier_of = tier_of
         self._bytes = np.array([float(spec.pool_bytes) for spec in fleet.replicas])
@@ -81,10 +94,13 @@ class Layout:
     def _spill(self) -> None:
         """Copies outside the tier, the most work per byte first: upwards, then downwards."""
         fleet = self._fleet
+        last: tuple[Ring, int] | None = None
         for ring in sorted(self._rings, key=lambda ring: -ring.tier):
             targets = self._targets(ring)
             if not targets or not ring.pools:
                 continue
+            if last is None and self._tier_of[targets[-1]] < ring.tier:
+                last = ring, targets[-1]
             if self._all_spilt(targets, ring):
                 continue
             adapters = np.array(sorted(ring.pools), dtype=np.int64)
@@ -93,6 +109,22 @@ class Layout:
             ordered = adapters[order].tolist()
             for place in targets:
                 self._spill_to(place, ordered, float(size.min()))
+        if last is not None:
+            self._leave_out(*last)
+
+    def _leave_out(self, ring: Ring, place: int) -> None:
+        """Some of the ring's copies there, the coldest, if all adapters have one. Demand that is nearly
+        alike is taken for equal, so that not every forecast makes another choice."""
+        fleet = self._fleet
+        if not all(place in (held := self._held(one)) and len(held) >= FEWEST for one in ring.pools):
+            return
+        adapters = np.array(sorted(ring.pools), dtype=np.int64)
+        size = fleet.size_bytes[adapters]
+        density = np.round(np.log2(np.maximum(fleet.work[adapters], 1e-300) / np.maximum(size, 1.0)) / 2)
+        order = np.lexsort((adapters, density))
+        number = int(np.searchsorted(np.cumsum(size[order]), LEFT_OUT * float(size.sum()))) + 1
+        for adapter in adapters[order[:number]].tolist():
+            self._extra[adapter] = tuple(one for one in self._extra.get(adapter, ()) if one != place)
 
     def _targets(self, ring: Ring) -> list[int]:
         fleet, tiers = self._fleet, self._tier_of
@@ -101,15 +133,10 @@ class Layout:
             return []
         able = fleet.capacity[fleet.kind, ring.tier] > 0
         targets: list[int] = []
-        for side, most in (
-            (np.flatnonzero(able & (tiers > ring.tier)), UP),
-            (
-                np.flatnonzero(able & (tiers < ring.tier)),
-                DOWN,
-            ),
-        ):
-            order = np.lexsort((side, -self._bytes[side], np.abs(tiers[side] - ring.tier)))
-            targets += side[order[:most]].tolist()
+        for side, most in ((able & (tiers > ring.tier), UP), (able & (tiers < ring.tier), DOWN)):
+            places = np.flatnonzero(side)
+            order = np.lexsort((places, -self._bytes[places], np.abs(tiers[places] - ring.tier)))
+            targets += places[order[: max(most, HOLDERS - len(ring.members) - len(targets))]].tolist()
         return targets
 
     def _all_spilt(self, targets: list[int], ring: Ring) -> bool:
@@ -186,14 +213,14 @@ class Layout:
         return shares
 
     def _tuple(self, shares: dict[int, float], extra: Pool) -> tuple[Holder, ...]:
-        replicas, soft = self._fleet.replicas, self._soft
+        replicas = self._fleet.replicas
         found = shares | dict.fromkeys([place for place in extra if place not in shares], 0.0)
         return tuple(
             [
                 Holder(
                     replica_id=replicas[place].replica_id,
                     share=found[place],
-                    spill=soft and found[place] == 0,
+                    spill=found[place] == 0,
                 )
                 for place in sorted(found)
             ]

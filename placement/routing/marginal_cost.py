@@ -15,9 +15,9 @@ from placement.routing.simple import LeastOutstanding
 from placement.routing.view import LoadView, OwnRequests, Picked, RouteRequest, Target
 from placement.types import Holder, ReplicaId, VersionId
 
-SPILL_PENALTY = 1.1
+SPILL_PENALTY = 1.02
 """How many times its estimate a holder without a share costs: the plan knows what the estimate does not,
-that those of its own tier are yet to come."""
+that those of its own tier are yet to come. More makes routers wait for plans while popularity moves."""
 
 MAX_LOOKS = 12
 """So many holders are looked at for one request. More would take longer than they are worth: the best of a

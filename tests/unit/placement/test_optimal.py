@@ -103,15 +103,29 @@ def test_ranks_are_kept_apart_where_batches_are_padded() -> None:
     assert len(set(_highest_served(snapshot, _plan(snapshot)).values())) > 1
 
 
-def test_spill_is_marked_until_the_cluster_is_overfull() -> None:
-    def spills(load: float, current: Placement) -> bool:
-        plan = _plan(replace(replace(SMALL, load=load).snapshot(), current=current))
-        return any(holder.spill for holders in plan.holders.values() for holder in holders)
+@pytest.mark.parametrize("load", [0.5, 1.6])
+def test_where_memory_is_free_nearly_all_help_and_the_dearest_copies_are_left_out(load: float) -> None:
+    snapshot = replace(SMALL, load=load).snapshot()
+    plan, everyone = _plan(snapshot), {spec.replica_id for spec in snapshot.replicas}
+    rank = {adapter.version_id: adapter.rank for adapter in snapshot.adapters}
+    fewer = [rank[version] for version in plan.holders if plan.replicas_of(version) != everyone]
+    assert fewer == [128]
+    assert _all_help(plan)
 
-    calm = _plan(replace(SMALL, load=0.5).snapshot())
-    assert spills(0.5, Placement())
-    assert not spills(1.6, Placement())
-    assert not spills(1.6, calm)
+
+def test_copies_that_another_policy_kept_for_the_worst_help_from_now_on() -> None:
+    snapshot = SMALL.snapshot()
+    plan = _plan(snapshot)
+    strict = {
+        version: tuple(replace(holder, spill=False) for holder in holders)
+        for version, holders in plan.holders.items()
+    }
+    assert not _all_help(Placement(strict))
+    assert _plan(replace(snapshot, current=Placement(strict))) == plan
+
+
+def _all_help(plan: Placement) -> bool:
+    return all(one.spill == (one.share == 0) for holders in plan.holders.values() for one in holders)
 
 
 def test_what_a_leaving_replica_held_goes_to_those_that_stay() -> None:
