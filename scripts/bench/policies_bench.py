@@ -51,6 +51,8 @@ LIVE_CONTENDERS = f"{cases.OURS},{cases.RIVAL},{cases.EVERYWHERE},everywhere-mar
 LIVE_JOBS = 2
 VLLM_CONTENDERS = f"{cases.OURS},{cases.RIVAL},{cases.EVERYWHERE}"
 VLLM_REPLICAS, VLLM_ADAPTERS = 2, 10
+VLLM_RATES = "0.8x"
+"""Router and client take processors from the engines, which the simulator does not know of."""
 LIVE_RESTART_S = 5.0
 """An emulated replica is back so soon with another `max_lora_rank`."""
 
@@ -150,7 +152,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default="",
         metavar="R,...",
         help="requests/s, or such as 0.9x, of loraserve's highest rate in the simulator (shares of the fluid"
-        f" rate; live {LIVE_RATES})",
+        f" rate; live {LIVE_RATES}, vllm {VLLM_RATES})",
     )
     made.add_argument("--seeds", default="0,1,2", metavar="N,...", help="(%(default)s)")
     made.add_argument("--duration", type=common.seconds, metavar="S", help="of a run (600, live 120)")
@@ -231,7 +233,8 @@ def _rates(
     options: argparse.Namespace, setting: Setting, workload: Workload, seeds: Sequence[int]
 ) -> list[float]:
     fluid = cases.fluid_rate_per_s(setting, workload)
-    asked = _names(options.rates or LIVE_RATES * options.live)
+    usual = VLLM_RATES if options.engine == "vllm" else LIVE_RATES * options.live
+    asked = _names(options.rates or usual)
     if not asked:
         shares = SHARES[:: len(SHARES) // 2] if options.quick else SHARES
         return [round(share * fluid, 1) for share in shares]

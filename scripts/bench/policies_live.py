@@ -109,6 +109,22 @@ def live(setting: Setting, wanted: Sequence[Case], options: LiveOptions) -> dict
     }
 
 
+def result_path(case: Case, folder: Path) -> Path:
+    """Where this case's result is kept."""
+    digest = hashlib.sha256(json.dumps(cases.case_tree(case)).encode()).hexdigest()
+    name = _name(case).replace("/", "_").replace(" ", "-")
+    return folder / f"{name}-{digest[:8]}.json"
+
+
+def read_result(case: Case, folder: Path) -> Measured | None:
+    """What was kept of this very case; None if nothing, or nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        tree = json.loads(result_path(case, folder).read_text(encoding="utf-8"))
+        if cases.case_of(tree["case"]) == case:
+            return _measured(case.setting, tree)
+    return None
+
+
 def _highest_rate(runs: Sequence[Outcome]) -> float:
     return max((one.rate_per_s for one in runs), default=0.0)
 
@@ -145,16 +161,7 @@ class _Field:
 
     def result(self, case: Case) -> Measured | None:
         """What came of this case, if it has been run."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            tree = json.loads(self._path(case).read_text(encoding="utf-8"))
-            if tree["case"] == json.loads(json.dumps(cases.case_tree(case))):
-                return _measured(self._setting, tree)
-        return None
-
-    def _path(self, case: Case) -> Path:
-        digest = hashlib.sha256(json.dumps(cases.case_tree(case)).encode()).hexdigest()
-        name = _name(case).replace("/", "_").replace(" ", "-")
-        return self._options.folder / f"{name}-{digest[:8]}.json"
+        return read_result(case, self._options.folder)
 
     def _round(self, round_: Sequence[Case]) -> None:
         """Runs side by side, each in a process of its own; ended whatever happens."""
@@ -181,7 +188,7 @@ class _Field:
 
     def _spec(self, case: Case, folder: Path, name: str) -> Spec:
         trace = cases.requests(case)
-        result = self._path(case)
+        result = result_path(case, self._options.folder)
         result.parent.mkdir(parents=True, exist_ok=True)
         return Spec(
             case=case,

@@ -71,16 +71,15 @@ def against_best(runs: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def over_scratch(runs: Sequence[Outcome]) -> list[dict[str, Any]]:
     """For each rate, `optimal`'s TTFT p95 over that of plans from scratch, and the bytes that both move."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for rate, group in _by_rate(runs).items():
         ours, other = _by_seed(group, OURS), _by_seed(group, FROM_SCRATCH)
         if seeds := sorted(ours.keys() & other.keys()):
             ratio = paired([ours[seed] for seed in seeds], [other[seed] for seed in seeds])
             moved = _moved(group)
-            rows.append(
-                {"rate_per_s": rate, "ratio": ratio.ratio, "low": ratio.low, "high": ratio.high}
-                | {"moved_over_scratch": _over(moved[OURS], moved[FROM_SCRATCH])}
-            )
+            row: dict[str, Any] = {"rate_per_s": rate, "ratio": ratio.ratio, "low": ratio.low}
+            row |= {"high": ratio.high, "moved_over_scratch": _over(moved[OURS], moved[FROM_SCRATCH])}
+            rows.append(row)
     return rows
 
 
