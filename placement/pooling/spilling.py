@@ -76,7 +76,7 @@ class Layout:
             for adapter, pool in ring.pools.items()
             if len(pool) == 1 and adapter not in self._split
         ]
-        density = self._fleet.work / np.maximum(self._fleet.size_bytes, 1.0)
+        density = (self._fleet.work / np.maximum(self._fleet.size_bytes, 1.0)).tolist()
         for adapter in sorted((*singles, *self._alone), key=lambda one: (-density[one], one)):
             place = rooms.take(adapter, self._held(adapter))
             if place is not None:
@@ -175,11 +175,11 @@ class Layout:
         self._bytes[place], self._places[place] = bytes_, places
 
     def _made(self) -> Placement:
-        shared: dict[tuple[int, int, int], tuple[Holder, ...]] = {}
+        # By object first: most pools are one for all that share them, and hashing long ones is slow.
+        by_object: dict[tuple[int, int], tuple[Holder, ...]] = {}
+        by_value: dict[tuple[Pool, Pool], tuple[Holder, ...]] = {}
         holders: dict[VersionId, tuple[Holder, ...]] = {}
         extra_of, split = self._extra.get, self._split
-        known: dict[int, int] = {}
-        number: dict[Pool, int] = {}
         for adapter, (version, ring) in enumerate(zip(self._fleet.ids, self._served, strict=True)):
             extra = extra_of(adapter, ())
             if ring is None:
@@ -189,16 +189,13 @@ class Layout:
                 holders[version] = self._tuple(self._shares(adapter, split[adapter]), extra)
             else:
                 pool = ring.pools[adapter]
-                # By object first: most pools are one for all that share them, and hashing long ones is slow.
-                key = (
-                    ring.tier,
-                    known.get(id(pool)) or known.setdefault(id(pool), number.setdefault(pool, len(number))),
-                    known.get(id(extra))
-                    or known.setdefault(id(extra), number.setdefault(extra, len(number))),
-                )
-                found = shared.get(key)
+                found = by_object.get((id(pool), id(extra)))
                 if found is None:
-                    found = shared[key] = self._tuple(self._shares(adapter, (ring,)), extra)
+                    found = by_value.get((pool, extra))
+                    if found is None:
+                        found = self._tuple(self._shares(adapter, (ring,)), extra)
+                        by_value[pool, extra] = found
+                    by_object[id(pool), id(extra)] = found
                 holders[version] = found
         return Placement(MappingProxyType(holders))
 
