@@ -125,6 +125,7 @@ async def test_a_slot_that_cannot_be_written_refuses_its_requests_and_serves_oth
     bench: PoolBench, answer: Callable[[int], Any]
 ) -> None:
     await bench.load("one", "two", "three")
+    assert [bench.pool.is_active(version(name)) for name in ("one", "two", "three")] == [True, True, False]
     bench.workers.ranks[1].faults["loraserve_advance"] = answer
     for leaving in ("one", "two"):
         bench.pool.leave(version(leaving), await bench.enter(leaving))
