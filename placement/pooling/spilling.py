@@ -22,8 +22,8 @@ FEWEST = 3
 """So many holders an adapter has to have before one is left out."""
 
 LEFT_OUT = 0.1
-"""So much of the highest tier, by bytes, has no copy on the last replica downwards, the coldest adapters:
-their bytes are the most, and their requests the dearest there."""
+"""So much of the highest tier, by bytes, has no copy on the last replica downwards, of the highest ranks the
+coldest adapters: their bytes are the most, and their requests the dearest there."""
 
 
 class Layout:
@@ -113,7 +113,7 @@ class Layout:
             self._leave_out(*last)
 
     def _leave_out(self, ring: Ring, place: int) -> None:
-        """Some of the ring's copies there, the coldest, if all adapters have one. Demand that is nearly
+        """Some of the ring's copies there, the dearest, if all adapters have one. Demand that is nearly
         alike is taken for equal, so that not every forecast makes another choice."""
         fleet = self._fleet
         if not all(place in (held := self._held(one)) and len(held) >= FEWEST for one in ring.pools):
@@ -121,7 +121,7 @@ class Layout:
         adapters = np.array(sorted(ring.pools), dtype=np.int64)
         size = fleet.size_bytes[adapters]
         density = np.round(np.log2(np.maximum(fleet.work[adapters], 1e-300) / np.maximum(size, 1.0)) / 2)
-        order = np.lexsort((adapters, density))
+        order = np.lexsort((adapters, density, -fleet.level[adapters]))
         number = int(np.searchsorted(np.cumsum(size[order]), LEFT_OUT * float(size.sum()))) + 1
         for adapter in adapters[order[:number]].tolist():
             self._extra[adapter] = tuple(one for one in self._extra.get(adapter, ()) if one != place)
