@@ -26,6 +26,9 @@ from placement.types import AdapterVersion, Placement, ReplicaId, ReplicaSpec, S
 MAX_WAITING_EPOCHS = 3
 """After so many epochs a replica that others cannot relieve serves on."""
 
+OVERLOADED_EPOCHS = 3
+"""So many in a row are no peak of a noisy forecast: the others may be overloaded for a better setting."""
+
 _AT_REST = (ReplicaPhase.READY, ReplicaPhase.DRAINED, ReplicaPhase.FAILED)
 
 
@@ -45,6 +48,7 @@ class Resizer:
         self._costs: dict[ReplicaId, tuple[int, float]] = {}
         """Of the restarts under way: the setting before, and what it costs in tokens."""
         self._num_waited = 0
+        self._num_overloaded = 0
 
     def take_in(
         self,
@@ -78,8 +82,9 @@ class Resizer:
             elif all(record.resize is None for record in replicas.values()):
                 # Chosen for the replicas that are left, settings would change with each one that is away.
                 self.sizing = size_ranks(snapshot, self.limits, begun=self.sizing.max_lora_ranks, held=held)
+                self._num_overloaded = self._num_overloaded + 1 if self.sizing.utilisation > 1 else 0
             if all(record.phase in _AT_REST for record in replicas.values()):
-                self._begin(replicas, snapshot, held)
+                self._begin(replicas, snapshot, held, is_frozen=frozen is not None)
         return commands
 
     def _held(self, snapshot: Snapshot) -> frozenset[ReplicaId]:
@@ -166,6 +171,8 @@ class Resizer:
         replicas: Mapping[ReplicaId, ReplicaRecord],
         snapshot: Snapshot,
         held: frozenset[ReplicaId],
+        *,
+        is_frozen: bool,
     ) -> None:
         limits = self.limits or RankSizingLimits()
         wanted = {
@@ -173,7 +180,8 @@ class Resizer:
             for replica, rank in self.sizing.max_lora_ranks.items()
             if replica not in self._given_up and replica not in held
         }
-        chosen = next_restart(snapshot, wanted, limits=limits)
+        is_overloaded = is_frozen or self._num_overloaded >= OVERLOADED_EPOCHS
+        chosen = next_restart(snapshot, wanted, limits=limits, is_overloaded=is_overloaded)
         if chosen is None:
             return
         record = replicas[chosen]

@@ -27,18 +27,20 @@ BISECTIONS = 40
 class RankSizingLimits:
     """When restarts are worth it.
 
-    A replica that restarts is away for `restart_s` and then loads its adapters at `load_bytes_per_s`;
-    meanwhile the others may fall behind by `max_backlog_s` of work. The gain counts over `horizon_epochs`
+    A replica that restarts takes no more requests for `drain_s`, is away for `restart_s`, and then loads its
+    adapters at `load_bytes_per_s`; meanwhile the others may fall behind by `max_backlog_s` of work, as under
+    a load that is carried nobody is to wait for a better setting. The gain counts over `horizon_epochs`
     epochs, has to be `margin` times the cost, and the highest utilisation to fall by `min_gain` of it. Every
     rank keeps `min_holders` replicas, and so does `kept`, whether or not an adapter of it is registered; no
     setting is above `highest`.
     """
 
     restart_s: float = 60.0
+    drain_s: float = 15.0
     load_bytes_per_s: float = 1e9
     horizon_epochs: int = 20
     margin: float = 2.0
-    max_backlog_s: float = 5.0
+    max_backlog_s: float = 0.0
     min_gain: float = 0.1
     min_holders: int = 1
     kept: int = 0
@@ -69,10 +71,11 @@ def size_ranks(
     """The settings that make the highest utilisation lowest, if they repay the restarts they need.
 
     The gain is what the cluster is spared: the part by which the highest utilisation falls, of all tokens of
-    the horizon. The cost is what others have to serve of a replica that is away or loads, once for each
-    restart. Whatever the gain, a registered adapter that no replica admits is made room for. Settings that
-    were chosen before and `begun` are gone on with while none are better by `min_gain`, if what is left of
-    them repays. Those `held` keep their setting. The order of the snapshot's tuples does not matter.
+    the horizon; of a utilisation above 1, the part down to 1: so many would be late. The cost is what others
+    have to serve of a replica that drains, is away or loads, once for each restart. Whatever the gain, a
+    registered adapter that no replica admits is made room for. Settings that were chosen before and `begun`
+    are gone on with while none are better by `min_gain`, if what is left of them repays. Those `held` keep
+    their setting. The order of the snapshot's tuples does not matter.
     """
     limits = limits or RankSizingLimits()
     fleet = _Fleet(snapshot, limits, held)
@@ -122,13 +125,14 @@ def next_restart(
     *,
     restarting: frozenset[ReplicaId] = frozenset(),
     limits: RankSizingLimits | None = None,
+    is_overloaded: bool = True,
 ) -> ReplicaId | None:
     """The replica to restart to its planned setting now, or None: there is none, or one restarts already, or
     what it must hold would find no place on the others meanwhile or afterwards.
 
     `snapshot.replicas` are those that serve. Of several the one with whose setting the highest utilisation is
-    lowest. A cluster that carries its load now is not made to fall behind by more than `max_backlog_s`,
-    unless an adapter has no replica.
+    lowest. A cluster that carries its load, now or as `is_overloaded` knows of the epochs before, is not made
+    to fall behind by more than `max_backlog_s`, unless an adapter has no replica.
     """
     limits = limits or RankSizingLimits()
     fleet = _Fleet(snapshot, limits)
@@ -138,7 +142,7 @@ def next_restart(
     best: tuple[float, ReplicaId] | None = None
     for spec in fleet.resizable:
         wanted = max_lora_ranks.get(spec.replica_id, spec.max_lora_rank)
-        if wanted == spec.max_lora_rank or not _may_restart(fleet, spec, wanted):
+        if wanted == spec.max_lora_rank or not _may_restart(fleet, spec, wanted, is_overloaded):
             continue
         key = (fleet.utilisation({**before, spec.replica_id: wanted}), spec.replica_id)
         if best is None or key < best:
@@ -175,7 +179,7 @@ def can_spare(adapters: Iterable[AdapterVersion], spec: ReplicaSpec, others: Seq
     return _holds(_sorted_adapters(admitted), others)
 
 
-def _may_restart(fleet: "_Fleet", spec: ReplicaSpec, wanted: int) -> bool:
+def _may_restart(fleet: "_Fleet", spec: ReplicaSpec, wanted: int, is_overloaded: bool) -> bool:
     others = [one for one in fleet.specs if one.replica_id != spec.replica_id]
     if not others or not can_spare(fleet.adapters, spec, others):
         return False
@@ -185,21 +189,23 @@ def _may_restart(fleet: "_Fleet", spec: ReplicaSpec, wanted: int) -> bool:
         return False
     now = {one.replica_id: one.max_lora_rank for one in fleet.specs}
     without = {one.replica_id: one.max_lora_rank for one in others}
-    backlog_s = (fleet.utilisation(without) - 1) * fleet.limits.restart_s
-    return backlog_s <= fleet.limits.max_backlog_s or fleet.utilisation(now) > 1.0
+    away_s = fleet.limits.drain_s + fleet.limits.restart_s
+    backlog_s = (fleet.utilisation(without) - 1) * away_s
+    return backlog_s <= fleet.limits.max_backlog_s or (is_overloaded and fleet.utilisation(now) > 1.0)
 
 
 def _gain_tokens(fleet: "_Fleet", before: float, after: float) -> float:
     if before <= 0 or before == after:
         return 0.0
-    part = 1.0 if before == float("inf") else max(0.0, 1 - after / before)
+    needed = max(1.0, after) if before > 1 else after
+    part = 1.0 if before == float("inf") else max(0.0, 1 - needed / before)
     return part * fleet.total_tokens_per_s * fleet.snapshot.epoch_s * fleet.limits.horizon_epochs
 
 
 def _cost_tokens(fleet: "_Fleet", spec: ReplicaSpec, utilisation: float) -> float:
     total_bytes = sum(adapter.size_bytes for adapter in fleet.adapters)
     loaded_bytes = min(spec.pool_bytes, total_bytes) / len(fleet.specs)
-    away_s = fleet.limits.restart_s + loaded_bytes / fleet.limits.load_bytes_per_s
+    away_s = fleet.limits.drain_s + fleet.limits.restart_s + loaded_bytes / fleet.limits.load_bytes_per_s
     return min(1.0, utilisation) * fleet.capacity(spec, spec.max_lora_rank) * away_s
 
 
