@@ -10,6 +10,7 @@ from placement.routing.chooser import OwnRequests, ReplicaLoad
 from placement.routing.marginal_cost_gauge import (
     AHEAD,
     BUSY,
+    CROWD,
     FULL_KV,
     OUTPUT_TOKENS,
     PROMPT_TOKENS,
@@ -95,7 +96,8 @@ def plain_cost_ms(
     tokens += (1 + peers) * sum(own.sent_tokens.values())
     ahead = tokens * (others_ms + decode / cost.max_num_batched_tokens) - 1e3 * age_s
     delayed = rows + BUSY * waiting
-    found = max(queue, (1 + (AHEAD - 1) / (1 + waiting)) * ahead) + BUSY * queue + 1.5 * decode
+    weighed = (1 + (AHEAD - 1) / (1 + waiting / CROWD)) * queue
+    found = max(weighed, (1 + (AHEAD - 1) / (1 + waiting)) * ahead) + BUSY * queue + 1.5 * decode
     found += prompt * (own_ms * (1 + delayed) + decode / cost.max_num_batched_tokens)
     found += 0.5 * model.prefill_pair_ms * (1 + delayed) * prompt**2
     return found + output * (decode + prompts * others_ms + delayed * added)
