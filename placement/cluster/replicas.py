@@ -71,6 +71,17 @@ def given_up(record: ReplicaRecord, reason: str) -> None:
         record.phase, record.reason = ReplicaPhase.FAILED, reason
 
 
+def unloaded(record: ReplicaRecord, version: VersionId, adapters: _Adapters) -> None:
+    """A copy is gone. What was reserved with it for copies of unknown size goes on to the next of them."""
+    copy = record.copies.get(version)
+    if copy is None or not record.move(version, CopyPhase.RETIRING, None) or version in adapters:
+        return
+    for other, stray in record.copies.items():
+        if other not in adapters and stray.size_bytes == 0:
+            stray.size_bytes = copy.size_bytes
+            return
+
+
 def epoch_elapsed(records: Iterable[ReplicaRecord]) -> list[Command]:
     """Give refused loads another chance, ask again for drops that nobody confirmed, and let a replica that
     lasted an epoch earn one restart back."""
@@ -95,7 +106,7 @@ def _size_bytes(adapters: _Adapters, version: VersionId) -> int:
 
 def _reserve_for_strays(record: ReplicaRecord, pool_bytes: int, adapters: _Adapters) -> None:
     """Copies of versions that nobody knows any more, dropped at once, may be of any size: until the last one
-    has gone nothing is loaded in place of them."""
+    has gone nothing is loaded in place of them. One has all that is free reserved, the others 0 bytes."""
     strays = [copy for version, copy in record.copies.items() if version not in adapters]
     free_bytes = max(0, pool_bytes - sum(copy.size_bytes for copy in record.copies.values()))
     for copy in strays:

@@ -154,7 +154,7 @@ class ClusterState:
                 if self.replicas[replica_id].move(version, CopyPhase.LOADING, None):
                     self.replicas[replica_id].refused[version] = reason
             case messages.AdapterUnloaded(replica_id=replica_id, version_id=version):
-                self.replicas[replica_id].move(version, CopyPhase.RETIRING, None)
+                cluster_replicas.unloaded(self.replicas[replica_id], version, self.adapters)
             case messages.EpochElapsed(demand_tokens_per_s=demand):
                 self.demand_tokens_per_s = demand
                 return cluster_replicas.epoch_elapsed(self.replicas.values())

@@ -141,12 +141,13 @@ def test_a_recovering_controller_drops_nothing_before_it_has_looked_for_every_re
 
 
 def test_nothing_is_loaded_beside_a_copy_of_unknown_size_before_it_has_gone() -> None:
-    stray, new = VersionId("stray@1"), adapter("a")
+    first, last, new = VersionId("stray@1"), VersionId("stray@2"), adapter("a")
     state = ClusterState(replica_ids=(R0,), policy=policy("least-loaded"), adapters=[new], recovering=True)
-    commands = state.handle(messages.ReplicaReady(spec(R0), "a:1", frozenset({stray})))
-    assert messages.UnloadAdapter(R0, stray) in commands
+    commands = state.handle(messages.ReplicaReady(spec(R0), "a:1", frozenset({first, last})))
+    assert all(messages.UnloadAdapter(R0, stray) in commands for stray in (first, last))
+    commands += state.handle(messages.AdapterUnloaded(R0, first))
     assert not any(isinstance(command, messages.LoadAdapter) for command in commands)
-    assert messages.LoadAdapter(R0, new) in state.handle(messages.AdapterUnloaded(R0, stray))
+    assert messages.LoadAdapter(R0, new) in state.handle(messages.AdapterUnloaded(R0, last))
 
 
 def test_a_late_answer_of_a_lost_replica_changes_nothing() -> None:
