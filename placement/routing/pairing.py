@@ -13,6 +13,7 @@ _ROUTING = {
     "toppings": "toppings",
     "rank-backlog": "rank-backlog",
     "optimal": "marginal-cost",
+    "optimal-from-scratch": "marginal-cost",
 }
 
 

@@ -17,7 +17,7 @@ def test_every_placement_policy_has_a_routing_policy_that_there_is(policy: str) 
 def test_what_authors_meant_for_each_other_go_together() -> None:
     assert routing_for("least-loaded") == "least-outstanding"
     assert routing_for("loraserve") == "weighted-share"
-    assert routing_for("optimal") == "marginal-cost"
+    assert routing_for("optimal") == routing_for("optimal-from-scratch") == "marginal-cost"
     for name in ("dlora", "toppings", "rank-backlog"):
         assert routing_for(name) == name
 
