@@ -104,10 +104,10 @@ class AdapterUnloaded:
 
 
 Answer = AdapterLoaded | AdapterLoadFailed | AdapterUnloaded
+"""What replicas answer to what they were asked; it changes nothing that a plan is made from."""
+
 Together = Answer | AdapterRegistered
 """What may be taken in many at a time."""
-
-"""What replicas answer to what they were asked; it changes nothing that a plan is made from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What a routing decision is made from: a request, the replicas' loads, the router's own requests.
 
-Owns the values and the policies' protocol; decides nothing. Ages arrive as numbers.
+Owns the values and the policies' protocol; decides nothing. Times arrive as numbers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
