@@ -24,11 +24,13 @@ from tests.support.router_bench import until
 A, B = AdapterName("a"), AdapterName("b")
 TIGHT = AdapterTerms(weight=2.5, slo=Slo(ttft_ms=1.0, tbt_ms=50.0))
 TWO = SamplingParams(max_tokens=2)
+LOOSE = {"slo": {"ttft_ms": 20_000.0, "tbt_ms": 15_000.0}}
+"""Targets that a busy machine meets too."""
 
 
 @pytest.fixture
 async def cluster(tmp_path: Path, samples: SampleSet) -> AsyncIterator[LocalCluster]:
-    async with local_cluster(tmp_path, samples) as one:
+    async with local_cluster(tmp_path, samples, sections=LOOSE) as one:
         yield one
 
 
@@ -122,7 +124,7 @@ async def test_attainment_is_counted_against_an_adapters_own_targets(
     async with Client(cluster.address) as client:
         await client.complete("hello", adapter=name, sampling=TWO)
         info = await client.set_adapter(name, slo_ttft_ms=1e-3)
-        assert (info.slo_ttft_ms, info.slo_tbt_ms, info.has_own_slo) == (1e-3, 150.0, True)
+        assert (info.slo_ttft_ms, info.slo_tbt_ms, info.has_own_slo) == (1e-3, 15_000.0, True)
         version = cluster.controller.state.active[AdapterName(name)]
         counts = [link.server.service for link in cluster.fleet.links.values()]
         await until(lambda: all(one.slo(version).ttft_ms == 1e-3 for one in counts))
@@ -143,7 +145,7 @@ async def test_the_command_line_sets_and_shows_them(cluster: LocalCluster, sampl
     assert ran.exit_code == 0, ran.stderr
     assert (ran.json()["weight"], ran.json()["slo_ttft_ms"], ran.json()["has_own_slo"]) == (3.0, 900.0, True)
     ran = await run_cli("adapter", "set", "extra", "--weight", "1.5", "--slo-ttft-ms", "0", *where)
-    assert ran.stdout == "extra: weight 1.5, TTFT 2000 ms, TBT 150 ms, as usual\n"
+    assert ran.stdout == "extra: weight 1.5, TTFT 20000 ms, TBT 15000 ms, as usual\n"
     ran = await run_cli("adapter", "set", "extra", *where)
     assert (ran.exit_code, ran.stderr.count("\n")) == (2, 1)
     ran = await run_cli("status", *where)
@@ -153,7 +155,7 @@ async def test_the_command_line_sets_and_shows_them(cluster: LocalCluster, sampl
     )
     assert header.split()[:8] == ["adapter", "rank", "MiB", "version", "weight", "tok/s", "forecast", "SLO"]
     assert "1.5" in row.split()
-    assert "2000/150" in row.split()
+    assert "20000/15000" in row.split()
 
 
 async def test_top_gives_one_object_per_look(cluster: LocalCluster) -> None:
