@@ -19,6 +19,7 @@ from loraserve.engines.base import AdapterFiles, EngineInfo
 from loraserve.engines.description import ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError
 from placement.cluster import messages
+from placement.profile import Slo
 from placement.types import AdapterName, AdapterTerms, AdapterVersion, ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)
@@ -90,9 +91,14 @@ class ReplicaKeeper:
         self._lives[replica] = self.spawn(self._stop(self._lives.get(replica), replica))
 
     def load(self, replica: ReplicaId, adapter: AdapterVersion) -> None:
-        """Have the replica load, or take in the targets there are now for what it has."""
+        """Have the replica load."""
         if (link := self._links.get(replica)) is not None:
             self.spawn(self._load(replica, link, adapter))
+
+    def tell_targets(self, replica: ReplicaId, adapter: AdapterVersion) -> None:
+        """Have a replica that holds the version take in the targets that there are now."""
+        if (link := self._links.get(replica)) is not None:
+            self.spawn(self._tell_targets(replica, link, adapter))
 
     def unload(self, replica: ReplicaId, version: VersionId) -> None:
         """Have the replica drop, unless it has been asked and has not answered."""
@@ -280,16 +286,12 @@ class ReplicaKeeper:
         version = adapter.version_id
         event: messages.Answer
         try:
-            files = AdapterFiles(
-                version_id=version,
-                directory=self._library.directory_of(adapter.sha256),
-                rank=adapter.rank,
-                size_bytes=adapter.size_bytes,
-                slo=self.terms.get(adapter.name, AdapterTerms()).slo,
-            )
+            files = self._files(adapter)
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 await link.load_adapter(files)
             event = messages.AdapterLoaded(replica, version)
+            if files.slo != self._slo(adapter):
+                self.tell_targets(replica, adapter)  # They have changed since.
         except TimeoutError:
             # The load may still come to an end there: its room is free only once the copy is gone.
             await self._take_back(link, version)
@@ -305,6 +307,27 @@ class ReplicaKeeper:
             event = messages.AdapterLoadFailed(replica, version, f"{type(error).__name__}: {error}")
         if self._links.get(replica) is link:
             self._answered(event)
+
+    async def _tell_targets(self, replica: ReplicaId, link: ReplicaLink, adapter: AdapterVersion) -> None:
+        try:
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                # Of what it has it takes in the targets alone. If it is late the copy stays, as requests
+                # are sent there.
+                await link.load_adapter(self._files(adapter))
+        except (LoraServeError, TimeoutError) as error:
+            logger.warning("%s has not heard of the targets of %s: %s", replica, adapter.name, error)
+
+    def _files(self, adapter: AdapterVersion) -> AdapterFiles:
+        return AdapterFiles(
+            version_id=adapter.version_id,
+            directory=self._library.directory_of(adapter.sha256),
+            rank=adapter.rank,
+            size_bytes=adapter.size_bytes,
+            slo=self._slo(adapter),
+        )
+
+    def _slo(self, adapter: AdapterVersion) -> Slo | None:
+        return self.terms.get(adapter.name, AdapterTerms()).slo
 
     async def _take_back(self, link: ReplicaLink, version: VersionId) -> None:
         with contextlib.suppress(LoraServeError, TimeoutError):

@@ -74,5 +74,4 @@ def _set(controller: Controller, name: AdapterName, terms: AdapterTerms) -> None
         return
     version = state.active[name]
     for replica in state.holders(version):
-        # A replica that has it takes the new targets, and nothing else happens.
-        controller.keeper.load(replica, state.adapters[version])
+        controller.keeper.tell_targets(replica, state.adapters[version])

@@ -1,15 +1,19 @@
 """Weights and targets of adapters: set by operators, kept, planned with, and counted against."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loraserve.client import Client
+from loraserve.controller import keeper
 from loraserve.controller.controller import Controller
 from loraserve.controller.store import Changes, Store, StoredRegistration
 from loraserve.controller.terms import set_terms
+from loraserve.engines.base import AdapterFiles
 from loraserve.errors import BadInputError, NotFoundError
 from loraserve.request import SamplingParams
 from loraserve.rpc.v1 import management_pb2
@@ -92,6 +96,62 @@ async def test_a_controller_that_comes_back_plans_with_the_same_terms(
     assert first not in controller.state.terms
     with pytest.raises(NotFoundError, match="is not registered"):
         set_terms(controller, wanted(first, weight=1.0))
+
+
+class SlowLoads:
+    """Replicas whose loads wait until they may go on."""
+
+    def __init__(self, made: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_go_on = asyncio.Event()
+        self.num_begun = 0
+        self.servers = [link.server for link in made.fleet.links.values()]
+        for server in self.servers:
+            monkeypatch.setattr(server, "load_adapter", self._late(server.load_adapter))
+
+    def _late(
+        self, load: Callable[[AdapterFiles], Coroutine[Any, Any, None]]
+    ) -> Callable[[AdapterFiles], Coroutine[Any, Any, None]]:
+        async def late(files: AdapterFiles) -> None:
+            self.num_begun += 1
+            await self.may_go_on.wait()
+            await load(files)
+
+        return late
+
+
+async def test_targets_that_change_during_a_load_are_told_after_it(
+    setup: Callable[..., Setup], samples: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = setup()
+    controller: Controller = await made.start()
+    slow = SlowLoads(made, monkeypatch)
+    registering = asyncio.ensure_future(
+        controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    )
+    await until(lambda: slow.num_begun == len(slow.servers))
+    set_terms(controller, wanted("a", slo_ttft_ms=700.0))
+    slow.may_go_on.set()
+    version = await registering
+    await until(lambda: all(one.service.slo(version).ttft_ms == 700.0 for one in slow.servers))
+
+
+async def test_a_replica_that_does_not_take_new_targets_in_time_keeps_its_copy(
+    setup: Callable[..., Setup],
+    samples: SampleSet,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = setup()
+    controller: Controller = await made.start()
+    version = await controller.register("a", str(samples.adapters["rank-8"]), replace=False)
+    slow = SlowLoads(made, monkeypatch)
+    await until(lambda: len(controller.state.holders(version)) == len(slow.servers))
+    monkeypatch.setattr(keeper, "LOAD_TIMEOUT_S", 0.01)
+    set_terms(controller, wanted("a", slo_ttft_ms=700.0))
+    await until(lambda: caplog.text.count("has not heard of the targets of a") == len(slow.servers))
+    assert all(version in server.pool.resident() for server in slow.servers)
+    slow.may_go_on.set()
+    await until(lambda: all(one.service.slo(version).ttft_ms == 700.0 for one in slow.servers))
 
 
 @pytest.mark.parametrize(
