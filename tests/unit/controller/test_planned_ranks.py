@@ -33,6 +33,7 @@ PLANNED: dict[str, dict[str, object]] = {
         "epoch_s": 0.5,
         "window_s": 0.5,
         "restart_s": 0.1,
+        "restart_horizon_epochs": 400,
         "forecast": "last",
     },
     "emulated": {"kernel": "padded_config", "rank_seq_ms": 0.05},
