@@ -41,6 +41,8 @@ MAX_OTHERS = 0.1
 """Of the machine: what computes is slowed down by other programs."""
 POLL_S = 0.1
 END_S = 60.0
+START_S = 300.0
+"""A cluster that does not serve by then never will; its requests may take as long again to end."""
 TAIL_LINES = 8
 
 Note = Callable[[str], None]
@@ -169,14 +171,20 @@ class _Field:
             folder = Path(name)
             specs = [self._spec(case, folder, str(number)) for number, case in enumerate(round_)]
             workers = [stack.enter_context(_worker(spec)) for spec in specs]
-            while not all(
+            give_up_s = time.monotonic() + START_S
+            while time.monotonic() < give_up_s and not all(
                 spec.arrived.exists() or worker.poll() is not None
                 for spec, worker in zip(specs, workers, strict=True)
             ):
                 time.sleep(POLL_S)
             (folder / "go").touch()
+            give_up_s = time.monotonic() + round_[0].setting.duration_s + START_S
             for spec, worker in zip(specs, workers, strict=True):
-                code = worker.wait()
+                try:
+                    code = worker.wait(max(0.0, give_up_s - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    worker.terminate()
+                    code = worker.wait(END_S)
                 self._options.note(self._told(spec, code))
 
     def _told(self, spec: Spec, code: int) -> str:
