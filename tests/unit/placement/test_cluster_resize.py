@@ -5,7 +5,7 @@ import pytest
 from placement.cluster import messages
 from placement.cluster.invariants import check_cluster
 from placement.cluster.records import DrainOrder, ReplicaPhase
-from placement.cluster.resize import MAX_WAITING_EPOCHS, Resizer
+from placement.cluster.resize import MAX_WAITING_EPOCHS, OVERLOADED_EPOCHS, Resizer
 from placement.cluster.state import ClusterState
 from placement.latency import LatencyModel, RankKernel
 from placement.plans.rank_sizing import RankSizingLimits
@@ -222,6 +222,15 @@ def test_a_replica_restarts_again_only_when_it_has_repaid_the_last_restart() -> 
     assert len(later) == len(set(later))
     assert later
     check_cluster(state)
+
+
+def test_others_are_overloaded_for_a_setting_only_where_all_have_been_for_some_epochs() -> None:
+    state = _mixed()
+    too_much = messages.EpochElapsed({LOW.version_id: 6000.0, HIGH.version_id: 100.0})
+    carried = messages.EpochElapsed({LOW.version_id: 3500.0, HIGH.version_id: 100.0})
+    peaks = [too_much] * (OVERLOADED_EPOCHS - 1)
+    assert not any(_restarted(state, event) for event in [*peaks, carried, *peaks])
+    assert len(_restarted(state, too_much)) == 1
 
 
 def test_a_rank_that_no_replica_takes_waits_for_no_repayment() -> None:

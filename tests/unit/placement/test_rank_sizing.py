@@ -233,8 +233,22 @@ def test_a_cluster_that_carries_its_load_is_not_overloaded_for_a_restart() -> No
     assert next_restart(busy, wanted) is None
     overloaded = replace(busy, demand_tokens_per_s={VersionId("a8"): 6000.0, VersionId("a128"): 100.0})
     assert next_restart(overloaded, wanted) == ReplicaId("replica-0")
+    assert next_restart(overloaded, wanted, is_overloaded=False) is None, "it may be a peak"
     calm = replace(busy, demand_tokens_per_s={VersionId("a8"): 2000.0, VersionId("a128"): 100.0})
     assert next_restart(calm, wanted) == ReplicaId("replica-0")
+    # The other one would be used a little above what it sustains.
+    nearly = replace(busy, demand_tokens_per_s={VersionId("a8"): 2400.0, VersionId("a128"): 100.0})
+    assert next_restart(nearly, wanted) is None
+    assert next_restart(nearly, wanted, limits=RankSizingLimits(max_backlog_s=5.0)) is not None
+
+
+def test_of_an_overload_only_what_is_late_counts_as_gain() -> None:
+    carried = _snapshot({8: 4600.0, 128: 100.0}, [128, 128])
+    assert sorted(size_ranks(carried).max_lora_ranks.values()) == [8, 128]
+    over = _snapshot({8: 4900.0, 128: 100.0}, [128, 128])
+    assert size_ranks(over).max_lora_ranks == {}
+    far_over = _snapshot({8: 6000.0, 128: 100.0}, [128, 128])
+    assert sorted(size_ranks(far_over).max_lora_ranks.values()) == [8, 128]
 
 
 def test_every_rank_keeps_as_many_replicas_as_asked_for() -> None:
