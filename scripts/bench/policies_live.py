@@ -183,8 +183,7 @@ class _Field:
                 try:
                     code = worker.wait(max(0.0, give_up_s - time.monotonic()))
                 except subprocess.TimeoutExpired:
-                    worker.terminate()
-                    code = worker.wait(END_S)
+                    code = -1
                 self._options.note(self._told(spec, code))
 
     def _told(self, spec: Spec, code: int) -> str:
