@@ -162,8 +162,8 @@ class PlacementSection(Section, frozen=True):
 
     `max_lora_ranks` "planned" lets the plan choose each replica's setting where the profile's kernel is
     padded_config, and restarts replicas to it, if that repays within `restart_horizon_epochs` the `restart_s`
-    that a start takes. With `migration` "dlora", requests of overloaded replicas move with their adapters
-    every `migration_period_s`.
+    that a start takes, and their drain before. With `migration` "dlora", requests of overloaded replicas move
+    with their adapters every `migration_period_s`.
     """
 
     policy: str = "least-loaded"
