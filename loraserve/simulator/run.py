@@ -16,6 +16,7 @@ from loraserve.simulator.agenda import FAR_PS, Act, Agenda
 from loraserve.simulator.check import check_result
 from loraserve.simulator.dispatch import Dispatch
 from loraserve.simulator.epochs import Epochs
+from loraserve.simulator.give_up import GiveUp, LateCount
 from loraserve.simulator.ledger import Ledger
 from loraserve.simulator.migration import Migrations
 from loraserve.simulator.result import SimulationResult
@@ -31,14 +32,17 @@ CHUNK = 1 << 14
 Progress = Callable[[int, int], None]
 
 
-def simulate(scenario: Scenario, *, on_progress: Progress | None = None) -> SimulationResult:
+def simulate(
+    scenario: Scenario, *, on_progress: Progress | None = None, give_up: GiveUp | None = None
+) -> SimulationResult:
     """Run the scenario to its end; `on_progress` is told how many requests of how many have come.
 
-    The same scenario gives the same result, but for `wall_s`. AssertionError if something is not
-    conserved, which is a mistake in the simulator.
+    The same scenario gives the same result, but for `wall_s`. With `give_up` GaveUpError ends a run that is
+    certain to miss its target; one that is not gives the same result as without. AssertionError if something
+    is not conserved, which is a mistake in the simulator.
     """
     with _no_cycle_collection():
-        return Simulation(scenario).run(on_progress)
+        return Simulation(scenario).run(on_progress, give_up)
 
 
 @contextmanager
@@ -74,8 +78,8 @@ class Simulation:
         self._num_ticking = 0
         """The acts on the agenda that come again and again until the run is over."""
 
-    def run(self, on_progress: Progress | None = None) -> SimulationResult:
-        """The whole run."""
+    def run(self, on_progress: Progress | None = None, give_up: GiveUp | None = None) -> SimulationResult:
+        """The whole run; GaveUpError if it is given up before its end."""
         begun_s = time.perf_counter()
         self.shell.begin()
         self._tick(self.epochs.period_ps, self.epochs.elapse, 0)
@@ -83,7 +87,8 @@ class Simulation:
             self._tick(self.migrations.period_ps, self.migrations.look, 0)
         for failure in self.scenario.failures:
             self.agenda.put(round(failure.at_s * PS_PER_S), partial(self._fail, failure))
-        self._arrive(on_progress)
+        late = LateCount(give_up, self.ledger, self.scenario.network_delay_s) if give_up is not None else None
+        self._arrive(on_progress, late)
         self.agenda.run_until(FAR_PS - 1)
         for site in self.sites:
             site.finish()
@@ -93,14 +98,17 @@ class Simulation:
         check_result(result)
         return result
 
-    def _arrive(self, on_progress: Progress | None) -> None:
+    def _arrive(self, on_progress: Progress | None, late: LateCount | None) -> None:
         agenda, route, num = self.agenda, self.dispatch.route, len(self.ledger)
-        for first in range(0, num, CHUNK):
-            chunk = self.ledger.arrival_ps[first : first + CHUNK].tolist()
+        size = CHUNK if late is None else min(CHUNK, late.interval)
+        for first in range(0, num, size):
+            chunk = self.ledger.arrival_ps[first : first + size].tolist()
             for row, now_ps in enumerate(chunk, first):
                 if agenda.due_ps <= now_ps:
                     agenda.run_until(now_ps)
                 route(row, now_ps)
+            if late is not None:
+                late.look(self.sites, first + len(chunk), chunk[-1])
             if on_progress is not None:
                 on_progress(first + len(chunk), num)
 
