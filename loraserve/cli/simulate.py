@@ -40,6 +40,10 @@ def simulate(
     seeds: Annotated[str, typer.Option(help="Seeds, 0,1,...; each draws anew what is drawn.")] = "0",
     adapters: Annotated[Whole, typer.Option(help="Give requests so many adapters.")] = None,
     ranks: Annotated[Text, typer.Option(help="The adapters' ranks: 8,16,32 or a law of trace synth.")] = None,
+    correlation: Annotated[
+        Number,
+        typer.Option(help="How --ranks go with popularity: 1 the popular ones high, -1 low, 0 not at all."),
+    ] = None,
     assign: Annotated[
         str, typer.Option(help="How requests get those adapters: round-robin, uniform, zipf, power.")
     ] = "auto",
@@ -120,6 +124,7 @@ def simulate(
             speedup=speedup,
             adapters=adapters,
             ranks=ranks,
+            correlation=correlation,
             assign=assign,
             parameter=parameter,
             base_share=base_share,

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loraserve.errors import BadInputError
 from traces.assign import assigned_places
 from traces.columns import TraceAdapter, TraceColumns, columns_of
 from traces.read import bundled_trace, read_columns
 from traces.synthesis import Overrides, is_preset, tile, workload
+from traces.synthesis.checks import check_number
 from traces.synthesis.notation import read_law
 from traces.synthesis.portable import stream
 from traces.synthesis.ranks import RANKS, EqualRanks, Ranks, lay_out
@@ -35,6 +37,11 @@ class SimulatedWorkload:
     is round-robin) with its `parameter`, the base model with `base_share`; `ranks` are those of the
     adapters: numbers with commas between, or a law of `traces.synthesis.ranks`. A preset takes these
     as its own. Without `adapters` a trace keeps its own, with `ranks` for them if given.
+
+    `correlation` (-1 to 1) says how those ranks go with popularity, that is with how many requests of the
+    workload an adapter has: at 1 the most popular has the highest rank, at -1 the lowest, at 0 the two are
+    independent. None is 0, but leaves adapters that the law names in their order. Arrivals, lengths and
+    which adapter each request has are the same whatever it is.
     """
 
     source: str
@@ -47,6 +54,7 @@ class SimulatedWorkload:
     speedup: float | None = None
     adapters: int | None = None
     ranks: str | None = None
+    correlation: float | None = None
     assign: str = AUTO
     parameter: float | None = None
     base_share: float = 0.0
@@ -56,6 +64,8 @@ class SimulatedWorkload:
         with _refusing(self.source):
             if self.rate_per_s is not None and self.speedup is not None:
                 raise BadInputError("--rate and --speedup both say how fast; give one of them")
+            if self.correlation is not None:
+                check_number("the correlation of rank and popularity", self.correlation, -1.0, 1.0)
             if is_preset(self.source):
                 return self._of_preset(seed)
             return self._with_adapters(self._paced(self._read()), seed)
@@ -77,6 +87,7 @@ class SimulatedWorkload:
             requests=self.requests,
             adapters=self.adapters,
             ranks=self.ranks,
+            correlation=self.correlation,
             base_share=self.base_share or None,
             seed=seed,
         )
@@ -112,9 +123,11 @@ class SimulatedWorkload:
                 raise BadInputError(
                     "--assign, --parameter and --base-share want --adapters, how many there are"
                 )
-            return columns if self.ranks is None else _with_ranks(columns, _ranks(self.ranks), seed)
+            return self._with_ranks(columns, seed)
+        if self.adapters < 1:
+            raise BadInputError(f"--adapters: {self.adapters}; expected at least 1")
         law = EqualRanks() if self.ranks is None else _ranks(self.ranks)
-        adapters = _made(law, self.adapters, seed)
+        adapters = law.adapters(self.adapters, stream(seed, _RANKS))
         places = assigned_places(
             len(columns),
             len(adapters),
@@ -124,38 +137,47 @@ class SimulatedWorkload:
             base_share=self.base_share,
         )
         column = np.fromiter(places, dtype=np.int32, count=len(columns))
-        return replace(columns, adapter=column, adapters=adapters)
+        return replace(columns, adapter=column, adapters=self._laid_out(law, adapters, column, seed))
+
+    def _with_ranks(self, columns: TraceColumns, seed: int) -> TraceColumns:
+        """The trace's own adapters, with ranks of the law if one is asked for."""
+        if self.ranks is None:
+            if self.correlation is not None:
+                raise BadInputError("--correlation wants --ranks, which ranks there are")
+            return columns
+        if not columns.adapters:
+            raise BadInputError("--ranks: the trace names no adapters; give it some with --adapters")
+        law = _ranks(self.ranks)
+        made = law.adapters(len(columns.adapters), stream(seed, _RANKS))
+        if len(made) != len(columns.adapters):
+            raise BadInputError(
+                f"--ranks: names {len(made)} adapters, the trace has {len(columns.adapters)};"
+                " expected as many"
+            )
+        laid = self._laid_out(law, made, columns.adapter, seed)
+        adapters = tuple(
+            TraceAdapter(name=one.name, rank=other.rank)
+            for one, other in zip(columns.adapters, laid, strict=True)
+        )
+        return replace(columns, adapters=adapters)
+
+    def _laid_out(
+        self, law: Ranks, adapters: tuple[TraceAdapter, ...], column: NDArray[np.int32], seed: int
+    ) -> tuple[TraceAdapter, ...]:
+        """The adapters of the law in the order in which they take the places that the column names."""
+        if self.correlation is None and law.in_order:
+            return adapters
+        # Where rank has nothing to do with popularity, the order need not depend on the requests.
+        weights = -np.arange(len(adapters), dtype=np.float64)
+        if self.correlation:
+            weights = np.bincount(column[column >= 0], minlength=len(adapters)).astype(np.float64)
+        return lay_out(adapters, weights, self.correlation or 0.0, stream(seed, _ORDER))
 
 
 def _ranks(text: str) -> Ranks:
     plain = text.replace(",", "/")
     is_plain = all(part.strip().isdigit() for part in plain.split("/"))
     return read_law(f"equal:{plain}" if is_plain else text, RANKS, "ranks")
-
-
-def _made(law: Ranks, number: int, seed: int) -> tuple[TraceAdapter, ...]:
-    """So many adapters, in an order in which rank and place have nothing to do with each other."""
-    if number < 1:
-        raise BadInputError(f"--adapters: {number}; expected at least 1")
-    adapters = law.adapters(number, stream(seed, _RANKS))
-    falling = -np.arange(len(adapters), dtype=np.float64)
-    return adapters if law.in_order else lay_out(adapters, falling, 0.0, stream(seed, _ORDER))
-
-
-def _with_ranks(columns: TraceColumns, law: Ranks, seed: int) -> TraceColumns:
-    """The trace's own adapters with ranks of this law."""
-    if not columns.adapters:
-        raise BadInputError("--ranks: the trace names no adapters; give it some with --adapters")
-    made = _made(law, len(columns.adapters), seed)
-    if len(made) != len(columns.adapters):
-        raise BadInputError(
-            f"--ranks: names {len(made)} adapters, the trace has {len(columns.adapters)}; expected as many"
-        )
-    adapters = tuple(
-        TraceAdapter(name=one.name, rank=other.rank)
-        for one, other in zip(columns.adapters, made, strict=True)
-    )
-    return replace(columns, adapters=adapters)
 
 
 @contextmanager
