@@ -36,7 +36,12 @@ def simulate(
         typer.Option(help="Charge ranks as padded_config, padded_batch or sum. [default: the profile's]"),
     ] = None,
     rate: Annotated[Number, typer.Option(help="Mean requests per second, instead of the trace's.")] = None,
-    speedup: Annotated[Number, typer.Option(help="Or: send the arrivals so many times faster.")] = None,
+    speedup: Annotated[
+        Number,
+        typer.Option(
+            help="Or: send the arrivals so many times faster; epochs and failures come in that time."
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, 0,1,...; each draws anew what is drawn.")] = "0",
     adapters: Annotated[Whole, typer.Option(help="Give requests so many adapters.")] = None,
     ranks: Annotated[Text, typer.Option(help="The adapters' ranks: 8,16,32 or a law of trace synth.")] = None,
@@ -49,8 +54,20 @@ def simulate(
     ] = "auto",
     parameter: Annotated[Number, typer.Option(help="The exponent of zipf or power.")] = None,
     base_share: Annotated[float, typer.Option(help="Share of those requests for the base model.")] = 0.0,
+    lengths: Annotated[
+        Text,
+        typer.Option(
+            help="A law of lengths of trace synth, such as fixed:512,128 or resample:FILE, instead of the"
+            " trace's. [default: azure, where the trace has none]"
+        ),
+    ] = None,
     limit: Annotated[Whole, typer.Option(min=1, help="Take only the first so many requests.")] = None,
-    duration: Annotated[Number, typer.Option(help="Take only so many seconds of the trace.")] = None,
+    duration: Annotated[
+        Number,
+        typer.Option(
+            help="Take only so many seconds of the trace, in its own time: before --speedup, --rate."
+        ),
+    ] = None,
     requests: Annotated[Whole, typer.Option(help="Repeat the trace until it has so many.")] = None,
     warmup: Annotated[float, typer.Option(help="Leave requests of the first seconds out of figures.")] = 0.0,
     format: Annotated[Text, typer.Option(help="The trace's format; found by content without it.")] = None,
@@ -128,6 +145,7 @@ def simulate(
             assign=assign,
             parameter=parameter,
             base_share=base_share,
+            lengths=lengths,
         ),
         cluster=ClusterOptions(
             num_replicas=replicas,

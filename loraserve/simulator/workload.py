@@ -1,5 +1,5 @@
 """The workload of a simulation: a trace file, the bundled one or a preset, cut, tiled, sped up, and with
-adapters and ranks for those that have none."""
+lengths, adapters and ranks for those that have none."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from loraserve.errors import BadInputError
 from traces.assign import assigned_places
 from traces.columns import TraceAdapter, TraceColumns, columns_of
+from traces.fill import UNKNOWN, Fill
 from traces.read import bundled_trace, read_columns
 from traces.synthesis import Overrides, is_preset, tile, workload
 from traces.synthesis.checks import check_number
+from traces.synthesis.lengths import LENGTHS, Limits
 from traces.synthesis.notation import read_law
 from traces.synthesis.portable import stream
 from traces.synthesis.ranks import RANKS, EqualRanks, Ranks, lay_out
@@ -24,14 +26,16 @@ from traces.types import TraceError
 
 DEMO = "demo"
 AUTO = "auto"
-_RANKS, _ORDER = 100, 101
+DEFAULT_LENGTHS = "azure"
+_RANKS, _ORDER, _LENGTHS = 100, 101, 102
 """Streams of random numbers that no aspect of synthesis uses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedWorkload:
-    """`source` is a file, `demo` or `preset:NAME`. `limit` and `duration_s` cut it, `requests` then repeats
-    it until it has so many; `rate_per_s` sets its mean rate, or `speedup` multiplies it.
+    """`source` is a file, `demo` or `preset:NAME`. `limit` and `duration_s` cut it, in its own time;
+    `requests` then repeats it until it has so many; at last `rate_per_s` sets its mean rate, or `speedup`
+    multiplies it. So a day of a trace, sixty times faster, is a `duration_s` of 86,400 that takes 1,440 s.
 
     `adapters` gives the requests so many adapters, drawn by `assign` (a method of `traces.assign`, `auto`
     is round-robin) with its `parameter`, the base model with `base_share`; `ranks` are those of the
@@ -42,6 +46,9 @@ class SimulatedWorkload:
     workload an adapter has: at 1 the most popular has the highest rank, at -1 the lowest, at 0 the two are
     independent. None is 0, but leaves adapters that the law names in their order. Arrivals, lengths and
     which adapter each request has are the same whatever it is.
+
+    `lengths` is a law of `traces.synthesis.lengths`, used instead of what the trace says, so that prompt
+    blocks it names are left out. None keeps the trace's own, and is azure where it has none.
     """
 
     source: str
@@ -58,6 +65,7 @@ class SimulatedWorkload:
     assign: str = AUTO
     parameter: float | None = None
     base_share: float = 0.0
+    lengths: str | None = None
 
     def draw(self, seed: int) -> TraceColumns:
         """The workload; what is drawn in it is drawn by the seed. BadInputError says what is wrong."""
@@ -68,12 +76,13 @@ class SimulatedWorkload:
                 check_number("the correlation of rank and popularity", self.correlation, -1.0, 1.0)
             if is_preset(self.source):
                 return self._of_preset(seed)
-            return self._with_adapters(self._paced(self._read()), seed)
+            return self._with_adapters(self._with_lengths(self._paced(self._read(seed)), seed), seed)
 
     @property
     def is_drawn(self) -> bool:
-        """Whether it depends on the seed."""
-        return is_preset(self.source) or self.adapters is not None or self.ranks is not None
+        """Whether it may depend on the seed; a file's may, for it can leave lengths and adapters open."""
+        drawn = (self.adapters, self.ranks, self.lengths)
+        return self.source != DEMO or any(law is not None for law in drawn)
 
     def _of_preset(self, seed: int) -> TraceColumns:
         if self.assign != AUTO or self.parameter is not None:
@@ -88,6 +97,7 @@ class SimulatedWorkload:
             adapters=self.adapters,
             ranks=self.ranks,
             correlation=self.correlation,
+            lengths=self.lengths,
             base_share=self.base_share or None,
             seed=seed,
         )
@@ -99,7 +109,7 @@ class SimulatedWorkload:
         columns = workload(self.source, asked).cut(limit=self.limit)
         return columns if self.speedup is None else scale_rate(columns, self.speedup)
 
-    def _read(self) -> TraceColumns:
+    def _read(self, seed: int) -> TraceColumns:
         if self.source == DEMO:
             return columns_of(bundled_trace()).cut(limit=self.limit, duration_s=self.duration_s)
         return read_columns(
@@ -108,6 +118,7 @@ class SimulatedWorkload:
             on_bad_row=self.on_bad_row,
             limit=self.limit,
             duration_s=self.duration_s,
+            fill=Fill(unknown=True, seed=seed),
         )
 
     def _paced(self, columns: TraceColumns) -> TraceColumns:
@@ -116,6 +127,22 @@ class SimulatedWorkload:
         if self.rate_per_s is not None:
             columns = at_rate(columns, self.rate_per_s)
         return columns if self.speedup is None else scale_rate(columns, self.speedup)
+
+    def _with_lengths(self, columns: TraceColumns, seed: int) -> TraceColumns:
+        has_lengths = bool(columns.prompt_tokens.any())
+        if self.lengths is None and has_lengths:
+            return columns
+        text = self.lengths or DEFAULT_LENGTHS
+        law = read_law(text, LENGTHS, "lengths")
+        pairs = law.pairs(len(columns), stream(seed, _LENGTHS), _read_lengths, Limits())
+        return replace(
+            columns,
+            prompt_tokens=pairs[0].astype(np.int32),
+            output_tokens=pairs[1].astype(np.int32),
+            hash_offsets=None,
+            hash_ids=None,
+            source=f"{columns.source}, lengths of {text.partition(':')[0].strip()}",
+        )
 
     def _with_adapters(self, columns: TraceColumns, seed: int) -> TraceColumns:
         if self.adapters is None:
@@ -172,6 +199,10 @@ class SimulatedWorkload:
         if self.correlation:
             weights = np.bincount(column[column >= 0], minlength=len(adapters)).astype(np.float64)
         return lay_out(adapters, weights, self.correlation or 0.0, stream(seed, _ORDER))
+
+
+def _read_lengths(path: str) -> TraceColumns:
+    return read_columns(path, on_bad_row="skip", fill=UNKNOWN)
 
 
 def _ranks(text: str) -> Ranks:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraserve.errors import BadInputError
+from loraserve.simulator.scenario import versions_of
 from loraserve.simulator.workload import SimulatedWorkload
 from traces.columns import TraceColumns
 
@@ -17,6 +20,7 @@ DEMO = SimulatedWorkload(source="demo")
 OWN = replace(DEMO, ranks="8,16,32")
 ASSIGNED = replace(DEMO, requests=400, adapters=12, ranks="8,16,32,64", assign="zipf", parameter=1.1)
 NAMED = replace(DEMO, adapters=3, ranks="names:x-rank-8-0/y-rank-64-0/z-rank-32-0")
+REAL = Path(__file__).parents[4] / "shared" / "traces"
 PRESET = SimulatedWorkload(source="preset:slora,requests=300,adapters=15", ranks="8,16,32")
 
 workloads = st.sampled_from([OWN, ASSIGNED, NAMED, PRESET])
@@ -38,15 +42,19 @@ def requests_of(columns: TraceColumns) -> Iterator[bytes]:
         yield column.tobytes()
 
 
+def check_order(columns: TraceColumns, sign: int) -> None:
+    """Who has more requests has as high a rank or a higher one, or as low or lower for a sign of -1."""
+    signed = [sign * rank for rank in ranks_of(columns)]
+    for fewer, more in pairwise(sorted(zip(counts_of(columns), signed, strict=True))):
+        assert fewer[0] == more[0] or fewer[1] <= more[1]
+
+
 @given(workload=st.sampled_from([OWN, ASSIGNED, NAMED]), seed=seeds, sign=st.sampled_from([1, -1]))
 def test_ranks_rise_or_fall_with_the_number_of_requests(
     workload: SimulatedWorkload, seed: int, sign: int
 ) -> None:
     columns = replace(workload, correlation=float(sign)).draw(seed)
-    signed = [sign * rank for rank in ranks_of(columns)]
-    by_popularity = sorted(zip(counts_of(columns), signed, strict=True))
-    for fewer, more in pairwise(by_popularity):
-        assert fewer[0] == more[0] or fewer[1] <= more[1]
+    check_order(columns, sign)
 
 
 @given(workload=workloads, seed=seeds, correlation=st.floats(-1, 1))
@@ -114,3 +122,91 @@ def test_a_correlation_that_cannot_be_is_refused_in_one_line(
     with pytest.raises(BadInputError, match=message) as refused:
         workload.draw(0)
     assert "\n" not in str(refused.value)
+
+
+# -- lengths -----------------------------------------------------------------------------------
+
+BLOCKS = '{"timestamp": %d, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}\n'
+INVOCATIONS = "app,func,end_timestamp,duration\n" + "".join(f"a,f{n % 3},{n + 2},1\n" for n in range(200))
+
+
+def test_a_trace_without_lengths_takes_those_of_azure_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(INVOCATIONS)
+    workload = SimulatedWorkload(source=str(path))
+    columns, again, other = workload.draw(1), workload.draw(1), workload.draw(2)
+    assert workload.is_drawn
+    assert columns.source == f"{path}, lengths of azure"
+    assert columns.prompt_tokens.min() >= 1
+    assert len(set(columns.prompt_tokens.tolist())) > 50
+    assert list(requests_of(columns)) == list(requests_of(again))
+    assert columns.adapter.tolist() == other.adapter.tolist()
+    assert columns.prompt_tokens.tolist() != other.prompt_tokens.tolist()
+
+
+def test_lengths_that_are_asked_for_take_the_place_of_the_trace_s_and_of_its_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(BLOCKS % (1000 * second) for second in range(9)))
+    own = SimulatedWorkload(source=str(path)).draw(0)
+    assert (own.source, own.hash_ids is not None) == (str(path), True)
+    fixed = SimulatedWorkload(source=str(path), lengths="fixed:70,30").draw(0)
+    assert (set(fixed.prompt_tokens.tolist()), set(fixed.output_tokens.tolist())) == ({70}, {30})
+    assert (fixed.hash_ids, fixed.hash_offsets) == (None, None)
+    assert np.array_equal(fixed.arrival_s, own.arrival_s)
+
+
+def test_lengths_may_come_from_another_trace_with_bad_rows(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.jsonl"
+    path.write_text(BLOCKS % 0 + "no row\n" + BLOCKS % 9)
+    columns = replace(DEMO, lengths=f"resample:{path}").draw(0)
+    assert set(zip(columns.prompt_tokens.tolist(), columns.output_tokens.tolist(), strict=True)) == {(600, 5)}
+    assert columns.source == "bundled:demo, lengths of resample"
+
+
+def test_a_preset_takes_lengths_as_its_own() -> None:
+    assert set(replace(PRESET, lengths="fixed:9,8").draw(0).output_tokens.tolist()) == {8}
+
+
+def test_a_law_of_lengths_that_is_not_one_is_refused() -> None:
+    with pytest.raises(BadInputError, match="lengths: 'azur' is unknown; there are: azure"):
+        replace(DEMO, lengths="azur").draw(0)
+
+
+# -- time --------------------------------------------------------------------------------------
+
+
+def test_a_duration_is_cut_in_the_trace_s_own_time_before_it_is_sped_up() -> None:
+    whole, cut = DEMO.draw(0), replace(DEMO, duration_s=20.0, speedup=4.0).draw(0)
+    assert 0 < len(cut) == int((whole.arrival_s < 20.0).sum()) < len(whole)
+    assert np.array_equal(cut.arrival_s, whole.arrival_s[: len(cut)] / 4.0)
+
+
+# -- real traces -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "num_requests", "num_adapters"),
+    [
+        ("genai_dev_days00-11.csv.gz", {"speedup": 1000.0}, 10_337, 181),
+        ("arena_1500.csv.gz", {"rate_per_s": 20.0}, 1_500, 27),
+        ("maf_arrivals_128.txt", {}, 434, None),
+        ("maf2019_invocations_sample.csv", {"speedup": 20.0}, 4_525, 4),
+        ("maf2021_sample_200.csv", {"speedup": 5.0}, 199, 31),
+        ("AzureLLMInferenceTrace_conv.csv.gz", {"adapters": 50, "assign": "zipf"}, 19_366, 50),
+    ],
+)
+def test_real_traces_are_workloads_with_ranks_with_and_against_popularity(
+    name: str, options: dict[str, Any], num_requests: int, num_adapters: int | None
+) -> None:
+    if not (REAL / name).exists():
+        pytest.skip(f"the real trace {name} is not on this machine (looked in ../shared/traces)")
+    for sign in (1, -1):
+        columns = SimulatedWorkload(
+            source=str(REAL / name), ranks="8,16,32,64", correlation=sign, **options
+        ).draw(0)
+        assert len(columns) == num_requests
+        assert num_adapters in (None, len(columns.adapters))
+        assert len(versions_of(columns, bytes_per_rank=1.0)) == len(columns.adapters)
+        assert min(columns.prompt_tokens.min(), columns.output_tokens.min()) >= 1
+        check_order(columns, sign)
+        assert ranks_of(columns)[int(np.argmax(counts_of(columns)))] == (64 if sign > 0 else 8)
