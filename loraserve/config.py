@@ -4,17 +4,15 @@ A wrong key or value is refused with its path and what would be right. Flags ove
 through the `overrides` of `load_config`.
 """
 
-import json
-import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
-from msgspec import Meta, inspect
+from msgspec import Meta
 
 from loraserve.errors import ConfigError
+from loraserve.sections import Section, checked, read_toml, shown
 from placement.engine_sizes import MAX_POOL_ADAPTERS
 from placement.routing.pairing import routing_for
 
@@ -26,7 +24,6 @@ MAX_MESSAGE_BYTES = 2**31 - 1
 MAX_FINITE = 1e18
 # Ray counts processors in ten-thousandths.
 MIN_CPUS = 1e-4
-MAX_SHOWN_CHARS = 80
 
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -39,10 +36,6 @@ LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
 # What `"auto"` leaves to the start of a replica.
 ChosenAtStart = Literal["max_lora_rank", "adapter_slots"]
 AUTO = "auto"
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all sections."""
 
 
 class ClusterSection(Section, frozen=True):
@@ -67,7 +60,7 @@ class ClusterSection(Section, frozen=True):
     def __post_init__(self) -> None:
         if 0 < self.cpus_per_replica < MIN_CPUS:
             raise ValueError(
-                f"cpus_per_replica: {_shown(self.cpus_per_replica)}; expected 0 or at least {MIN_CPUS:g}"
+                f"cpus_per_replica: {shown(self.cpus_per_replica)}; expected 0 or at least {MIN_CPUS:g}"
             )
 
 
@@ -105,8 +98,8 @@ class EngineSection(Section, frozen=True):
     tensor_parallel_size: Positive = 1
     gpus_per_replica: Count = 0
     lora_execution: LoraExecution = "rank-true"
-    extra: dict[str, Any] = {}
-    auto: list[ChosenAtStart] = []
+    extra: dict[str, Any] = msgspec.field(default_factory=dict)
+    auto: list[ChosenAtStart] = msgspec.field(default_factory=list)
 
     @property
     def caches_prefixes(self) -> bool:
@@ -202,7 +195,7 @@ class RouterSection(Section, frozen=True):
 class AdaptersSection(Section, frozen=True):
     """`allow_urls` lists the URL prefixes that adapters may be fetched from besides local paths."""
 
-    allow_urls: list[str] = []
+    allow_urls: list[str] = msgspec.field(default_factory=list)
     max_size_bytes: Positive = 8 * 1024**3
     fetch_timeout_s: Seconds = 600.0
 
@@ -244,33 +237,19 @@ def load_config(path: Path | None, overrides: Mapping[str, object] | None = None
     where = "the configuration"
     if path is not None:
         where = str(path)
-        try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        tree = read_toml(path, "the configuration")
     for dotted, value in (overrides or {}).items():
         section, _, key = dotted.partition(".")
         table = tree.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"{where}: {section}: {_shown(table)}; expected a table")
+            raise ConfigError(f"{where}: {section}: {shown(table)}; expected a table")
         table[key] = value
     return parse_config(tree, where)
 
 
 def parse_config(tree: Mapping[str, Any], where: str = "the configuration") -> Config:
     """Validate a tree of plain values; ConfigError names the path and what would be right."""
-    tree = _with_routing(_with_auto(tree))
-    _refuse_unknown_keys(tree, Config, where, "")
-    try:
-        return msgspec.convert(tree, Config)
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$.")
-        path = path.rstrip("`")
-        # A section's own check has said it all.
-        said = f"{path}.{message}" if isinstance(error.__cause__, ValueError) else _explained(tree, path)
-        raise ConfigError(f"{where}: {said or message}") from error
+    return checked(_with_routing(_with_auto(tree)), Config, where)
 
 
 def config_tree(config: Config) -> dict[str, Any]:
@@ -300,64 +279,3 @@ def _with_routing(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     if router.get("routing", AUTO) != AUTO or not isinstance(policy, str):
         return tree
     return {**tree, "router": {**router, "routing": routing_for(policy)}}
-
-
-def _refuse_unknown_keys(tree: Mapping[str, Any], section: type[Section], where: str, prefix: str) -> None:
-    fields = {field.name: field.type for field in msgspec.structs.fields(section)}
-    for key, value in tree.items():
-        path = f"{prefix}{key if key.isprintable() else repr(key)}"
-        if key not in fields:
-            raise ConfigError(f"{where}: {path}: unknown key; allowed: {', '.join(sorted(fields))}")
-        kind = fields[key]
-        if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, Mapping):
-            _refuse_unknown_keys(value, kind, where, f"{path}.")
-
-
-def _explained(tree: Mapping[str, Any], path: str) -> str:
-    """What stands at a path, like `adapters.allow_urls[0]`, and what was expected there."""
-    value: Any = tree
-    kind: inspect.Type = inspect.type_info(Config)
-    for name, index in re.findall(r"(\w+)|\[(\d+)\]", path):
-        if isinstance(kind, inspect.StructType):
-            value, kind = value[name], next(field.type for field in kind.fields if field.name == name)
-        elif isinstance(kind, inspect.ListType):
-            value, kind = value[int(index)], kind.item_type
-    return f"{path}: {_shown(value)}; expected {_expected(kind)}"
-
-
-def _expected(kind: inspect.Type) -> str:
-    match kind:
-        case inspect.Metadata(extra_json_schema={"description": str(description)}):
-            return description
-        case inspect.LiteralType(values=values):
-            return f"one of {', '.join(map(str, values))}"
-        case inspect.BoolType():
-            return "true or false"
-        case inspect.IntType():
-            return f"an integer{_range(kind)}"
-        case inspect.FloatType():
-            return f"a number{_range(kind)}"
-        case inspect.ListType(item_type=item):
-            return f"a list, each item {_expected(item)}"
-        case inspect.StrType():
-            return "a string"
-    return "a table"
-
-
-def _range(kind: inspect.IntType | inspect.FloatType) -> str:
-    most = None if kind.le is None else _plain(kind.le)
-    if kind.gt is not None:
-        return f" above {_plain(kind.gt)}" + (f" and at most {most}" if most else "")
-    if kind.ge is None:
-        return ""
-    return f" from {_plain(kind.ge)} to {most}" if most else f" of at least {_plain(kind.ge)}"
-
-
-def _plain(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}".replace("e+0", "e").replace("e+", "e")
-
-
-def _shown(value: object) -> str:
-    """A value as one would write it in TOML, on one line and not too long."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."

@@ -10,33 +10,40 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchLimits:
     """Rates tried lie within `lowest` to `highest`; bisection ends when the lowest rate that failed is at
-    most `tolerance` (0.05: 5 %) above the highest that held, or after `max_probes`."""
+    most `tolerance` (0.05: 5 %) above the highest that held, or after `max_probes`. Until there is one of
+    each, rates go up or down by `growth`."""
 
     lowest: float
     highest: float
     tolerance: float = 0.05
     max_probes: int = 24
+    growth: float = 2.0
 
     def __post_init__(self) -> None:
         if not 0 < self.lowest <= self.highest < math.inf:
             raise ValueError(f"rates {self.lowest} to {self.highest}; expected 0 < lowest <= highest")
-        if not 0 < self.tolerance < math.inf or self.max_probes < 1:
-            raise ValueError(f"tolerance {self.tolerance}, {self.max_probes} probes; expected more than none")
+        if not 0 < self.tolerance < math.inf or self.max_probes < 1 or not 1 < self.growth < math.inf:
+            said = f"tolerance {self.tolerance}, {self.max_probes} probes, growth {self.growth}"
+            raise ValueError(f"{said}; expected more than none, and a growth above 1")
 
 
 class RateSearch:
     """One search: ask `next_rate`, try it, `tell` whether it held, until there is no next one.
 
     It takes for granted that what holds at a rate holds at lower ones. If a probe says otherwise, the failure
-    counts: no rate above one that failed is tried again.
+    counts: no rate above one that failed is tried again. It begins at `start`, or, where it is known already
+    that one rate `held` or one `failed`, beyond or between them.
     """
 
-    def __init__(self, limits: SearchLimits, start: float) -> None:
+    def __init__(
+        self, limits: SearchLimits, start: float, *, held: float | None = None, failed: float | None = None
+    ) -> None:
         self._limits = limits
-        self._next: float | None = min(max(start, limits.lowest), limits.highest)
-        self._held: float | None = None
-        self._failed: float | None = None
+        self._held = held
+        self._failed = failed
         self._probes = 0
+        known = held is not None or failed is not None
+        self._next = self._choose() if known else min(max(start, limits.lowest), limits.highest)
 
     @property
     def held(self) -> float | None:
@@ -77,8 +84,8 @@ class RateSearch:
             return None
         if failed is None:
             assert held is not None
-            return None if held >= limits.highest else min(2 * held, limits.highest)
+            return None if held >= limits.highest else min(limits.growth * held, limits.highest)
         if held is None:
-            return None if failed <= limits.lowest else max(failed / 2, limits.lowest)
+            return None if failed <= limits.lowest else max(failed / limits.growth, limits.lowest)
         # The tolerance is a ratio, and so the middle is.
         return math.sqrt(held * failed)
