@@ -74,6 +74,30 @@ class TraceColumns:
             hash_offsets=None if self.hash_offsets is None else self.hash_offsets[: size + 1],
         )
 
+    def take(self, places: NDArray[np.int64]) -> "TraceColumns":
+        """The requests at these places, any number of times each; their arrivals must not go back."""
+        offsets, ids = self._hashes_at(places)
+        return replace(
+            self,
+            arrival_s=self.arrival_s[places],
+            prompt_tokens=self.prompt_tokens[places],
+            output_tokens=self.output_tokens[places],
+            adapter=self.adapter[places],
+            hash_offsets=offsets,
+            hash_ids=ids,
+        )
+
+    def _hashes_at(
+        self, places: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
+        if self.hash_offsets is None or self.hash_ids is None:
+            return None, None
+        lengths = np.diff(self.hash_offsets)[places]
+        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+        # Where each request's ids begin here, less where they begin in what is made.
+        shift = np.repeat(self.hash_offsets[places] - offsets[:-1], lengths)
+        return offsets, self.hash_ids[np.arange(offsets[-1]) + shift]
+
 
 def columns_of(trace: Trace, *, hash_block_tokens: int | None = None) -> TraceColumns:
     """The same workload as columns; blocks are of `hash_block_tokens` tokens, or as the trace's format

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from traces.columns import TraceColumns
 from traces.synthesis.checks import MAX_REQUESTS, check_above_zero
@@ -25,16 +24,8 @@ def tile(columns: TraceColumns, num_requests: int) -> TraceColumns:
     if have < num_requests and period_s <= 0:
         raise TraceError("its requests all arrive at once; repeated they would too", source=columns.source)
     place = np.arange(num_requests) % have
-    offsets, ids = _tiled_hashes(columns, place)
-    return replace(
-        columns,
-        arrival_s=columns.arrival_s[place] + np.arange(num_requests) // have * period_s,
-        prompt_tokens=columns.prompt_tokens[place],
-        output_tokens=columns.output_tokens[place],
-        adapter=columns.adapter[place],
-        hash_offsets=offsets,
-        hash_ids=ids,
-    )
+    repeated = columns.take(place)
+    return replace(repeated, arrival_s=repeated.arrival_s + np.arange(num_requests) // have * period_s)
 
 
 def scale_rate(columns: TraceColumns, factor: float) -> TraceColumns:
@@ -49,15 +40,3 @@ def at_rate(columns: TraceColumns, rate_per_s: float) -> TraceColumns:
     if columns.duration_s <= 0:
         raise TraceError("its requests all arrive at once; it has no rate", source=columns.source)
     return scale_rate(columns, rate_per_s * columns.duration_s / max(len(columns) - 1, 1))
-
-
-def _tiled_hashes(
-    columns: TraceColumns, place: NDArray[np.int64]
-) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
-    if columns.hash_offsets is None or columns.hash_ids is None:
-        return None, None
-    lengths = np.diff(columns.hash_offsets)[place]
-    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
-    # Where each request's ids begin in the original, less where they begin in the copy.
-    shift = np.repeat(columns.hash_offsets[place] - offsets[:-1], lengths)
-    return offsets, columns.hash_ids[np.arange(offsets[-1]) + shift]
