@@ -13,8 +13,8 @@ from loraserve.experiments.results import Fewest, Highest, JobResult, Point, Pro
 from loraserve.experiments.scenarios import fluid_per_s, own_rate, scenario_at
 from loraserve.experiments.spec import share_of
 from loraserve.profiling.search import RateSearch, SearchLimits
-from loraserve.simulator.figures import Judging, RunFigures, figures_of
-from loraserve.simulator.result import SimulationResult
+from loraserve.simulator.figures import Judging, figures_of
+from loraserve.simulator.give_up import GaveUpError, GiveUp
 from loraserve.simulator.run import simulate
 from traces.metrics import Slo
 
@@ -64,7 +64,8 @@ class _Measuring:
 
     def _point(self, asked: float | str) -> Point:
         rate = self._rate(asked)
-        figures, result = self._run(rate, self._job.replicas)
+        result = simulate(scenario_at(self._job, rate, self._job.replicas))
+        figures = figures_of(result, self._judging)
         if self._job.has_map and asked == self._map_rate():
             self._map = rank_map_of(figures, rate)
         self._tell(f"{rate:.4g}/s")
@@ -113,19 +114,17 @@ class _Measuring:
         return Fewest(asked=str(asked), rate_per_s=rate, replicas=search.fewest or 0, probes=tuple(probes))
 
     def _probe(self, rate_per_s: float, replicas: int) -> Probe:
-        figures, _ = self._run(rate_per_s, replicas)
-        overall = figures.summary.overall
-        self._tell(f"{rate_per_s:.4g}/s on {replicas}: {'held' if overall.slo_met else 'missed'}")
-        return Probe(
-            rate_per_s=rate_per_s,
-            replicas=replicas,
-            held=overall.slo_met,
-            ttft_p95_ms=finite(overall.ttft_ms.p95),
-        )
-
-    def _run(self, rate_per_s: float, replicas: int) -> tuple[RunFigures, SimulationResult]:
-        result = simulate(scenario_at(self._job, rate_per_s, replicas))
-        return figures_of(result, self._judging), result
+        slo, warmup_s = self._judging.slo, self._judging.warmup_s
+        scenario = scenario_at(self._job, rate_per_s, replicas)
+        try:
+            result = simulate(scenario, give_up=GiveUp(ttft_ms=slo.ttft_ms, warmup_s=warmup_s))
+        except GaveUpError:
+            held, ttft_p95_ms = False, None
+        else:
+            overall = figures_of(result, self._judging).summary.overall
+            held, ttft_p95_ms = overall.slo_met, finite(overall.ttft_ms.p95)
+        self._tell(f"{rate_per_s:.4g}/s on {replicas}: {'held' if held else 'missed'}")
+        return Probe(rate_per_s=rate_per_s, replicas=replicas, held=held, ttft_p95_ms=ttft_p95_ms)
 
     def _rate(self, asked: float | str) -> float:
         share = share_of(asked)

@@ -76,7 +76,7 @@ def own_rate(workload: SimulatedWorkload, seed: int) -> float:
 
 def requests_at(workload: SimulatedWorkload, rate_per_s: float, seed: int) -> TraceColumns:
     """The workload at this mean rate."""
-    if is_preset(workload.source):
+    if is_preset(workload.source) and workload.speedup is None:
         return _drawn(workload, rate_per_s, seed)
     return at_rate(_drawn(workload, None, seed), rate_per_s)
 

@@ -60,9 +60,11 @@ class TraceSection(Section, frozen=True, kw_only=True):
     speedup: Above | None = None
     adapters: Annotated[int, Meta(ge=1)] | None = None
     ranks: str | None = None
+    correlation: Annotated[float, Meta(ge=-1, le=1)] | None = None
     assign: str = "auto"
     parameter: float | None = None
     base_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    lengths: str | None = None
 
 
 class ClusterSection(Section, frozen=True):
