@@ -102,6 +102,26 @@ def simulate(
     failure: Annotated[
         list[str] | None, typer.Option("--fail", help="'replica-1@100s for 30s'; may be repeated.")
     ] = None,
+    add_adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What if there were more: '50x64', 50 of rank 64, each as popular as the mean; '50x64@0.2',"
+            " with a fifth of the traffic on top. May be repeated."
+        ),
+    ] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What if the adapters of these names, or base, had so many times the traffic: 'support-*=2'."
+            " May be repeated."
+        ),
+    ] = None,
+    lose: Annotated[
+        Text,
+        typer.Option(
+            help="What if so many replicas died for good: '1@100s', '1@30%', or '1', a third into the trace."
+        ),
+    ] = None,
     slo_ttft_ms: Annotated[float, typer.Option(help="The target for the time to the first token.")] = 2000.0,
     slo_tbt_ms: Annotated[float, typer.Option(help="The target for the time between tokens.")] = 150.0,
     per_rank: Annotated[bool, typer.Option("--per-rank", help="Show the figures of each rank.")] = False,
@@ -126,6 +146,7 @@ def simulate(
     """
     from loraserve.cli.simulate_runs import SimulateOptions
     from loraserve.simulator.from_profile import ClusterOptions, parse_failures
+    from loraserve.simulator.what_if import WhatIf
     from loraserve.simulator.workload import SimulatedWorkload
     from placement.demand import DEFAULT_FORECASTER
 
@@ -171,6 +192,7 @@ def simulate(
         seeds=_seeds(seeds),
         jobs=jobs,
         ray_address=ray,
+        what_if=WhatIf.parse(add=add_adapters or (), scale=scale or (), lose=lose),
     )
     _run(options, out, per_rank=per_rank, json_output=json_output)
 
@@ -186,12 +208,12 @@ def _run(options: "SimulateOptions", out: Path | None, *, per_rank: bool, json_o
             runs = simulate_all(plan, options, stage, progress)
         simulate_output.warn(options, runs)
         if stage is not None and out is not None:
-            simulate_output.write_files(plan, runs, stage)
+            simulate_output.write_files(plan, options, runs, stage)
             page = out / simulate_output.PAGE
     if json_output:
         simulate_output.print_json(plan, options, runs, page)
     else:
-        simulate_output.print_tables(plan, runs, page, per_rank=per_rank)
+        simulate_output.print_tables(plan, options, runs, page, per_rank=per_rank)
 
 
 @contextmanager

@@ -75,10 +75,17 @@ class SweepProgress:
 
 
 def print_tables(
-    plan: "Plan", runs: Mapping[str, "RunFigures"], page: Path | None, *, per_rank: bool
+    plan: "Plan",
+    options: "SimulateOptions",
+    runs: Mapping[str, "RunFigures"],
+    page: Path | None,
+    *,
+    per_rank: bool,
 ) -> None:
     """The policies side by side, and per rank where that is asked for."""
     print(_headline(plan, runs))
+    for line in options.what_if.describe():
+        print(f"what if: {line}")
     show(_policy_table(runs))
     if per_rank:
         print("\nBy rank, latencies in ms")
@@ -105,6 +112,7 @@ def print_json(
     echo_json(
         {
             "options": options,
+            "what_if": options.what_if.describe(),
             "runs": [
                 {
                     "label": label,
@@ -120,18 +128,21 @@ def print_json(
     )
 
 
-def write_files(plan: "Plan", runs: Mapping[str, "RunFigures"], folder: Path) -> None:
+def write_files(
+    plan: "Plan", options: "SimulateOptions", runs: Mapping[str, "RunFigures"], folder: Path
+) -> None:
     """Plots and the page that compares, beside what the runs have written."""
     from loraserve.simulator.report import write_comparison
 
     scenario = next(iter(plan.scenarios.values()))
+    asked = {"what if": "; ".join(options.what_if.describe())} if options.what_if else {}
     write_comparison(
         folder,
         runs,
         plan.folders,
         title=f"Simulation of {Path(scenario.trace.source).name}",
         command=shlex.join(["loraserve", *sys.argv[1:]]),
-        workload={name.replace("_", " "): str(value) for name, value in scenario.describe().items()},
+        workload={name.replace("_", " "): str(value) for name, value in scenario.describe().items()} | asked,
     )
 
 

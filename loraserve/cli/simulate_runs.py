@@ -1,7 +1,7 @@
 """What `loraserve simulate` simulates: the runs behind its options."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from loraserve.simulator.figures import Judging, RunFigures
 from loraserve.simulator.from_profile import ClusterOptions, scenario_of
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.sweep import SweepRun, sweep
+from loraserve.simulator.what_if import WhatIf
 from loraserve.simulator.workload import SimulatedWorkload
 from placement.policies import POLICIES
 from placement.routing.chooser import ROUTING_POLICIES
 from placement.routing.pairing import AUTO, routing_for
+from traces.columns import TraceColumns
 
 MAX_RUNS = 10_000
 
@@ -33,6 +35,7 @@ class SimulateOptions:
     seeds: tuple[int, ...]
     jobs: int | None = None
     ray_address: str | None = None
+    what_if: WhatIf = field(default_factory=WhatIf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +59,20 @@ def prepare(options: SimulateOptions) -> Plan:
     if count > MAX_RUNS:
         raise BadInputError(f"--policy, --routing, --seeds: {count} runs; expected {MAX_RUNS} at most")
     profile = find_simulatable(options.profile)
-    first = options.workload.draw(options.seeds[0])
-    traces = {
-        seed: options.workload.draw(seed) if place and options.workload.is_drawn else first
-        for place, seed in enumerate(options.seeds)
-    }
+    traces = _traces(options)
     for trace in traces.values():
         if len(trace) and trace.arrival_s[-1] < options.judging.warmup_s:
             last = f"the last request comes at {trace.arrival_s[-1]:g} s"
             raise BadInputError(f"--warmup: {options.judging.warmup_s:g} s leaves nothing, {last}")
     scenarios, folders = {}, {}
     for policy, routing, seed in product(options.policies, options.routings, options.seeds):
-        cluster = replace(options.cluster, policy=policy, routing=routing_for(policy, routing))
+        lost = options.what_if.failures(options.cluster.num_replicas, traces[seed].duration_s)
+        cluster = replace(
+            options.cluster,
+            policy=policy,
+            routing=routing_for(policy, routing),
+            failures=(*options.cluster.failures, *lost),
+        )
         label, folder = policy, policy
         if len(options.routings) > 1:
             label, folder = f"{label} / {routing}", f"{folder}-{routing}"
@@ -76,6 +81,17 @@ def prepare(options: SimulateOptions) -> Plan:
         scenarios[label] = scenario_of(profile, traces[seed], cluster, seed=seed)
         folders[label] = f"{folder}-seed-{seed}"
     return Plan(scenarios=scenarios, folders=folders)
+
+
+def _traces(options: SimulateOptions) -> dict[int, TraceColumns]:
+    """The workload of each seed, drawn once where no seed decides anything in it."""
+    workload, what_if = options.workload, options.what_if
+    first = what_if.apply(workload.draw(options.seeds[0]), options.seeds[0])
+    is_drawn = workload.is_drawn or what_if.is_drawn
+    return {
+        seed: what_if.apply(workload.draw(seed), seed) if place and is_drawn else first
+        for place, seed in enumerate(options.seeds)
+    }
 
 
 def simulate_all(
