@@ -96,11 +96,12 @@ class ReplicaRecord:
         """Whether the adapter can be loaded now; what is loading and what is draining counts as taken."""
         if self.phase is not ReplicaPhase.READY or self.spec is None:
             return False
-        used_bytes = sum(copy.size_bytes for copy in self.copies.values())
+        # The bytes last, which take longest to look up.
         return (
             self.spec.admits(adapter)
             and len(self.copies) < self.spec.pool_adapters
-            and used_bytes + adapter.size_bytes <= self.spec.pool_bytes
+            and sum([copy.size_bytes for copy in self.copies.values()]) + adapter.size_bytes
+            <= self.spec.pool_bytes
         )
 
     def move(self, version: VersionId, before: CopyPhase, after: CopyPhase | None) -> bool:
@@ -117,13 +118,15 @@ class ReplicaRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holdings:
-    """Who holds what under which names, and the plan: a view of the state machine's own records."""
+    """Who holds what under which names, and the plan: a view of the state machine's own records.
+    `planned_on` is the plan's versions by replica."""
 
     replicas: Mapping[ReplicaId, ReplicaRecord]
     adapters: Mapping[VersionId, AdapterVersion]
     active: Mapping[AdapterName, VersionId]
     superseded: Mapping[AdapterName, Sequence[VersionId]]
     plan: Placement
+    planned_on: Mapping[ReplicaId, frozenset[VersionId]]
 
     def holders(self, version: VersionId) -> tuple[ReplicaId, ...]:
         """The replicas that acknowledged this version and are not dropping it."""

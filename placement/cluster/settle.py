@@ -6,7 +6,7 @@ one the copies stay where they are.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 
 from placement.cluster.messages import Command, LoadAdapter, UnloadAdapter
@@ -18,28 +18,24 @@ MAX_LOADS = 8
 """Copies that one replica loads at a time, so that the requests it serves do not wait for all of them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
-    """A planned copy that is neither there nor on its way, and has not been refused."""
-
-    replica_id: ReplicaId
-    adapter: AdapterVersion
+Waiting = Mapping[ReplicaId, frozenset[VersionId]]
+"""By ready replica the planned copies that are neither there nor on their way, and have not been refused."""
 
 
-def waiting_copies(holdings: Holdings) -> tuple[Waiting, ...]:
+def waiting_copies(holdings: Holdings) -> Waiting:
     """All copies that are yet to be loaded."""
     active = set(holdings.active.values())
-    # What is there already is nearly everything, and passed over first.
-    there = {record.replica_id: record.copies for record in _ready(holdings)}
-    return tuple(
-        Waiting(replica_id=holder.replica_id, adapter=holdings.adapters[version])
-        for version, holders in holdings.plan.holders.items()
-        if version in active
-        for holder in holders
-        if (copies := there.get(holder.replica_id)) is not None
-        and version not in copies
-        and _may_load(holdings.replicas.get(holder.replica_id), version)
-    )
+    found: dict[ReplicaId, frozenset[VersionId]] = {}
+    for record in _ready(holdings):
+        # What is there already is nearly everything, and passed over first.
+        absent = _planned_on(holdings, record) - record.copies.keys()
+        if absent and (absent := (absent & active) - record.refused.keys()):
+            found[record.replica_id] = absent
+    return found
+
+
+def _planned_on(holdings: Holdings, record: ReplicaRecord) -> frozenset[VersionId]:
+    return holdings.planned_on.get(record.replica_id, frozenset())
 
 
 def _may_load(record: ReplicaRecord | None, version: VersionId) -> bool:
@@ -48,22 +44,19 @@ def _may_load(record: ReplicaRecord | None, version: VersionId) -> bool:
     return version not in record.copies and version not in record.refused
 
 
-def crowded(holdings: Holdings, waiting: Collection[Waiting]) -> frozenset[ReplicaId]:
+def crowded(holdings: Holdings, waiting: Waiting) -> frozenset[ReplicaId]:
     """The ready replicas without room for a copy planned there, even once all that is being dropped has
     gone: what is not planned there must make room."""
     found: set[ReplicaId] = set()
-    staying: dict[ReplicaId, tuple[int, int]] = {}
-    for one in waiting:
-        record = holdings.replicas[one.replica_id]
-        if one.replica_id in found or record.spec is None:
+    retiring = CopyPhase.RETIRING
+    for replica, versions in waiting.items():
+        record = holdings.replicas[replica]
+        if record.spec is None:
             continue
-        if one.replica_id not in staying:
-            stays = [copy for copy in record.copies.values() if copy.phase is not CopyPhase.RETIRING]
-            staying[one.replica_id] = len(stays), sum(copy.size_bytes for copy in stays)
-        num_copies, used_bytes = staying[one.replica_id]
-        fits = used_bytes + one.adapter.size_bytes <= record.spec.pool_bytes
-        if not fits or num_copies >= record.spec.pool_adapters:
-            found.add(one.replica_id)
+        staying = [copy.size_bytes for copy in record.copies.values() if copy.phase is not retiring]
+        largest = max([holdings.adapters[version].size_bytes for version in versions])
+        if len(staying) >= record.spec.pool_adapters or sum(staying) + largest > record.spec.pool_bytes:
+            found.add(replica)
     return frozenset(found)
 
 
@@ -71,27 +64,31 @@ def retire(holdings: Holdings, table: RoutingTable) -> list[Command]:
     """Drop the held copies that the published table sends nobody to."""
     commands: list[Command] = []
     active = set(holdings.active.values())
-    planned = holdings.plan.holders
-    needed: dict[ReplicaId, set[VersionId]] = {replica: set() for replica in holdings.replicas}
-    for entry in table.entries.values():
-        # Most are as planned, and come with the plan.
-        if entry.version_id not in active or entry.holders is not planned.get(entry.version_id):
-            for holder in entry.holders:
-                needed[holder.replica_id].add(entry.version_id)
-    for version, holders in planned.items():
-        if version in active:
-            for holder in holders:
-                if (own := needed.get(holder.replica_id)) is not None:
-                    own.add(version)
+    inactive = holdings.plan.holders.keys() - active
     for record in _ready(holdings):
-        for version in sorted(record.copies.keys() - needed[record.replica_id]):
-            if record.holds(version):
+        # Most copies are as planned; the few others are looked up in the table.
+        for version in sorted(record.copies.keys() - (_planned_on(holdings, record) - inactive)):
+            if record.holds(version) and not _is_named(table, holdings.adapters, version, record.replica_id):
                 record.copies[version].phase = CopyPhase.RETIRING
                 commands.append(UnloadAdapter(record.replica_id, version))
     return commands
 
 
-def load(holdings: Holdings, waiting: Collection[Waiting], max_loads: int = MAX_LOADS) -> list[Command]:
+def _is_named(
+    table: RoutingTable,
+    adapters: Mapping[VersionId, AdapterVersion],
+    version: VersionId,
+    replica: ReplicaId,
+) -> bool:
+    """Whether the table sends requests for the version to the replica."""
+    adapter = adapters.get(version)
+    entry = None if adapter is None else table.entries.get(adapter.name)
+    if entry is None or entry.version_id != version:
+        return False
+    return any(holder.replica_id == replica for holder in entry.holders)
+
+
+def load(holdings: Holdings, waiting: Waiting, max_loads: int = MAX_LOADS) -> list[Command]:
     """Load what is planned and absent, where there is room now and few enough loads are under way; the rest
     waits. What no ready replica holds comes first. What none loads either, and none planned for it has room
     for, goes to any that has."""
@@ -99,23 +96,25 @@ def load(holdings: Holdings, waiting: Collection[Waiting], max_loads: int = MAX_
         return []
     commands: list[Command] = []
     roomy: set[VersionId] = set()
-    present = _present(holdings)
-    loading = {record.replica_id: _num_loading(record) for record in _ready(holdings)}
-    held = {version for record in _ready(holdings) for version in record.copies if record.holds(version)}
-    for one in sorted(
-        waiting, key=lambda one: (one.adapter.version_id in held, one.adapter.version_id, one.replica_id)
-    ):
-        record = holdings.replicas[one.replica_id]
-        num_loading = loading[one.replica_id]
-        # Most wait for their turn: whether there is room for them then is not looked up now.
-        if num_loading >= max_loads and one.adapter.version_id in present:
+    held, under_way, loading = _progress(holdings)
+    present = held | under_way
+    # Most wait for their turn: whether there is room for them then is not looked up now.
+    turns = [
+        (version in held, version, replica)
+        for replica, versions in waiting.items()
+        for version in (versions if loading[replica] < max_loads else versions - present)
+    ]
+    for _, version, replica in sorted(turns):
+        if loading[replica] >= max_loads and version in present:
             continue
-        if record.has_room(one.adapter):
-            roomy.add(one.adapter.version_id)
-            if num_loading < max_loads:
-                loading[one.replica_id] += 1
-                commands.append(_begin(record, one.adapter))
-    for adapter in _homeless(holdings, waiting):
+        record, adapter = holdings.replicas[replica], holdings.adapters[version]
+        if record.has_room(adapter):
+            roomy.add(version)
+            if loading[replica] < max_loads:
+                loading[replica] += 1
+                under_way.add(version)
+                commands.append(_begin(record, adapter))
+    for adapter in _homeless(holdings, waiting, held | under_way):
         place = None if adapter.version_id in roomy else _free_place(holdings, adapter)
         if place is not None and _num_loading(place) < max_loads:
             commands.append(_begin(place, adapter))
@@ -126,29 +125,33 @@ def _num_loading(record: ReplicaRecord) -> int:
     return sum(copy.phase is CopyPhase.LOADING for copy in record.copies.values())
 
 
-def _present(holdings: Holdings) -> set[VersionId]:
-    """What ready replicas hold or load."""
-    return {
-        version
-        for record in _ready(holdings)
-        for version, copy in record.copies.items()
-        if copy.phase is not CopyPhase.RETIRING
-    }
+def _progress(holdings: Holdings) -> tuple[set[VersionId], set[VersionId], dict[ReplicaId, int]]:
+    """What ready replicas hold, what they load, and how many copies each of them loads."""
+    held: set[VersionId] = set()
+    under_way: set[VersionId] = set()
+    loading: dict[ReplicaId, int] = {}
+    for record in _ready(holdings):
+        copies, is_held, is_loading = record.copies, CopyPhase.HELD, CopyPhase.LOADING
+        held.update([version for version, copy in copies.items() if copy.phase is is_held])
+        begun = [version for version, copy in copies.items() if copy.phase is is_loading]
+        under_way.update(begun)
+        loading[record.replica_id] = len(begun)
+    return held, under_way, loading
 
 
-def _homeless(holdings: Holdings, waiting: Collection[Waiting]) -> list[AdapterVersion]:
-    """What waits and no ready replica holds or loads."""
-    present = _present(holdings)
-    found = {one.adapter.version_id: one.adapter for one in waiting if one.adapter.version_id not in present}
-    return [adapter for _, adapter in sorted(found.items())]
+def _homeless(holdings: Holdings, waiting: Waiting, present: set[VersionId]) -> list[AdapterVersion]:
+    """What waits and is not present: no ready replica holds or loads it."""
+    return [holdings.adapters[version] for version in sorted(set().union(*waiting.values()) - present)]
 
 
-def is_stuck(holdings: Holdings, waiting: Collection[Waiting]) -> bool:
+def is_stuck(holdings: Holdings, waiting: Waiting) -> bool:
     """Whether planned copies wait for room, and no copy anywhere is being loaded or dropped."""
     unsettled = {CopyPhase.LOADING, CopyPhase.RETIRING}
-    return any(_may_load(holdings.replicas[one.replica_id], one.adapter.version_id) for one in waiting) and (
-        not any(copy.phase in unsettled for record in _ready(holdings) for copy in record.copies.values())
-    )
+    return any(
+        _may_load(holdings.replicas.get(replica), version)
+        for replica, versions in waiting.items()
+        for version in versions
+    ) and not any(copy.phase in unsettled for record in _ready(holdings) for copy in record.copies.values())
 
 
 def make_way(holdings: Holdings, full: frozenset[ReplicaId]) -> list[Command]:
@@ -167,13 +170,14 @@ def make_way(holdings: Holdings, full: frozenset[ReplicaId]) -> list[Command]:
     return []
 
 
-def possible(holdings: Holdings, waiting: Collection[Waiting]) -> Placement:
+def possible(holdings: Holdings, waiting: Waiting) -> Placement:
     """The plan without the copies that wait for room for ever: an adapter that has none of its planned
     holders stays where it is held; one that no ready replica holds takes the place of a copy that is not the
     only one, or is left out."""
     absent: dict[VersionId, set[ReplicaId]] = {}
-    for one in waiting:
-        absent.setdefault(one.adapter.version_id, set()).add(one.replica_id)
+    for replica, versions in waiting.items():
+        for version in versions:
+            absent.setdefault(version, set()).add(replica)
     held = holdings.all_holders()
     changed = dict(holdings.plan.holders)
     for version, replicas in sorted(absent.items()):
@@ -184,7 +188,8 @@ def possible(holdings: Holdings, waiting: Collection[Waiting]) -> Placement:
         elif ready:
             changed[version] = tuple(Holder(replica_id=one, share=1 / len(ready)) for one in sorted(ready))
     taken: set[ReplicaId] = set()
-    for adapter in _homeless(holdings, waiting):
+    ready_held, under_way, _ = _progress(holdings)
+    for adapter in _homeless(holdings, waiting, ready_held | under_way):
         copy = _spare_copy(holdings, adapter, changed, taken)
         if copy is not None:
             replica, version = copy

@@ -21,7 +21,7 @@ from placement.cluster import settle as cluster_settle
 from placement.cluster.messages import Command, DeleteAdapter, Event, PublishTable, SaveAdapter
 from placement.cluster.records import CopyPhase, DrainOrder, Holdings, ReplicaPhase, ReplicaRecord
 from placement.cluster.resize import Resizer
-from placement.cluster.tables import table_of
+from placement.cluster.tables import TableMaker
 from placement.plans.book import EarlierPlan, PlanBook
 from placement.plans.repair import repaired
 from placement.plans.veto import veto
@@ -74,7 +74,7 @@ class ClusterState:
         self.seed = seed
         self.max_restarts = max_restarts
         self.profiles = profiles
-        self._costs = CostBook(profiles)
+        self._tables = TableMaker(CostBook(profiles))
         self.epoch_s = epoch_s
         self.max_loads = max_loads
         self.resizer = resizer or Resizer()
@@ -196,6 +196,7 @@ class ClusterState:
             active=self.active,
             superseded=self.superseded,
             plan=self.plan,
+            planned_on=self.book.planned_on,
         )
 
     @property
@@ -373,9 +374,9 @@ class ClusterState:
             commands += self.book.adopt(plan)
         return commands
 
-    def _publish(self, holdings: Holdings, full: Collection[ReplicaId]) -> list[Command]:
+    def _publish(self, holdings: Holdings, full: frozenset[ReplicaId]) -> list[Command]:
         """The table that follows from the copies held now, unless it is the one published."""
-        table = table_of(holdings, self.table, self._costs, full)
+        table = self._tables.make(holdings, self.table, full)
         if self.published and table.same_content(self.table):
             return []
         self.table, self.published = table, True

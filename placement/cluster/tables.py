@@ -2,52 +2,134 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
-from placement.cluster.records import Holdings, ReplicaPhase
+from placement.cluster.records import CopyPhase, Holdings, ReplicaPhase
 from placement.routing.replica_cost import CostBook
 from placement.table import RoutingTable, TableEntry, TableReplica
-from placement.types import AdapterName, Holder, ReplicaId, VersionId
+from placement.types import AdapterName, Holder, Placement, ReplicaId, VersionId
 
 _Held = Mapping[VersionId, tuple[ReplicaId, ...]]
 
 
-def table_of(
-    holdings: Holdings, before: RoutingTable, costs: CostBook, full: Collection[ReplicaId] = frozenset()
-) -> RoutingTable:
-    """The table of what is held now, to follow `before`: names by the newest version that somebody
-    holds, and the ready replicas with the draining ones that a name still depends on. What is not planned
-    on `full` replicas leaves the table there if another holds it, to make room for what is."""
-    # Gathered once: to look through all replicas for each name takes seconds with a thousand of them.
-    held = holdings.all_holders()
-    ready = frozenset(one.replica_id for one in holdings.replicas.values() if one.phase is ReplicaPhase.READY)
-    entries = {
-        name: entry
-        for name, version in sorted(holdings.active.items())
-        if (
-            entry := _settled(holdings, held.get(version, ()), version, before.entries.get(name), ready)
-            or _entry(holdings, held, name, full)
-            or _waiting(holdings, name, before)
+class TableMaker:
+    """Makes one table after the other. Between two of them little changes: what is held is compared with the
+    last time, and an entry of which nothing has changed is not made again."""
+
+    def __init__(self, costs: CostBook) -> None:
+        self._costs = costs
+        self._held_on: dict[ReplicaId, set[VersionId]] = {}
+        self._held: dict[VersionId, tuple[ReplicaId, ...]] = {}
+        self._made_for: tuple[Placement, frozenset[ReplicaId]] | None = None
+        self._made: dict[AdapterName, _Made] = {}
+
+    def make(
+        self, holdings: Holdings, before: RoutingTable, full: frozenset[ReplicaId] = frozenset()
+    ) -> RoutingTable:
+        """The table of what is held now, to follow `before`: names by the newest version that somebody
+        holds, and the ready replicas with the draining ones that a name still depends on. What is not planned
+        on `full` replicas leaves the table there if another holds it, to make room for what is."""
+        self._take_held(holdings)
+        ready = frozenset(
+            [one.replica_id for one in holdings.replicas.values() if one.phase is ReplicaPhase.READY]
         )
-        is not None
-    }
-    needed = {holder.replica_id for entry in entries.values() for holder in entry.holders}
-    replicas = {
-        record.replica_id: TableReplica(
-            replica_id=record.replica_id,
-            address=record.address,
-            max_lora_rank=record.spec.max_lora_rank,
-            draining=record.phase is ReplicaPhase.DRAINING,
-            cost=costs.of(record.spec),
+        made_for = self._made_for
+        is_usual = _is_usual(holdings)
+        if not is_usual or made_for is None or made_for[0] is not holdings.plan or made_for[1] != ready:
+            self._made_for, self._made = (holdings.plan, ready), {}
+        entries: dict[AdapterName, TableEntry] = {}
+        for name, version in sorted(holdings.active.items()):
+            held = self._held.get(version, ())
+            made = self._made.get(name)
+            # Of one plan and the same ready replicas, an entry follows from these alone.
+            if (
+                made is not None
+                and made.version is version
+                and made.held is held
+                and (made.full is None or made.full == full)
+            ):
+                entries[name] = made.entry
+                continue
+            entry = self._entry(holdings, before, name, full, ready)
+            if entry is not None:
+                entries[name] = entry
+                if is_usual and held:
+                    is_planned = holdings.plan.replicas_of(version).issuperset(held)
+                    self._made[name] = _Made(version, held, None if is_planned else full, entry)
+        return RoutingTable(
+            version=before.version + 1,
+            base_model=before.base_model,
+            replicas=MappingProxyType(self._replicas(holdings, entries)),
+            entries=MappingProxyType(entries),
         )
-        for record in holdings.replicas.values()
-        if record.spec is not None and (record.phase is ReplicaPhase.READY or record.replica_id in needed)
-    }
-    return RoutingTable(
-        version=before.version + 1,
-        base_model=before.base_model,
-        replicas=MappingProxyType(replicas),
-        entries=MappingProxyType(entries),
-    )
+
+    def _take_held(self, holdings: Holdings) -> None:
+        """What the replicas that take requests hold, as `Holdings.all_holders` has it."""
+        changed: set[VersionId] = set()
+        is_held = CopyPhase.HELD
+        for replica, record in holdings.replicas.items():
+            copies = record.copies if record.is_serving else {}
+            now = {version for version, copy in copies.items() if copy.phase is is_held}
+            then = self._held_on.get(replica)
+            if now != then:
+                changed |= now if then is None else now ^ then
+                self._held_on[replica] = now
+        for version in changed:
+            self._held[version] = tuple(
+                [replica for replica in holdings.replicas if version in self._held_on[replica]]
+            )
+            if not self._held[version]:
+                del self._held[version]
+
+    def _entry(
+        self,
+        holdings: Holdings,
+        before: RoutingTable,
+        name: AdapterName,
+        full: Collection[ReplicaId],
+        ready: Collection[ReplicaId],
+    ) -> TableEntry | None:
+        version = holdings.active[name]
+        settled = _settled(holdings, self._held.get(version, ()), version, before.entries.get(name), ready)
+        return settled or _entry(holdings, self._held, name, full) or _waiting(holdings, name, before)
+
+    def _replicas(
+        self, holdings: Holdings, entries: Mapping[AdapterName, TableEntry]
+    ) -> dict[ReplicaId, TableReplica]:
+        records = [record for record in holdings.replicas.values() if record.spec is not None]
+        needed: set[ReplicaId] = set()
+        if any(record.phase is not ReplicaPhase.READY for record in records):
+            needed.update(holder.replica_id for entry in entries.values() for holder in entry.holders)
+        return {
+            record.replica_id: TableReplica(
+                replica_id=record.replica_id,
+                address=record.address,
+                max_lora_rank=record.spec.max_lora_rank,
+                draining=record.phase is ReplicaPhase.DRAINING,
+                cost=self._costs.of(record.spec),
+            )
+            for record in records
+            if record.spec is not None and (record.phase is ReplicaPhase.READY or record.replica_id in needed)
+        }
+
+
+class _Made(NamedTuple):
+    """An entry, and what it was made of besides the plan and the ready replicas; `full` None: whatever these
+    are, since only planned replicas hold it."""
+
+    version: VersionId
+    held: tuple[ReplicaId, ...]
+    full: frozenset[ReplicaId] | None
+    entry: TableEntry
+
+
+def _is_usual(holdings: Holdings) -> bool:
+    """Whether no replica drains or has refused a copy and no name has an older version, on which entries
+    depend besides."""
+    for record in holdings.replicas.values():
+        if record.phase is ReplicaPhase.DRAINING or record.refused:
+            return False
+    return not any(holdings.superseded.values())
 
 
 def _settled(

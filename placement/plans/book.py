@@ -3,12 +3,12 @@
 No I/O: it answers with the commands that make each change durable.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from placement.cluster import messages
 from placement.cluster.messages import Command, Event, KeepPlan, SaveFreeze, SavePlan
-from placement.types import Placement
+from placement.types import Placement, ReplicaId, VersionId
 
 MAX_EARLIER = 16
 """How many plans before the present one are remembered."""
@@ -42,6 +42,20 @@ class PlanBook:
         self.earlier = sorted(earlier, key=lambda one: one.number)[-MAX_EARLIER:]
         self.frozen = frozen
         self.problem: str | None = None
+        self._planned_on: tuple[Placement, Mapping[ReplicaId, frozenset[VersionId]]] | None = None
+
+    @property
+    def planned_on(self) -> Mapping[ReplicaId, frozenset[VersionId]]:
+        """The versions that the plan in force puts on each replica; worked out once per plan."""
+        known = self._planned_on
+        if known is None or known[0] is not self.plan:
+            found: dict[ReplicaId, list[VersionId]] = {}
+            for version, holders in self.plan.holders.items():
+                for holder in holders:
+                    found.setdefault(holder.replica_id, []).append(version)
+            turned = {replica: frozenset(versions) for replica, versions in found.items()}
+            known = self._planned_on = (self.plan, turned)
+        return known[1]
 
     def adopt(self, plan: Placement) -> list[Command]:
         """The plan is in force from now on."""
