@@ -177,11 +177,6 @@ def shipped_experiments() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob(f"*{SUFFIX}"))}
 
 
-def is_experiment(source: str) -> bool:
-    """Whether what a user named is an experiment and no trace."""
-    return source.startswith(SHIPPED) or source.endswith(SUFFIX)
-
-
 def find_experiment(source: str) -> tuple[str, Path]:
     """The name and the file of what a user named; BadInputError lists those that ship."""
     if not source.startswith(SHIPPED):

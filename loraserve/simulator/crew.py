@@ -195,17 +195,30 @@ def _child(connection: Connection, act: Callable[[Any, Tell], Any], label: Calla
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
-            item = connection.recv()
+            connection.send(_answer(connection.recv(), act, label, connection))
         except (EOFError, OSError):
+            # The parent is gone, or has no more to do.
             return
-        connection.send(_answer(item, act, label, connection))
+
+
+class _Gone(BaseException):
+    """Nobody is left to tell."""
+
+
+def _tell(connection: Connection, told: Any) -> None:
+    try:
+        connection.send(("progress", told))
+    except OSError:
+        raise _Gone from None
 
 
 def _answer(
     item: Any, act: Callable[[Any, Tell], Any], label: Callable[[Any], str], connection: Connection
 ) -> tuple[str, Any]:
     try:
-        return "found", act(item, lambda told: connection.send(("progress", told)))
+        return "found", act(item, lambda told: _tell(connection, told))
+    except _Gone:
+        raise EOFError from None
     except LoraServeError as error:
         kind = BadInputError if isinstance(error, BadInputError) else WorkFailedError
         return "error", kind(f"{label(item)}: {error}")

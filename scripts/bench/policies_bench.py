@@ -40,9 +40,10 @@ import policies_ratios as ratios
 import policies_report as report
 import policies_runs as runs
 import policies_vllm
-from policies_cases import Case, Contender, Outcome, Setting, Workload
+from policies_cases import Case, Outcome, Setting, Workload
 
 from loraserve.errors import LoraServeError
+from loraserve.experiments.contenders import Contender
 
 SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 BEYOND = 1.15

@@ -2,7 +2,7 @@
 simulator."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loraserve.errors import BadInputError
+from loraserve.experiments.contenders import CONTENDERS, Contender, contenders
 from loraserve.profiling.files import find_simulatable
 from loraserve.simulator.figures import Judging, RunFigures, figures_of
 from loraserve.simulator.from_profile import ClusterOptions, scenario_of
 from loraserve.simulator.run import simulate
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.workload import SimulatedWorkload
-from placement.demand import DEFAULT_FORECASTER, FORECASTERS
 from placement.latency import StepCost
-from placement.policies import POLICIES
 from placement.profile import Profile
-from placement.routing.chooser import ROUTING_POLICIES
 from traces.columns import TraceColumns
 from traces.metrics import GroupSummary, Slo
 
@@ -31,32 +28,6 @@ OURS, RIVAL, EVERYWHERE = "optimal", "loraserve", "least-loaded"
 """The contenders that the goals name."""
 FROM_SCRATCH = "optimal-from-scratch"
 """Ours without hysteresis: no rival, but what shows what keeping to the present plan costs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
-    """A placement policy with the routing policy and the forecast of demand that its authors meant for it,
-    under one name."""
-
-    name: str
-    policy: str
-    routing: str
-    forecast: str = DEFAULT_FORECASTER
-
-
-CONTENDERS = (
-    Contender(name=OURS, policy="optimal", routing="marginal-cost"),
-    Contender(name=FROM_SCRATCH, policy=FROM_SCRATCH, routing="marginal-cost"),
-    Contender(name=RIVAL, policy="loraserve", routing="weighted-share", forecast="loraserve"),
-    Contender(name=EVERYWHERE, policy="least-loaded", routing="least-outstanding"),
-    Contender(name="everywhere-marginal", policy="least-loaded", routing="marginal-cost"),
-    Contender(name="slora-random", policy="slora-random", routing="least-outstanding"),
-    Contender(name="slora-contiguous", policy="slora-contiguous", routing="least-outstanding"),
-    Contender(name="rendezvous", policy="rendezvous", routing="least-outstanding", forecast="ema"),
-    Contender(name="dlora", policy="dlora", routing="dlora"),
-    Contender(name="toppings", policy="toppings", routing="toppings"),
-    Contender(name="rank-backlog", policy="rank-backlog", routing="rank-backlog"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,27 +151,9 @@ class Outcome:
     cold_misses: int
 
 
-def available(names: Iterable[str] = ()) -> tuple[Contender, ...]:
-    """The contenders asked for, or all whose policies are there; `POLICY/ROUTING[/FORECAST]` makes one.
-
-    BadInputError lists those there are.
-    """
-    known = {
-        one.name: one for one in CONTENDERS if one.policy in POLICIES and one.routing in ROUTING_POLICIES
-    }
-    chosen = []
-    for name in names:
-        policy, _, rest = name.partition("/")
-        routing, _, named = rest.partition("/")
-        forecast = named or DEFAULT_FORECASTER
-        if name in known:
-            chosen.append(known[name])
-        elif policy in POLICIES and routing in ROUTING_POLICIES and forecast in FORECASTERS:
-            chosen.append(Contender(name=name, policy=policy, routing=routing, forecast=forecast))
-        else:
-            there = ", ".join([*known, "or POLICY/ROUTING[/FORECAST]"])
-            raise BadInputError(f"--policy: {name!r}; expected of {there}")
-    return tuple(chosen) if chosen else tuple(known.values())
+def available(names: Sequence[str] = ()) -> tuple[Contender, ...]:
+    """The contenders asked for, or all; BadInputError lists those there are."""
+    return contenders(names) if names else CONTENDERS
 
 
 def fluid_rate_per_s(setting: Setting, workload: Workload) -> float:
