@@ -100,6 +100,12 @@ def test_added_adapters_have_the_share_that_is_asked_for(
     check_columns(found, trace)
     assert len(found) - len(trace) == round(percent / 100 * len(trace))
     assert rows_of(found) == rows_of(again)
+    if trace.hash_ids is not None:
+        # A request of its lengths has as many blocks, and nobody else has these.
+        blocks = {(prompt, output, len(ids)) for _, prompt, output, _, ids in rows_of(trace)}
+        for _, prompt, output, _, ids in rows_of(found, found.adapter >= len(NAMES)):
+            assert (prompt, output, len(ids)) in blocks
+            assert not set(ids) & set(trace.hash_ids.tolist())
 
 
 @given(trace=traces(), seed=seeds)
