@@ -12,12 +12,13 @@ from placement.routing.chooser import ROUTING_POLICIES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """Names of a placement policy, a routing policy and a forecaster."""
+    """Names of a placement policy, a routing policy and a forecaster, and of a migration, see `Scenario`."""
 
     name: str
     policy: str
     routing: str
     forecast: str = DEFAULT_FORECASTER
+    migration: str = "off"
 
 
 CONTENDERS = (
@@ -35,7 +36,10 @@ CONTENDERS = (
 )
 """`optimal-from-scratch` is no rival: it shows what keeping to the present plan costs."""
 
-_BY_NAME: Mapping[str, Contender] = {one.name: one for one in CONTENDERS}
+MIGRATING = Contender(name="dlora-migrating", policy="dlora", routing="dlora", migration="dlora")
+"""dLoRA with its reactive step, which `dlora` leaves to the cluster's settings."""
+
+_BY_NAME: Mapping[str, Contender] = {one.name: one for one in (*CONTENDERS, MIGRATING)}
 
 
 def contenders(names: Iterable[str], where: str = "--policy") -> tuple[Contender, ...]:

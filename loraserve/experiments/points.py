@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loraserve.experiments.results import Point, RankMap
 from loraserve.simulator.figures import PS_PER_S, RunFigures
@@ -11,6 +12,8 @@ from traces.records import Outcome
 
 _OK = tuple(Outcome).index(Outcome.OK)
 _DIGITS = 9
+
+Floats = NDArray[np.float64]
 
 
 def point_of(
@@ -24,6 +27,7 @@ def point_of(
 ) -> Point:
     """The figures of one run, of what comes after the warm-up."""
     overall = figures.summary.overall
+    latency_ms, wait_ms = _per_token_ms(result, warmup_s)
     epochs = [epoch for epoch in figures.epochs if epoch.time_ps > warmup_s * PS_PER_S] or list(
         figures.epochs
     )
@@ -43,12 +47,16 @@ def point_of(
         tbt_p50_ms=finite(overall.itl_ms.median),
         tbt_p95_ms=finite(overall.itl_ms.p95),
         tbt_p99_ms=finite(overall.itl_ms.p99),
-        latency_per_token_ms=_latency_per_token_ms(result, warmup_s),
+        latency_per_token_ms=_mean(latency_ms),
         utilisation=figures.utilisation,
         bytes_moved=sum(epoch.bytes_moved for epoch in epochs),
         resident_bytes=sum(epoch.resident_bytes for epoch in epochs) / max(1, len(epochs)),
         copies=figures.copies,
         cold_misses=sum(epoch.cold_misses for epoch in epochs),
+        latency_per_token_p99_ms=_p99(latency_ms),
+        wait_per_token_ms=_mean(wait_ms),
+        tpot_mean_ms=finite(overall.tpot_ms.mean),
+        tpot_p99_ms=finite(overall.tpot_ms.p99),
     )
 
 
@@ -73,10 +81,22 @@ def _rounded(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> lis
     return rounded
 
 
-def _latency_per_token_ms(result: SimulationResult, warmup_s: float) -> float | None:
-    """As dLoRA and Toppings have it: the whole time of a request over its output tokens, meant over all."""
+def _per_token_ms(result: SimulationResult, warmup_s: float) -> tuple[Floats, Floats]:
+    """Of each request that ended well, its whole time over its output tokens, as dLoRA and Toppings have it,
+    and its time to the first token over them.
+
+    The second is dLoRA's time in queues per token (all time in which none of a request's steps ran), but with
+    the prefill in it.
+    """
     counted = (result.outcome == _OK) & (result.arrival_ps >= round(warmup_s * PS_PER_S))
-    if not counted.any():
-        return None
-    spent_ps = (result.end_ps - result.arrival_ps)[counted]
-    return finite(float(np.mean(spent_ps / result.drawn_tokens[counted])) / 1e9)
+    arrival_ps = result.arrival_ps[counted]
+    tokens = np.maximum(result.drawn_tokens[counted], 1) * 1e9
+    return (result.end_ps[counted] - arrival_ps) / tokens, (result.first_ps[counted] - arrival_ps) / tokens
+
+
+def _mean(values: Floats) -> float | None:
+    return finite(float(values.mean())) if len(values) else None
+
+
+def _p99(values: Floats) -> float | None:
+    return finite(float(np.percentile(values, 99))) if len(values) else None

@@ -40,7 +40,7 @@ def scenario_at(job: Job, rate_per_s: float, replicas: int) -> Scenario:
         failures=parse_failures(cluster.fail),
         max_lora_ranks=cluster.max_lora_ranks,
         restart_s=cluster.restart_s,
-        migration=cluster.migration,
+        migration=cluster.migration if job.contender.migration == "off" else job.contender.migration,
     )
     trace = requests_at(job.workload, rate_per_s, job.seed)
     return scenario_of(job.profile, trace, options, seed=job.seed)

@@ -112,7 +112,19 @@ class ClaimSection(Section, frozen=True, kw_only=True):
     the traces and kernels named, all if none are, and about the runs at `rate`, for figures of one rate."""
 
     text: str
-    figure: Literal["highest_rate", "fewest_replicas", "ttft_p95_ms", "resident_bytes", "tbt_p95_ms"]
+    figure: Literal[
+        "highest_rate",
+        "fewest_replicas",
+        "ttft_p50_ms",
+        "ttft_p95_ms",
+        "ttft_p99_ms",
+        "tbt_p95_ms",
+        "tpot_mean_ms",
+        "latency_per_token_ms",
+        "wait_per_token_ms",
+        "throughput_per_s",
+        "resident_bytes",
+    ]
     policy: str
     over: str = ""
     paper: float | None = None

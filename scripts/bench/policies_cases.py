@@ -225,6 +225,7 @@ def scenario(case: Case) -> Scenario:
         pool_bytes=setting.pool_bytes or None,
         max_lora_ranks="planned" if setting.is_planned else "fixed",
         restart_s=setting.restart_s,
+        migration=case.contender.migration,
     )
     made = scenario_of(profile_of(setting), trace, options, seed=case.seed)
     return _as_set(made, VLLM_RANKS[setting.fleet]) if setting.is_vllm else made
