@@ -76,6 +76,7 @@ class _Measuring:
             rate_per_s=rate,
             replicas=self._job.replicas,
             warmup_s=self._judging.warmup_s,
+            token_ms=self._job.experiment.slo.token_ms,
         )
 
     def _map_rate(self) -> float | str:

@@ -24,8 +24,9 @@ def point_of(
     rate_per_s: float,
     replicas: int,
     warmup_s: float,
+    token_ms: float = 0.0,
 ) -> Point:
-    """The figures of one run, of what comes after the warm-up."""
+    """The figures of one run, of what comes after the warm-up; `token_ms` 0: no target."""
     overall = figures.summary.overall
     latency_ms, wait_ms = _per_token_ms(result, warmup_s)
     epochs = [epoch for epoch in figures.epochs if epoch.time_ps > warmup_s * PS_PER_S] or list(
@@ -54,6 +55,7 @@ def point_of(
         copies=figures.copies,
         cold_misses=sum(epoch.cold_misses for epoch in epochs),
         latency_per_token_p99_ms=_p99(latency_ms),
+        token_attainment=_share(latency_ms <= token_ms, overall.requests) if token_ms else None,
         wait_per_token_ms=_mean(wait_ms),
         tpot_mean_ms=finite(overall.tpot_ms.mean),
         tpot_p99_ms=finite(overall.tpot_ms.p99),
@@ -92,6 +94,10 @@ def _per_token_ms(result: SimulationResult, warmup_s: float) -> tuple[Floats, Fl
     arrival_ps = result.arrival_ps[counted]
     tokens = np.maximum(result.drawn_tokens[counted], 1) * 1e9
     return (result.end_ps[counted] - arrival_ps) / tokens, (result.first_ps[counted] - arrival_ps) / tokens
+
+
+def _share(held: NDArray[np.bool_], num_requests: int) -> float | None:
+    return int(np.count_nonzero(held)) / num_requests if num_requests else None
 
 
 def _mean(values: Floats) -> float | None:

@@ -18,10 +18,11 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 class Point(Value, frozen=True):
     """One run, warm-up excluded everywhere. `asked` is the rate as the experiment has it, '' for one that was
-    searched. `latency_per_token_ms` is the mean over requests of the whole time over its output tokens, and
-    `latency_per_token_p99_ms` their 99th percentile; `wait_per_token_ms` the mean of the time to the first
-    token over the output tokens; TPOT leaves the first token out. `resident_bytes` is the mean over epochs of
-    the adapters that all replicas hold; `in_slo`: TTFT p95 and TBT p95 are both within their targets."""
+    searched. `latency_per_token_ms` is the mean over requests of the whole time over its output tokens,
+    `latency_per_token_p99_ms` their 99th percentile and `token_attainment` the share of all requests with at
+    most the SLO's `token_ms`. `wait_per_token_ms` is the mean of the time to the first token over the output
+    tokens; TPOT leaves the first token out. `resident_bytes` is the mean over epochs of the adapters that all
+    replicas hold; `in_slo`: TTFT p95 and TBT p95 are both within their targets."""
 
     asked: str
     rate_per_s: float
@@ -45,6 +46,7 @@ class Point(Value, frozen=True):
     copies: int
     cold_misses: int
     latency_per_token_p99_ms: float | None = None
+    token_attainment: float | None = None
     wait_per_token_ms: float | None = None
     tpot_mean_ms: float | None = None
     tpot_p99_ms: float | None = None
