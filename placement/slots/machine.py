@@ -13,7 +13,7 @@ fewer marks are needed the last made are taken back: a version that waits keeps 
 come and go cannot hold it up.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import islice
@@ -100,6 +100,8 @@ class SlotTable:
         self._slots: dict[VersionId, _Slot] = {}
         self._closing: dict[VersionId, None] = {}
         """The versions marked to give up their slots, in the order of marking."""
+        self._leaving: set[VersionId] = set()
+        """The versions whose slots come free for certain: deactivating, or doomed."""
         self._line: dict[VersionId, _Queue] = {}
         """Who waits, in the order of their places."""
         self._version_of: dict[str, VersionId] = {}
@@ -125,6 +127,7 @@ class SlotTable:
             case Deactivated(version_id=version):
                 self._expect(version, SlotPhase.DEACTIVATING)
                 del self._slots[version]
+                self._leaving.discard(version)
             case Loaded(version_id=version):
                 if version not in self._slots and len(self._slots) < self.num_slots and not self._line:
                     return [self._activate(version)]
@@ -157,7 +160,10 @@ class SlotTable:
             assert (version in self._closing) == (slot.phase is SlotPhase.CLOSING), version
             assert slot.phase is not SlotPhase.CLOSING or slot.admitted, f"{version} is closing and idle"
             assert slot.phase is not SlotPhase.ACTIVE or version not in self._line, f"{version} waits"
+            is_leaving = slot.phase is SlotPhase.DEACTIVATING or slot.is_doomed
+            assert is_leaving == (version in self._leaving), f"{version} is leaving, or is not"
             named |= dict.fromkeys(slot.admitted, version)
+        assert self._leaving <= self._slots.keys(), "a version without a slot is leaving"
         num_waiting = 0
         for version, queue in self._line.items():
             assert queue.requests, f"{version} stands in line for nobody"
@@ -220,6 +226,7 @@ class SlotTable:
     def _on_activation_failed(self, version: VersionId, reason: str) -> list[Command]:
         slot = self._expect(version, SlotPhase.ACTIVATING)
         del self._slots[version]
+        self._leaving.discard(version)
         if slot.is_doomed:
             # Who waits, waits for what was loaded after the drop.
             return []
@@ -236,6 +243,7 @@ class SlotTable:
             raise ValueError(f"{version}: cannot be dropped, requests name it")
         if slot is not None and slot.phase is SlotPhase.ACTIVATING:
             slot.is_doomed = True
+            self._leaving.add(version)
         elif slot is not None and slot.phase is SlotPhase.ACTIVE:
             return [self._deactivate(version)]
         return []
@@ -252,11 +260,9 @@ class SlotTable:
             absent = (version for version in self._line if version not in self._slots)
             commands += [self._activate(version) for version in list(islice(absent, free))]
         lacking = self._num_lacking()
-        for version in self._idle() if lacking > 0 else ():
-            commands.append(self._deactivate(version))
+        while lacking > 0 and (idle := self._idle()) is not None:
+            commands.append(self._deactivate(idle))
             lacking = self._num_lacking()
-            if lacking <= 0:
-                break
         while len(self._closing) > max(0, lacking):
             version, _ = self._closing.popitem()
             self._slots[version].phase = SlotPhase.ACTIVE
@@ -266,19 +272,16 @@ class SlotTable:
 
     def _num_lacking(self) -> int:
         """How many versions in the line have no slot and none that is free or certain to come free."""
-        lacking, coming = len(self._line), self.num_slots - len(self._slots)
-        for version, slot in self._slots.items():
-            if slot.phase is SlotPhase.DEACTIVATING or slot.is_doomed:
-                coming += 1
-            elif version in self._line:
-                # It is being activated for those who wait, or still has a slot of its own.
-                lacking -= 1
-        return lacking - coming
+        slots, leaving = self._slots, self._leaving
+        # Who has a slot and keeps it is being activated for those who wait, or has it still.
+        lacking = sum([version not in slots or version in leaving for version in self._line])
+        return lacking - (self.num_slots - len(slots)) - len(leaving)
 
-    def _idle(self) -> Iterable[VersionId]:
-        """The versions that no request runs on: those marked first, then by their last use."""
+    def _idle(self) -> VersionId | None:
+        """A version that no request runs on: one that is marked, or the one that was used last the longest
+        ago; None if there is none."""
         idle = [version for version, slot in self._slots.items() if self._is_idle(slot)]
-        return sorted(idle, key=lambda one: (one not in self._closing, self._slots[one].used_at))
+        return min(idle, key=lambda one: (one not in self._closing, self._slots[one].used_at), default=None)
 
     def _mark(self, num_more: int) -> None:
         """Close so many more versions, or as many as there are: the fewest requests to wait for first."""
@@ -307,6 +310,7 @@ class SlotTable:
                 queue.joined_at = self._num_events
                 self._line[version] = queue
         slot.phase, slot.is_doomed = SlotPhase.DEACTIVATING, False
+        self._leaving.add(version)
         return Deactivate(version_id=version)
 
     def _admit_waiting(self, version: VersionId) -> list[Command]:
@@ -328,4 +332,4 @@ class SlotTable:
 
     @staticmethod
     def _is_idle(slot: _Slot) -> bool:
-        return slot.phase in (SlotPhase.ACTIVE, SlotPhase.CLOSING) and not slot.admitted
+        return not slot.admitted and (slot.phase is SlotPhase.ACTIVE or slot.phase is SlotPhase.CLOSING)
