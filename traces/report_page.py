@@ -18,6 +18,8 @@ from traces.records import Outcome, RequestRecord
 MAX_ADAPTER_ROWS = 100
 MAX_FAILURE_ROWS = 20
 _NOTHING = "–"
+# Paper is light, whatever the screen is.
+_DARK_PAGE = "screen and (prefers-color-scheme: dark)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +174,7 @@ def figure(image: PlotImages) -> str:
 
     caption = escape(image.caption)
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{data(image.dark_png)}">'
+        f'<figure><picture><source media="{_DARK_PAGE}" srcset="{data(image.dark_png)}">'
         f'<img alt="{caption}" src="{data(image.light_png)}"></picture>'
         f"<figcaption>{caption}</figcaption></figure>"
     )

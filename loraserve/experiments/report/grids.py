@@ -1,0 +1,268 @@
+"""The tables of a report as values, before they are drawn for a terminal, a page or a Markdown file."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from loraserve.experiments.report.aggregate import (
+    FIGURES,
+    Aggregate,
+    Curve,
+    Setting,
+    Spread,
+    rate_text,
+)
+from loraserve.experiments.report.claims import ClaimFound, case_name, value_text
+
+NOTHING = "–"
+NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One figure: its median, the range over seeds where there is one, and whether none of its row is
+    better."""
+
+    text: str
+    range: str = ""
+    is_best: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A line of a table; those of one `group` stand together."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A table; each row has as many cells as there are `columns`. Cells of `is_text` are read, not
+    compared."""
+
+    anchor: str
+    title: str
+    note: str
+    corner: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    is_text: bool = False
+
+
+def grids(data: Aggregate) -> tuple[Grid, ...]:
+    """The tables of figures that this experiment has."""
+    made = (highest_grid(data), fewest_grid(data), *(figure_grid(data, *one) for one in _AT_RATES))
+    return tuple(grid for grid in made if grid.rows)
+
+
+_AT_RATES = (
+    ("ttft_p95_ms", "TTFT p95, ms", "ttft"),
+    ("tbt_p95_ms", "TBT p95, ms", "tbt"),
+    ("attainment", "Attainment", "attainment"),
+    ("resident_bytes", "Resident adapters per replica, MiB", "resident"),
+    ("bytes_moved", "Adapters moved, MiB", "moved"),
+)
+
+
+def highest_grid(data: Aggregate) -> Grid:
+    """The highest rates inside the SLO."""
+
+    def cell(curve: Curve) -> tuple[Spread | None, str]:
+        spread = curve.highest
+        return spread, NEVER if spread is not None and not spread.median else _text(spread)
+
+    rows = [
+        Row(
+            group=data.setting_name(setting),
+            name=trace,
+            cells=_cells(data, trace, setting, cell, more_is_better=True),
+        )
+        for setting in data.runs()
+        for trace in data.traces
+        if any(
+            (curve := data.curve(trace, setting, policy)) and curve.highest is not None
+            for policy in data.policies
+        )
+    ]
+    return Grid(
+        anchor="highest",
+        title="Highest rate inside the SLO, requests/s",
+        note=f"{_slo(data)}{_over_seeds(data)} “{NEVER}”: no rate that was tried held.",
+        corner="Workload",
+        columns=data.policies,
+        rows=tuple(rows),
+    )
+
+
+def fewest_grid(data: Aggregate) -> Grid:
+    """The fewest replicas inside the SLO."""
+    most = data.result.experiment.find.most_replicas
+    rows: list[Row] = []
+    for setting in data.searches():
+        for trace in data.traces:
+            curves = [data.curve(trace, setting, policy) for policy in data.policies]
+            first = next((curve for curve in curves if curve is not None and curve.fewest), None)
+            for at, one in enumerate(first.fewest if first else ()):
+
+                def cell(curve: Curve, at: int = at) -> tuple[Spread | None, str]:
+                    spread = curve.fewest[at].replicas if at < len(curve.fewest) else None
+                    return spread, replicas_text(spread.median, most) if spread else NOTHING
+
+                name = f"{trace}, {rate_text(one.asked, one.rate_per_s)}"
+                cells = _cells(data, trace, setting, cell, most=most)
+                rows.append(Row(group=data.setting_name(setting), name=name, cells=cells))
+    return Grid(
+        anchor="fewest",
+        title="Fewest replicas inside the SLO",
+        note=f"{_slo(data)}{_over_seeds(data)} “> {most}”: not on {most} either, the most that were tried.",
+        corner="Workload",
+        columns=data.policies,
+        rows=tuple(rows),
+    )
+
+
+def figure_grid(data: Aggregate, name: str, title: str, anchor: str) -> Grid:
+    """One figure at the experiment's rates."""
+    figure = FIGURES[name]
+    rows: list[Row] = []
+    for setting in data.runs():
+        for trace in data.traces:
+            curves = [data.curve(trace, setting, policy) for policy in data.policies]
+            first = next((curve for curve in curves if curve is not None), None)
+            for at, one in enumerate(first.points if first else ()):
+
+                def cell(curve: Curve, at: int = at) -> tuple[Spread | None, str]:
+                    spread = curve.points[at].figures[name] if at < len(curve.points) else None
+                    return spread, _text(spread, is_share=figure.is_share)
+
+                name_of_row = f"{trace}, {rate_text(one.asked, one.rate_per_s)}"
+                cells = _cells(data, trace, setting, cell, more_is_better=name == "attainment")
+                rows.append(Row(group=data.setting_name(setting), name=name_of_row, cells=cells))
+    infinite = "" if figure.is_share or figure.unit == "MiB" else " ∞: more requests failed than p95 allows."
+    return Grid(
+        anchor=anchor,
+        title=title,
+        note=f"{_over_seeds(data).strip()}{infinite}".strip(),
+        corner="Workload and rate",
+        columns=data.policies,
+        rows=tuple(rows),
+    )
+
+
+def claims_grid(data: Aggregate, found: Sequence[ClaimFound]) -> Grid:
+    """What was published beside what was found, a row each."""
+    rows: list[Row] = []
+    for one in found:
+        claim, best = one.claim, one.best
+        compared = f"{claim.policy} over {claim.over}" if claim.over else claim.policy
+        ours = _best_text(one)
+        cells = (
+            Cell(text=claim.text),
+            Cell(text=compared),
+            Cell(text=f"{claim.paper:g}" if claim.paper is not None else NOTHING),
+            Cell(text=ours),
+            Cell(text=value_text(one.typical) if one.typical is not None else NOTHING),
+            Cell(text=case_name(data, best) if best is not None else NOTHING),
+            Cell(text=one.verdict),
+        )
+        rows.append(Row(name=f"{len(rows) + 1}", cells=cells))
+    return Grid(
+        anchor="claims",
+        title="What was published, and what was found here",
+        note="Ratios are above 1 where the first policy is better. “Up to” is the best case, the middle one"
+        f" is the median of all cases.{_over_seeds(data)}",
+        corner="",
+        columns=("Published", "Policies", "Paper", "Up to", "Middle", "Where", "Verdict"),
+        rows=tuple(rows),
+        is_text=True,
+    )
+
+
+def _best_text(one: ClaimFound) -> str:
+    best = one.best
+    if best is None or best.value is None:
+        return NOTHING
+    text = value_text(best.value.median, is_bound=best.is_bound)
+    return f"{text} {one.unit}".strip()
+
+
+def case_rows(data: Aggregate, found: ClaimFound) -> Iterator[Row]:
+    """Every case of a claim."""
+    for case in found.cases:
+        shown = Cell(text=NOTHING)
+        if case.value is not None:
+            text = value_text(case.value.median, is_bound=case.is_bound)
+            shown = Cell(text=text, range=_range(case.value))
+        yield Row(name=case_name(data, case), cells=(shown, Cell(text=case.note)))
+
+
+def figure_text(value: float) -> str:
+    """A figure of three digits or more, '∞' for what never came."""
+    if math.isinf(value):
+        return "∞"
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}"
+
+
+def _text(spread: Spread | None, *, is_share: bool = False) -> str:
+    if spread is None:
+        return NOTHING
+    return share_text(spread.median) if is_share else figure_text(spread.median)
+
+
+def share_text(value: float) -> str:
+    """A share as per cent."""
+    return f"{value:.1%}"
+
+
+def replicas_text(value: float, most: int) -> str:
+    """A number of replicas over seeds, which need not be whole."""
+    return f"> {most}" if math.isinf(value) else f"{value:g}"
+
+
+def _cells(
+    data: Aggregate,
+    trace: str,
+    setting: Setting,
+    cell: Callable[[Curve], tuple[Spread | None, str]],
+    *,
+    more_is_better: bool = False,
+    most: int | None = None,
+) -> tuple[Cell, ...]:
+    curves = [data.curve(trace, setting, policy) for policy in data.policies]
+    found = [cell(curve) if curve is not None else (None, NOTHING) for curve in curves]
+    medians = [spread.median for spread, _ in found if spread is not None]
+    best = (max if more_is_better else min)(medians, default=None)
+    # What reads the same is as good, and where all are the same none is the best.
+    same = {text for spread, text in found if spread is not None and spread.median == best}
+    is_distinct = len({text for spread, text in found if spread is not None}) > 1
+    return tuple(
+        Cell(text=text, range=_range(spread, text, most), is_best=is_distinct and text in same)
+        for spread, text in found
+    )
+
+
+def _range(spread: Spread | None, text: str = "", most: int | None = None) -> str:
+    if spread is None or spread.lowest == spread.highest:
+        return ""
+    if text.endswith("%"):
+        low, high = share_text(spread.lowest), share_text(spread.highest)
+    elif most is not None:
+        low, high = replicas_text(spread.lowest, most), replicas_text(spread.highest, most)
+    else:
+        low, high = figure_text(spread.lowest), figure_text(spread.highest)
+    return f"{low} to {high}" if low != high else ""
+
+
+def _slo(data: Aggregate) -> str:
+    slo = data.result.experiment.slo
+    return f"TTFT p95 within {slo.ttft_ms:g} ms and TBT p95 within {slo.tbt_ms:g} ms."
+
+
+def _over_seeds(data: Aggregate) -> str:
+    if data.num_seeds == 1:
+        return " One seed."
+    return f" Medians over {data.num_seeds} seeds, with the least and the most where they differ."

@@ -1,0 +1,218 @@
+"""The HTML page of an experiment: one file, no scripts, nothing fetched from anywhere.
+
+Takes values and PNG bytes, gives text; every string from outside is escaped. Looks like a run's own page.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+
+from loraserve.experiments.report.aggregate import Aggregate, counted
+from loraserve.experiments.report.claims import ClaimFound
+from loraserve.experiments.report.grids import Cell, Grid, case_rows, claims_grid, grids
+from loraserve.experiments.spec import experiment_tree
+from traces.metrics import formulas
+from traces.report_page import PlotImages, definitions, document, figure
+
+MAX_CASES = 60
+_OWN_FORMULAS: Mapping[str, str] = {
+    "highest rate": "the highest rate found, by halving between rates that hold and rates that do not, at"
+    " which TTFT p95 and TBT p95 were both within their targets",
+    "fewest replicas": "the least number of replicas on which both held at that rate, taking for granted that"
+    " what holds on so many holds on more",
+    "a rate such as 0.8x": "a share of the fluid rate, at which every replica would be exactly busy if ranks"
+    " never met in a batch, by the profile's operating points",
+    "resident": "bytes of the adapters that a replica holds, meant over epochs and replicas",
+    "moved": "bytes of adapters that were copied after the warm-up; what is in place at the start is not"
+    " counted",
+    "cold misses": "requests that had to wait for a copy of their adapter",
+    "utilisation": "share of the time in which replicas computed, meant over all replicas",
+}
+
+
+def experiment_page(
+    data: Aggregate,
+    found: Sequence[ClaimFound],
+    images: Sequence[tuple[str, PlotImages]],
+    left_out: Sequence[str],
+    *,
+    command: str,
+) -> str:
+    """The whole page; `images` with the headings they stand under, `left_out` what is not drawn."""
+    experiment = data.result.experiment
+    title = experiment.title or data.result.name
+    sections = [*_sections(data, found, images)]
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if experiment.summary:
+        parts.append(f'<p class="verdict">{escape(experiment.summary)}</p>')
+    parts.append(f'<p class="note">{escape(_headline(data))}</p>')
+    how = "How this was simulated"
+    parts.append(_contents([*(name for name, _ in sections), how, "What the figures mean"]))
+    for name, body in sections:
+        parts += [_heading(name), body]
+    if left_out:
+        parts.append(f'<p class="note">Not drawn: {escape(". ".join(left_out))}.</p>')
+    parts += [
+        _heading(how),
+        f"<pre>{escape(command)}</pre>",
+        definitions(_workloads(data)),
+        f"<h3>The experiment</h3>\n<pre>{escape(toml_like(_short_tree(data)))}</pre>",
+        _heading("What the figures mean"),
+        definitions({**_OWN_FORMULAS, **formulas()}),
+    ]
+    return document(title, "\n".join(parts))
+
+
+def _sections(
+    data: Aggregate, found: Sequence[ClaimFound], images: Sequence[tuple[str, PlotImages]]
+) -> Iterator[tuple[str, str]]:
+    if found:
+        yield "What was published, and what was found here", _claims(data, found)
+    plots: dict[str, str] = {}
+    for name, image in images:
+        plots[name] = plots.get(name, "") + _wide(image) + "\n"
+    for grid in grids(data):
+        heading = _PLOTS_OF.get(grid.anchor, "")
+        yield grid.title, _table(grid) + plots.pop(heading, "")
+    yield from plots.items()
+
+
+_PLOTS_OF = {"highest": "Highest rates inside the SLO", "fewest": "Fewest replicas inside the SLO"}
+
+
+def _headline(data: Aggregate) -> str:
+    experiment = data.result.experiment
+    parts = [
+        counted(len(data.traces), "workload"),
+        f"{len(data.policies)} policies" if len(data.policies) != 1 else "1 policy",
+        counted(len({setting.kernel for setting in data.settings}), "rank kernel"),
+        counted(data.num_seeds, "seed"),
+    ]
+    slo = experiment.slo
+    return (
+        f"{', '.join(parts)}. Inside the SLO: TTFT p95 ≤ {slo.ttft_ms:g} ms and TBT p95 ≤ {slo.tbt_ms:g} ms,"
+        f" the first {experiment.cluster.warmup_s:g} s left out. Figures are medians over the seeds."
+    )
+
+
+def _claims(data: Aggregate, found: Sequence[ClaimFound]) -> str:
+    parts = [_table(claims_grid(data, found))]
+    for place, one in enumerate(found):
+        claim = one.claim
+        heading = f"{place + 1}. {claim.text}"
+        if claim.source:
+            heading += f" ({claim.source})"
+        parts.append(f"<h3>{escape(heading)}</h3>\n<p>{escape(_sentence(one.verdict))}</p>")
+        if claim.why:
+            parts.append(f"<p>{escape(claim.why)}</p>")
+        rows = list(case_rows(data, one))
+        shown = Grid(
+            anchor="",
+            title="",
+            note=f"{len(rows) - MAX_CASES:,} more cases are not shown." if len(rows) > MAX_CASES else "",
+            corner="Case",
+            columns=("Times better" if claim.over else claim.figure, "Remark"),
+            rows=tuple(rows[:MAX_CASES]),
+        )
+        if len(rows) > 1:
+            parts.append(_table(shown, text_from=1))
+    return "\n".join(parts)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
+
+
+def _contents(names: Sequence[str]) -> str:
+    items = "".join(f'<li><a href="#{_anchor(name)}">{escape(name)}</a></li>' for name in names)
+    return f'<nav class="contents" aria-label="Contents"><ul>{items}</ul></nav>'
+
+
+def _heading(name: str) -> str:
+    return f'<h2 id="{_anchor(name)}">{escape(name)}</h2>'
+
+
+def _anchor(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _table(grid: Grid, text_from: int | None = None) -> str:
+    first_text = 0 if grid.is_text else len(grid.columns) if text_from is None else text_from
+    kinds = [' class="text"' if place >= first_text else "" for place in range(len(grid.columns))]
+    head = "".join(
+        f'<th scope="col"{kind}>{_breakable(name)}</th>'
+        for name, kind in zip(grid.columns, kinds, strict=True)
+    )
+    body = []
+    group = ""
+    for row in grid.rows:
+        if row.group != group:
+            group = row.group
+            span = len(grid.columns) + 1
+            body.append(f'<tr class="group"><th scope="rowgroup" colspan="{span}">{escape(group)}</th></tr>')
+        cells = "".join(_cell(cell, kind) for cell, kind in zip(row.cells, kinds, strict=True))
+        body.append(f'<tr><th scope="row">{escape(row.name)}</th>{cells}</tr>')
+    kind = "prose" if grid.is_text else "grid"
+    note = f'<p class="note">{escape(grid.note)}</p>' if grid.note else ""
+    return (
+        f'<div class="scroll" tabindex="0"><table class="{kind}">\n<thead><tr><th scope="col">'
+        f"{escape(grid.corner)}</th>{head}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table>"
+        f"</div>\n{note}"
+    )
+
+
+def _cell(cell: Cell, kind: str) -> str:
+    text = escape(cell.text)
+    if cell.is_best:
+        text = f"<b>{text}</b>"
+    if cell.range:
+        text += f"<small>{escape(cell.range)}</small>"
+    return f"<td{kind}>{text}</td>"
+
+
+def _breakable(name: str) -> str:
+    return escape(name).replace("-", "-<wbr>")
+
+
+def _wide(image: PlotImages) -> str:
+    return f'<div class="scroll wide" tabindex="0">{figure(image)}</div>'
+
+
+def _workloads(data: Aggregate) -> dict[str, str]:
+    return {
+        trace.name: ", ".join(part for part in (trace.source, trace.note) if part)
+        for trace in data.result.experiment.traces
+    }
+
+
+def _short_tree(data: Aggregate) -> dict[str, object]:
+    """The experiment without what its file need not say."""
+    tree = experiment_tree(data.result.experiment)
+    return {key: value for key, value in tree.items() if value not in (None, "", [], {})}
+
+
+def toml_like(tree: Mapping[str, object]) -> str:
+    """Plain values as an experiment's file has them; what is None is left out."""
+    lines = [f"{key} = {_value(value)}" for key, value in tree.items() if not _is_section(value)]
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            lines += ["", f"[{key}]", *_entries(value)]
+        elif _is_section(value) and isinstance(value, list | tuple):
+            for one in value:
+                lines += ["", f"[[{key}]]", *_entries(one)]
+    return "\n".join(lines)
+
+
+def _entries(tree: Mapping[str, object]) -> list[str]:
+    return [f"{key} = {_value(value)}" for key, value in tree.items() if value not in (None, "", [])]
+
+
+def _is_section(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return True
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _value(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,218 @@
+"""Which plots a report has: what a reader looks at first, and no more than a page can carry."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from loraserve.experiments.report.against import against_rate, against_replicas
+from loraserve.experiments.report.aggregate import FIGURES, Aggregate, Setting, counted, rate_text
+from loraserve.experiments.report.looks import MAX_PANELS
+from loraserve.experiments.report.maps import MAX_MAPS, mapped_trace, rank_maps
+from loraserve.experiments.report.overviews import costs, fewest_probes, highest_bars
+from traces.plots import Plot
+
+MAX_PLOTS = 24
+MAX_BAR_PANELS = 6
+_OVER_RATE = ("ttft_p95_ms", "tbt_p95_ms", "attainment")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A plot under a heading; the lower its `rank`, the sooner it is drawn."""
+
+    heading: str
+    rank: int
+    plot: Plot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The plots of a report in its order, and what was left out, in words."""
+
+    plots: tuple[Drawn, ...]
+    left_out: tuple[str, ...]
+
+
+def choose_plots(data: Aggregate) -> Chosen:
+    """At most MAX_PLOTS of what this experiment can show."""
+    offered = list(_offered(data))
+    first = sorted(range(len(offered)), key=lambda place: (offered[place].rank, place))[:MAX_PLOTS]
+    dropped = [one for place, one in enumerate(offered) if place not in first]
+    return Chosen(
+        plots=tuple(offered[place] for place in sorted(first)),
+        left_out=tuple(_left_out(data, dropped)),
+    )
+
+
+def _left_out(data: Aggregate, dropped: list[Drawn]) -> Iterator[str]:
+    if dropped:
+        names = "; ".join(one.plot.name.replace("_", " ") for one in dropped)
+        yield f"{counted(len(dropped), 'plot')} more than a page carries: {names}"
+    if len(data.traces) > MAX_PANELS:
+        yield f"the plots show the first {MAX_PANELS} of {len(data.traces)} workloads"
+    unknown = [one.name for one in data.result.experiment.published if one.figure not in FIGURES]
+    if unknown:
+        yield f"published lines of figures that are not measured here: {', '.join(unknown)}"
+
+
+def _offered(data: Aggregate) -> Iterator[Drawn]:
+    yield from _highest(data)
+    yield from _fewest(data)
+    settings = data.runs()
+    for place, setting in enumerate(settings):
+        yield from _over_rate(data, setting, place)
+    yield from _over_replicas(data)
+    asked = _middle(data)
+    for place, setting in enumerate(settings):
+        yield from _maps(data, setting, place)
+        if asked is not None:
+            yield _costs(data, setting, asked, place)
+
+
+def _highest(data: Aggregate) -> Iterator[Drawn]:
+    searched = [
+        setting
+        for setting in data.runs()
+        if any(curve.highest is not None for (_, of, _), curve in data.curves.items() if of == setting)
+    ]
+    for start in range(0, len(searched), MAX_BAR_PANELS):
+        some = searched[start : start + MAX_BAR_PANELS]
+        yield Drawn(
+            heading="Highest rates inside the SLO",
+            rank=0,
+            plot=Plot(
+                name=_name("highest_rates", str(start // MAX_BAR_PANELS + 1) if start else ""),
+                caption="Highest rate inside the SLO, requests/s; the thin lines reach from the least to the"
+                " most of the seeds, a cross stands where no rate held.",
+                draw=partial(highest_bars, data, some),
+            ),
+        )
+
+
+def _fewest(data: Aggregate) -> Iterator[Drawn]:
+    for place, setting in enumerate(data.searches()):
+        curves = [curve for (_, of, _), curve in data.curves.items() if of == setting]
+        answers = max((curve.fewest for curve in curves), key=len, default=())
+        for at, one in enumerate(answers):
+            rate = rate_text(one.asked, one.rate_per_s)
+            where = data.setting_name(setting)
+            yield Drawn(
+                heading="Fewest replicas inside the SLO",
+                rank=1 + place,
+                plot=Plot(
+                    name=_name("fewest_replicas", where, one.asked if len(answers) > 1 else ""),
+                    caption=f"Which numbers of replicas were tried at {rate}{_at(where)}: filled where the"
+                    " SLO held in every seed, half where in some, hollow where in none; the ring is the"
+                    " answer.",
+                    draw=partial(fewest_probes, data, setting, at),
+                ),
+            )
+
+
+def _over_rate(data: Aggregate, setting: Setting, place: int) -> Iterator[Drawn]:
+    if not any(curve.points for (_, of, _), curve in data.curves.items() if of == setting):
+        return
+    experiment = data.result.experiment
+    extra = [one.figure for one in experiment.published if one.over == "rate_per_s" and one.figure in FIGURES]
+    where = data.setting_name(setting)
+    for order, name in enumerate(dict.fromkeys([*_OVER_RATE, *extra])):
+        figure = FIGURES[name]
+        unit = f", {figure.unit}" if figure.unit else ""
+        late = " A hollow marker at the top stands for what had no finite value." if figure.is_log else ""
+        yield Drawn(
+            heading="Against the rate",
+            # Every setting's TTFT before any setting's TBT.
+            rank=10 + 40 * order + place,
+            plot=Plot(
+                name=_name(name.removesuffix("_ms").removesuffix("_per_s"), where),
+                caption=f"{figure.label}{unit} against the rate{_at(where)}; the bands reach from the least"
+                f" to the most of the seeds.{late}",
+                draw=partial(against_rate, data, setting, name),
+            ),
+        )
+
+
+def _over_replicas(data: Aggregate) -> Iterator[Drawn]:
+    asked = _middle(data)
+    sizes: dict[tuple[str, str], list[Setting]] = {}
+    for setting in data.runs():
+        sizes.setdefault((setting.kernel, setting.profile), []).append(setting)
+    extra = [
+        one.figure
+        for one in data.result.experiment.published
+        if one.over == "replicas" and one.figure in FIGURES
+    ]
+    for settings in sizes.values():
+        if asked is None or len(settings) < 2:
+            continue
+        where = data.setting_name(settings[0], with_replicas=False)
+        for name in dict.fromkeys(["attainment", *extra]):
+            yield Drawn(
+                heading="Against replicas",
+                rank=60,
+                plot=Plot(
+                    name=_name(name.removesuffix("_ms"), "replicas", where),
+                    caption=f"{FIGURES[name].label} against replicas at {_rate_words(asked)}{_at(where)}.",
+                    draw=partial(against_replicas, data, settings[0], asked, name),
+                ),
+            )
+
+
+def _maps(data: Aggregate, setting: Setting, place: int) -> Iterator[Drawn]:
+    trace = mapped_trace(data, setting)
+    if trace is None:
+        return
+    where = data.setting_name(setting)
+    few = f"; the first {MAX_MAPS} policies" if len(data.policies) > MAX_MAPS else ""
+    yield Drawn(
+        heading="Ranks on replicas over time",
+        rank=20 + place,
+        plot=Plot(
+            name=_name("ranks", where),
+            caption=f"The largest rank in a step of each replica over time, on {trace}{_at(where)}, where the"
+            f" policies differ most{few}. The fainter, the less of the time was computed in; empty where a"
+            " replica rested or had base-model requests alone.",
+            draw=partial(rank_maps, data, trace, setting),
+        ),
+    )
+
+
+def _costs(data: Aggregate, setting: Setting, asked: str, place: int) -> Drawn:
+    where = data.setting_name(setting)
+    return Drawn(
+        heading="What adapters cost",
+        rank=30 + place,
+        plot=Plot(
+            name=_name("costs", where),
+            caption=f"Adapters moved, requests that had to wait for their adapter, and adapters held, at"
+            f" {_rate_words(asked)}{_at(where)}: a bar for the median over the workloads, a mark for each.",
+            draw=partial(costs, data, setting, asked),
+        ),
+    )
+
+
+def _middle(data: Aggregate) -> str | None:
+    experiment = data.result.experiment
+    rates = experiment.all_rates
+    if not rates:
+        return None
+    wanted = str(experiment.map_rate if experiment.map_rate is not None else "")
+    named = [str(rate) for rate in rates]
+    return wanted if wanted in named else named[len(named) // 2]
+
+
+def _rate_words(asked: str) -> str:
+    if asked == "own":
+        return "the traces' own rates"
+    return f"{asked} of the fluid rate" if asked.endswith("x") else rate_text(asked, 0.0)
+
+
+def _at(where: str) -> str:
+    return f" ({where})" if where else ""
+
+
+def _name(*parts: str) -> str:
+    """A file's stem."""
+    joined = "_".join(part for part in parts if part)
+    kept = "".join(one if one.isalnum() or one in ".-" else "_" for one in joined.replace(", ", "_"))
+    return kept.strip("_.")
