@@ -280,17 +280,27 @@ class Site:
     def _see(self, report: tuple[int, int, int, int, float, tuple[RankLoad, ...]]) -> None:
         """A report comes to the routers, each of which notes what it has here at this moment."""
         _, running, waiting, tokens, usage, ranks = report
-        replica_id, loads, num_routers = self.replica_id, self.loads, self._num_routers
+        replica_id, loads, num_routers, means = self.replica_id, self.loads, self._num_routers, self._means
+        prompt, output = (0.0, 0.0) if means is None else (means.prompt_tokens, means.output_tokens)
         for router, own in enumerate(self.own):
-            # By position, which is much faster; its age is not known, and counts as 0.
-            loads[router] = ReplicaLoad(replica_id, running, waiting, tokens, usage, 0.0, own, num_routers)
-        if self._means is not None:
-            prompt, output = self._means.prompt_tokens, self._means.output_tokens
-            for router, own_ranks in enumerate(self.own_ranks):
-                own_ranks.report()
-                known = loads[router]
-                assert known is not None
-                loads[router] = known._replace(ranks=ranks, prompt_tokens=prompt, output_tokens=output)
+            # By position, which is much faster; its age and its rates are not known, and count as 0.
+            loads[router] = ReplicaLoad(
+                replica_id,
+                running,
+                waiting,
+                tokens,
+                usage,
+                0.0,
+                own,
+                num_routers,
+                0.0,
+                0.0,
+                output,
+                ranks,
+                prompt,
+            )
+        for own_ranks in self.own_ranks:
+            own_ranks.report()
 
     def _hear(self, model: ReplicaModel, until_ps: int) -> None:
         """Routers hear the end of the streams that ended by `until_ps`."""

@@ -13,28 +13,13 @@ block, the one that was admitted last gives its blocks back and goes to the head
 import heapq
 from collections import deque
 
-from loraserve.engines.replica_model.cost import BatchRanks, StepPricer
+from loraserve.engines.replica_model.cost import BatchRanks, RankMembers, StepPricer
 from loraserve.engines.replica_model.log import ReplicaLog
 from loraserve.engines.replica_model.prefix import PrefixCache
+from loraserve.engines.replica_model.run import Run
 from loraserve.engines.replica_model.sequence import Phase, ReplicaLimits, Sequence
 from placement.latency import StepCost
-
-
-class Run:
-    """Steps to come in which nobody joins or leaves: the first takes `step_ps`, each further one
-    `growth_ps` more than the one before. `chunks` are (sequence, prompt tokens), in a run of one step."""
-
-    __slots__ = ("chunks", "growth_ps", "max_rank", "prefill_tokens", "step_ps", "steps", "taken")
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.step_ps = 0
-        self.growth_ps = 0
-        self.max_rank = 0
-        self.prefill_tokens = 0
-        # Blocks of the prefix cache's queue that decoding rows have taken already.
-        self.taken = 0
-        self.chunks: list[tuple[Sequence, int]] = []
+from placement.routing.chooser import RankLoad
 
 
 class Batch:
@@ -64,6 +49,8 @@ class Batch:
         self._context_tokens = 0
         self._block_phases = [0] * limits.block_tokens
         self._ranks = BatchRanks()
+        self._members: RankMembers | None = None
+        """Only once somebody has asked for it."""
         self._finish: list[tuple[int, int, Sequence]] = []
         self._order = 0
 
@@ -75,6 +62,8 @@ class Batch:
             self._prefix = PrefixCache(self._limits, self._limits.kv_blocks - self.used_blocks)
         self.outstanding_tokens += sequence.output_tokens - sequence.drawn
         self.waiting.append(sequence)
+        if self._members is not None:
+            self._members.join(sequence)
 
     def remove(self, sequence: Sequence, run: Run | None) -> bool:
         """Take a sequence out with all it holds, also in the middle of a step of `run`; False if absent.
@@ -89,6 +78,8 @@ class Batch:
             self._leave(sequence, planned)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            if self._members is not None:
+                self._members.leave(sequence)
         else:
             return False
         self.outstanding_tokens -= sequence.output_tokens - sequence.drawn
@@ -98,6 +89,12 @@ class Batch:
     def close(self) -> None:
         """Nothing is left in it, and nothing will come: what is in the cache is gone too."""
         self._prefix = None
+
+    def rank_loads(self) -> tuple[RankLoad, ...]:
+        """What runs or waits by rank, the lowest first."""
+        if self._members is None:
+            self._members = RankMembers([*self.running, *self.waiting])
+        return self._members.loads()
 
     def drawn(self, sequence: Sequence) -> int:
         """The tokens that the sequence has drawn by the last commit."""
@@ -216,6 +213,8 @@ class Batch:
         members = [*self.running, *self.waiting]
         assert self.outstanding_tokens == sum(one.output_tokens - self.drawn(one) for one in members)
         assert all(one.computed == 0 and not one.cached for one in self.waiting), "who waits holds blocks"
+        counted = RankMembers(members).loads()
+        assert self.rank_loads() == counted, "sequences of a rank are lost"
 
     # -- planning ------------------------------------------------------------------------------
 
@@ -323,6 +322,8 @@ class Batch:
         sequence.phase = Phase.QUEUED
         sequence.known = sequence.prompt_tokens + sequence.drawn
         self.waiting.appendleft(sequence)
+        if self._members is not None:
+            self._members.join(sequence)
 
     def _first_token(self, sequence: Sequence, now_ps: int) -> None:
         """The prompt is computed: a token is drawn, and the next ones in the steps to come."""
@@ -339,6 +340,8 @@ class Batch:
         self._context_tokens += known + 1
         self._block_phases[(step + 1 - known) % self._block_tokens] += 1
         self._ranks.add(sequence)
+        if self._members is not None:
+            self._members.draw(sequence)
         if sequence.finish_step <= step:
             self._end(sequence, now_ps)
             return
@@ -361,6 +364,8 @@ class Batch:
     def _leave(self, sequence: Sequence, planned_blocks: int = 0) -> None:
         """Out of the batch: give back the blocks, those planned included, and note the stretch of output."""
         del self.running[sequence]
+        if self._members is not None:
+            self._members.leave(sequence)
         if sequence is self._partial:
             self._partial = None
         if self._prefix is not None:

@@ -1,8 +1,59 @@
-"""What a step of a batch costs, kept up as sequences come and go."""
+"""What a step of a batch costs and what is in it by rank, kept up as sequences come and go."""
 
-from loraserve.engines.replica_model.sequence import Sequence
+from collections.abc import Iterable
+
+from loraserve.engines.replica_model.sequence import Phase, Sequence
 from placement.latency import RankKernel, StepCost
+from placement.routing.chooser import RankLoad
 from placement.types import VersionId
+
+
+class RankMembers:
+    """All sequences of a batch and its queue by rank, as reports tell them."""
+
+    __slots__ = ("_by_rank", "_loads")
+
+    def __init__(self, members: Iterable[Sequence]) -> None:
+        self._by_rank: dict[int, RankLoad] = {}
+        self._loads: tuple[RankLoad, ...] | None = None
+        for sequence in members:
+            self.join(sequence)
+            if sequence.phase is Phase.DECODE:
+                self.draw(sequence)
+
+    def join(self, sequence: Sequence) -> None:
+        """One is there that has its next token yet to come."""
+        self._add(sequence.rank, 0, 1, sequence.known)
+
+    def draw(self, sequence: Sequence) -> None:
+        """One of these has drawn a token, and decodes."""
+        self._add(sequence.rank, 1, -1, -sequence.known)
+
+    def leave(self, sequence: Sequence) -> None:
+        """One is there no more; it still has the phase that it had."""
+        if sequence.phase is Phase.DECODE:
+            self._add(sequence.rank, -1, 0, 0)
+        else:
+            self._add(sequence.rank, 0, -1, -sequence.known)
+
+    def loads(self) -> tuple[RankLoad, ...]:
+        """The ranks of which any is there, the lowest first."""
+        if self._loads is None:
+            self._loads = tuple([self._by_rank[rank] for rank in sorted(self._by_rank)])
+        return self._loads
+
+    def _add(self, rank: int, running: int, waiting: int, prefill_tokens: int) -> None:
+        self._loads = None
+        known = self._by_rank.get(rank)
+        if known is not None:
+            _, were_running, were_waiting, were_tokens = known
+            running += were_running
+            waiting += were_waiting
+            prefill_tokens += were_tokens
+        if running or waiting:
+            self._by_rank[rank] = RankLoad(rank, running, waiting, prefill_tokens)
+        else:
+            del self._by_rank[rank]
 
 
 class BatchRanks:

@@ -8,9 +8,11 @@ import math
 from collections import deque
 from itertools import chain
 
-from loraserve.engines.replica_model.batch import Batch, Run
+from loraserve.engines.replica_model.batch import Batch
+from loraserve.engines.replica_model.cost import RankMembers
 from loraserve.engines.replica_model.gate import AdapterGate
 from loraserve.engines.replica_model.log import ReplicaLog
+from loraserve.engines.replica_model.run import Run
 from loraserve.engines.replica_model.sequence import Phase, ReplicaLimits, Sequence
 from placement.latency import StepCost
 from placement.routing.chooser import RankLoad
@@ -118,19 +120,11 @@ class ReplicaModel:
         return len(batch.running), waiting, tokens, blocks / self.limits.kv_blocks
 
     def rank_loads(self) -> tuple[RankLoad, ...]:
-        """The sequences in the batch or its queue by rank, the lowest first; takes time for each of them."""
-        by_rank: dict[int, list[int]] = {}
-        batch = self.batch
-        for sequence in chain(batch.running, batch.waiting, self.gate.sequences() if len(self.gate) else ()):
-            counts = by_rank.get(sequence.rank)
-            if counts is None:
-                counts = by_rank[sequence.rank] = [0, 0, 0]
-            if sequence.phase is Phase.DECODE:
-                counts[0] += 1
-            else:
-                counts[1] += 1
-                counts[2] += sequence.known
-        return tuple([RankLoad(rank, *by_rank[rank]) for rank in sorted(by_rank)])
+        """The sequences in the batch or its queue by rank, the lowest first."""
+        if len(self.gate):
+            batch = self.batch
+            return RankMembers(chain(batch.running, batch.waiting, self.gate.sequences())).loads()
+        return self.batch.rank_loads()
 
     def drawn(self, sequence: Sequence) -> int:
         """The tokens that the sequence has drawn so far."""
