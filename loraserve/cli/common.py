@@ -9,12 +9,17 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from loraserve.cluster.addresses import split_address
 from loraserve.errors import BadInputError, LoraServeError
+
+if TYPE_CHECKING:
+    import typer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,6 +47,26 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise SystemExit(EXIT_FAILED) from None
 
     return wrapped
+
+
+def given_options(context: "typer.Context") -> frozenset[str]:
+    """The parameters of a command that stand on its command line, by their Python names."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM ends the command as Ctrl-C does: in order, with nothing half done left behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str, exit_code: int) -> None:

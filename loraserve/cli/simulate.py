@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from loraserve.cli.common import command
+from loraserve.cli import experiment
+from loraserve.cli.common import command, ended_by_sigterm, given_options
 from loraserve.errors import BadInputError, WorkFailedError
 
 if TYPE_CHECKING:
@@ -22,7 +23,15 @@ DEFAULT_PROFILE = "a100-llama2-7b-bgmv"
 
 @command
 def simulate(
-    trace: Annotated[str, typer.Argument(help="A trace file, 'demo' for the bundled one, or preset:NAME.")],
+    context: typer.Context,
+    trace: Annotated[
+        str,
+        typer.Argument(
+            metavar="TRACE|EXPERIMENT",
+            help="A trace file, 'demo' for the bundled one, or preset:NAME; or an experiment, a .toml file or"
+            " experiment:NAME, which goes with --out, --jobs, --traces and --json alone.",
+        ),
+    ],
     policy: Annotated[str, typer.Option(help="Placement policies, a,b,...")] = "least-loaded",
     routing: Annotated[
         str, typer.Option(help="Routing policies, a,b,...; auto: each policy's own.")
@@ -139,11 +148,28 @@ def simulate(
     ray: Annotated[
         Text, typer.Option(help="Simulate as tasks of the Ray cluster at HOST:PORT, or auto.")
     ] = None,
+    traces: Annotated[
+        Path | None,
+        typer.Option(help="Where an experiment's trace files are. [default: beside the experiment]"),
+    ] = None,
 ) -> None:
     """Simulate policies on a trace: every policy with every routing and seed is one run.
 
-    The simulator runs the live cluster's own decisions around a model of its replicas.
+    The simulator runs the live cluster's own decisions around a model of its replicas. An experiment names
+    traces, policies, rates, replicas and more in a file; it goes on where it was interrupted, and ends with a
+    report.
     """
+    if experiment.is_named(trace):
+        experiment.refuse_options(trace, given_options(context))
+        with ended_by_sigterm():
+            experiment.simulate_experiment(
+                experiment.ExperimentOptions(
+                    source=trace, out=out, traces=traces, jobs=jobs, json_output=json_output
+                )
+            )
+        return
+    if traces is not None:
+        raise BadInputError(f"--traces: {trace} is no experiment; expected a .toml file or experiment:NAME")
     from loraserve.cli.simulate_runs import SimulateOptions
     from loraserve.simulator.from_profile import ClusterOptions, parse_failures
     from loraserve.simulator.what_if import WhatIf
@@ -219,15 +245,9 @@ def _run(options: "SimulateOptions", out: Path | None, *, per_rank: bool, json_o
 @contextmanager
 def _stage(out: Path | None) -> Iterator[Path | None]:
     """A folder to write into that becomes `out` only if all went well, also when a signal ends us."""
-    import signal
-
     from loraserve.simulator.report import staged
 
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    with ended_by_sigterm():
         if out is None:
             yield None
             return
@@ -239,8 +259,6 @@ def _stage(out: Path | None) -> Iterator[Path | None]:
         except OSError as error:
             kind = WorkFailedError if has_begun else BadInputError
             raise kind(f"--out: {out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _judging(ttft_ms: float, tbt_ms: float, warmup_s: float, *, per_adapter: bool) -> "Judging":

@@ -1,0 +1,123 @@
+"""The file of an experiment: what it may say, and what is said of one that is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraserve.errors import BadInputError, ConfigError
+from loraserve.experiments.jobs import job_key, jobs_of_experiment
+from loraserve.experiments.spec import (
+    OWN,
+    experiment_tree,
+    find_experiment,
+    parse_experiment,
+    read_experiment,
+    share_of,
+    shipped_experiments,
+)
+from tests.support.experiments import small_tree
+
+TRACE = {"name": "u", "source": "preset:loraserve-uniform"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rates": ["0.8"]}, 'rates[0]: "0.8"; expected a number above 0, a share such as "0.85x" or "own"'),
+        ({"rates": [1.0, -1]}, "rates[1]: -1; expected a number above 0"),
+        ({"traces": [{"name": "u"}]}, "traces[0].source: is missing; expected a string"),
+        ({"traces": [TRACE | {"adapter": 3}]}, "traces[0].adapter: unknown key; allowed: adapters, "),
+        ({"traces": [TRACE | {"adapters": 0}]}, "traces[0].adapters: 0; expected an integer of at least 1"),
+        ({"traces": [TRACE, TRACE]}, 'traces[1].name: "u" stands there twice'),
+        ({"traces": []}, "traces: []; expected a list of at least 1"),
+        ({"policies": ["best"]}, "policies: 'best'; expected of optimal, "),
+        ({"kernels": ["flat"]}, 'kernels[0]: "flat"; expected one of padded_config, padded_batch, sum'),
+        ({"seeds": [1, 1]}, "seeds[1]: 1 stands there twice; expected each once"),
+        ({"find": {"fewest_replicas_at": ["0.5x"]}}, 'find.fewest_replicas_at[0]: "0.5x"; expected'),
+        ({"find": {"most": 3}}, "find.most: unknown key; allowed: fewest_replicas_at, highest_rate"),
+        ({"cluster": {"epoch_s": "a"}}, 'cluster.epoch_s: "a"; expected a number above 0'),
+        ({"cluster": {"duration_s": 5.0, "warmup_s": 5.0}}, "cluster.warmup_s: 5; expected less than"),
+        ({"map_rate": "x"}, "map_rate: "),
+        (
+            {"claims": [{"text": "t", "figure": "highest_rate", "policy": "loraserve"}]},
+            'claims[0].policy: "loraserve"; expected of optimal, slora-random',
+        ),
+        (
+            {"claims": [{"text": "t", "figure": "speed", "policy": "optimal"}]},
+            'claims[0].figure: "speed"; expected one of fewest_replicas, highest_rate',
+        ),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_path_and_what_would_be_right(
+    change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_experiment(small_tree(**change), "mine.toml")
+    assert str(refused.value).startswith(f"mine.toml: {said}")
+
+
+def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("title = \n")
+    with pytest.raises(ConfigError, match=r"mine\.toml: not valid TOML"):
+        read_experiment(path)
+    with pytest.raises(ConfigError, match="cannot read the experiment"):
+        read_experiment(tmp_path / "none.toml")
+
+
+def test_an_experiment_survives_being_written_as_plain_values() -> None:
+    experiment = parse_experiment(small_tree())
+    assert parse_experiment(experiment_tree(experiment)) == experiment
+
+
+def test_without_rates_and_searches_a_trace_is_taken_as_it_is() -> None:
+    assert parse_experiment(small_tree(rates=[], find={})).all_rates == (OWN,)
+    assert parse_experiment(small_tree(rates=[])).all_rates == ()
+
+
+def test_rates_are_numbers_or_shares() -> None:
+    assert [share_of(rate) for rate in ("0.85x", OWN, 3.0)] == [0.85, None, None]
+
+
+def test_everything_that_is_a_list_multiplies() -> None:
+    experiment = parse_experiment(small_tree(replicas=[2, 3], kernels=["sum", "padded_batch"]))
+    jobs = jobs_of_experiment(experiment, Path())
+    # Two policies, seeds and kernels; two numbers of replicas and a search for the fewest.
+    assert len(jobs) == 2 * 2 * 2 * 3
+    assert len({job_key(job) for job in jobs}) == len(jobs)
+    assert sum(job.has_map for job in jobs) == 2 * 2 * 2
+
+
+def test_a_key_changes_with_whatever_changes_the_result(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+
+    def key(**changes: Any) -> str:
+        experiment = parse_experiment(small_tree(traces=[{"name": "t", "source": "t.csv"}], **changes))
+        return job_key(jobs_of_experiment(experiment, tmp_path)[0])
+
+    trace.write_text("a")
+    first = key()
+    assert key(title="Another") == first
+    assert key(slo={"ttft_ms": 1000.0}) != first
+    assert key(cluster={"epoch_s": 9.0}) != first
+    assert key(rates=["0.5x"]) != first
+
+
+def test_a_trace_file_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    experiment = parse_experiment(small_tree(traces=[{"name": "t", "source": "t.csv"}]))
+    with pytest.raises(BadInputError, match=r"traces\[0\]\.source: t\.csv: no such file .* --traces"):
+        jobs_of_experiment(experiment, tmp_path)
+
+
+def test_experiments_are_found_by_name_and_by_path() -> None:
+    assert find_experiment("a/mine.toml") == ("mine", Path("a/mine.toml"))
+    with pytest.raises(BadInputError, match=r"no such experiment; those there are: .*loraserve-4"):
+        find_experiment("experiment:none")
+
+
+@pytest.mark.parametrize("name", sorted(shipped_experiments()))
+def test_what_ships_can_be_read(name: str) -> None:
+    experiment = read_experiment(find_experiment(f"experiment:{name}")[1])
+    assert experiment.title
+    assert experiment.summary
