@@ -1,6 +1,6 @@
 """Small simulations whose results are kept, so that a change in them is seen and explained.
 
-`python -m tests.sim.golden_runs` writes golden.json anew.
+`scripts/golden` writes golden.json anew.
 """
 
 import json

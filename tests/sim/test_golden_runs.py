@@ -10,7 +10,7 @@ from tests.sim.golden_runs import FILE, outcome_of, scenarios
 @pytest.mark.parametrize("name", sorted(scenarios()))
 def test_a_golden_run_is_what_it_was(name: str) -> None:
     kept = json.loads(FILE.read_text(encoding="utf-8"))
-    assert outcome_of(scenarios()[name]) == kept[name], "if that is meant: python -m tests.sim.golden_runs"
+    assert outcome_of(scenarios()[name]) == kept[name], "if that is meant: scripts/golden, and say why"
 
 
 def test_every_golden_run_is_kept() -> None:
