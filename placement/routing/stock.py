@@ -50,11 +50,14 @@ def _counted(load: ReplicaLoad, own: OwnRequests | None, routers: float) -> dict
     if not load.ranks and load.running + load.waiting:
         prefill_tokens = load.waiting * (load.prompt_tokens or PROMPT_TOKENS)
         stocks[0] = RankStock(load.running, load.waiting, prefill_tokens)
-    if own is None:
+    if own is None or (own.ranks == own.reported and not own.sent_tokens and not own.leased):
+        # As always after a report.
         return stocks
     for rank in own.reported.keys() | own.ranks.keys() | own.leased.keys():
-        running, waiting, tokens = stocks.get(rank, _NOTHING)
         change = routers * (own.ranks.get(rank, 0) - own.reported.get(rank, 0))
+        if not change and rank not in own.sent_tokens and rank not in own.leased:
+            continue
+        running, waiting, tokens = stocks.get(rank, _NOTHING)
         if change < 0:
             # Those that have ended ran, so far as there were any.
             running, waiting = max(0.0, running + change), max(0.0, waiting + min(0.0, running + change))
