@@ -25,6 +25,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+    from loraserve.cli.capacity import capacity
     from loraserve.cli.doctor import doctor
     from loraserve.cli.fidelity import fidelity
     from loraserve.cli.forecast import forecast
@@ -43,6 +44,7 @@ def make_app() -> typer.Typer:
         generate,
         replay,
         simulate,
+        capacity,
         profile,
         forecast,
         fidelity,

@@ -31,7 +31,9 @@ class ClusterOptions:
 
     Demand is measured over `window_s`, None: an epoch. A replica's host pool holds at most `pool_adapters`
     and `pool_bytes`, None: no limit. `kernel` charges ranks otherwise than the profile's; `speed` 2 halves
-    every step. Peers copy from each other at the profile's speed unless `from_origin_only`.
+    every step. Peers copy from each other at the profile's speed unless `from_origin_only`. `replica_ranks`
+    are the replicas' own `max_lora_rank`, one each, None: the profile's; where the kernel is padded_config,
+    each replica's steps cost by its own.
     """
 
     num_replicas: int = 4
@@ -54,6 +56,7 @@ class ClusterOptions:
     max_lora_ranks: str = "fixed"
     restart_s: float = 60.0
     migration: str = "off"
+    replica_ranks: tuple[int, ...] | None = None
 
 
 def scenario_of(
@@ -63,7 +66,8 @@ def scenario_of(
     options = options or ClusterOptions()
     if not 1 <= options.num_replicas <= MAX_REPLICAS:
         raise BadInputError(f"--replicas: {options.num_replicas}; expected from 1 to {MAX_REPLICAS}")
-    _check_ranks(profile, trace)
+    ranks = options.replica_ranks or (profile.engine.max_lora_rank,) * options.num_replicas
+    _check_ranks(profile, trace, options, ranks)
     if options.max_lora_ranks != "fixed" and not profile.operating_points:
         raise BadInputError(
             f"--max-lora-ranks {options.max_lora_ranks}: profile {profile.name} has no operating points to"
@@ -78,8 +82,12 @@ def scenario_of(
     except ValueError as error:
         raise BadInputError(f"profile {profile.name}: {error}") from error
     replicas = tuple(
-        ReplicaSetup(spec=_spec(ReplicaId(f"replica-{place}"), profile, options), limits=limits, cost=cost)
-        for place in range(options.num_replicas)
+        ReplicaSetup(
+            spec=_spec(ReplicaId(f"replica-{place}"), profile, options, rank),
+            limits=limits,
+            cost=replace(cost, max_lora_rank=rank),
+        )
+        for place, rank in enumerate(ranks)
     )
     return Scenario(
         trace=trace,
@@ -123,8 +131,25 @@ def parse_failures(texts: Sequence[str]) -> tuple[Failure, ...]:
     return tuple(sorted(failures, key=lambda failure: failure.at_s))
 
 
-def _check_ranks(profile: Profile, trace: TraceColumns) -> None:
+def _check_ranks(
+    profile: Profile, trace: TraceColumns, options: ClusterOptions, ranks: tuple[int, ...]
+) -> None:
     most = profile.engine.max_lora_rank
+    if len(ranks) != options.num_replicas:
+        raise BadInputError(f"replica_ranks: {len(ranks)}; expected one for each of {options.num_replicas}")
+    if not 1 <= min(ranks) <= max(ranks) <= most:
+        wrong = min(ranks) if min(ranks) < 1 else max(ranks)
+        raise BadInputError(
+            f"a replica's max_lora_rank: {wrong}; expected from 1 to {most}, the engine's of profile"
+            f" {profile.name}"
+        )
+    highest = max(ranks)
+    for adapter in trace.adapters:
+        if adapter.rank is not None and highest < adapter.rank <= most:
+            raise BadInputError(
+                f"adapter {adapter.name} has rank {adapter.rank}, no replica takes more than {highest}; raise"
+                " the highest max_lora_rank"
+            )
     for adapter in trace.adapters:
         if adapter.rank is not None and adapter.rank > most:
             raise BadInputError(
@@ -198,10 +223,12 @@ def _limits(profile: Profile, trace: TraceColumns, options: ClusterOptions) -> R
     )
 
 
-def _spec(replica_id: ReplicaId, profile: Profile, options: ClusterOptions) -> ReplicaSpec:
+def _spec(
+    replica_id: ReplicaId, profile: Profile, options: ClusterOptions, max_lora_rank: int
+) -> ReplicaSpec:
     return ReplicaSpec(
         replica_id=replica_id,
-        max_lora_rank=profile.engine.max_lora_rank,
+        max_lora_rank=max_lora_rank,
         pool_adapters=options.pool_adapters or _ENDLESS,
         pool_bytes=options.pool_bytes or _ENDLESS,
         profile=profile.name,
