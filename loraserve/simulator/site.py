@@ -212,7 +212,7 @@ class Site:
         model = self.model
         assert model is not None
         model.submit(sequence, at_ps + self._network_ps)
-        answer_ps = at_ps + 2 * self._network_ps
+        answer_ps = at_ps + 2 * self._network_ps + self._setup.cost.base
         if answer_ps < self.news_ps:
             self.news_ps = answer_ps
         self.own[router] += 1
@@ -242,7 +242,7 @@ class Site:
             self._see(reports.popleft())
         if model.finished:
             self._hear(model, heard_ps)
-        news_ps = (model.finished[0].last_ps if model.finished else model.quiet_ps) + self._network_ps
+        news_ps = (model.finished[0].last_ps if model.finished else model.next_end_ps()) + self._network_ps
         seen_ps = reports[0][0] if reports else self._tick_ps + self._report_ps
         self.news_ps = news_ps if news_ps < seen_ps else seen_ps
 

@@ -280,14 +280,18 @@ class SlotTable:
     def _idle(self) -> VersionId | None:
         """A version that no request runs on: one that is marked, or the one that was used last the longest
         ago; None if there is none."""
-        idle = [version for version, slot in self._slots.items() if self._is_idle(slot)]
-        return min(idle, key=lambda one: (one not in self._closing, self._slots[one].used_at), default=None)
+        idle = [
+            (version not in self._closing, slot.used_at, place, version)
+            for place, (version, slot) in enumerate(self._slots.items())
+            if not slot.admitted and self._is_idle(slot)
+        ]
+        return min(idle)[-1] if idle else None
 
     def _mark(self, num_more: int) -> None:
         """Close so many more versions, or as many as there are: the fewest requests to wait for first."""
-        active = [one for one, slot in self._slots.items() if slot.phase is SlotPhase.ACTIVE]
-        if num_more <= 0 or not active:
+        if num_more <= 0:
             return
+        active = [one for one, slot in self._slots.items() if slot.phase is SlotPhase.ACTIVE]
         active.sort(key=lambda one: (len(self._slots[one].admitted), self._slots[one].used_at))
         for version in active[:num_more]:
             self._slots[version].phase = SlotPhase.CLOSING

@@ -190,6 +190,15 @@ class Batch:
             return whole * self.num_decoding + sum(phases[begin:end])
         return whole * self.num_decoding + sum(phases[begin:]) + sum(phases[: end - size])
 
+    def may_end(self, run: Run) -> bool:
+        """Whether any sequence could draw its last token in the steps of the run, which was planned last."""
+        finish = self._finish
+        return (
+            not run.chunks
+            or (bool(finish) and finish[0][0] <= self.num_steps)
+            or any(sequence.output_tokens - sequence.drawn <= 1 for sequence, _ in run.chunks)
+        )
+
     def check_invariants(self, run: Run | None) -> None:
         """AssertionError unless sequences, tokens and blocks add up; `run` is planned and not committed."""
         decoding = [one for one in self.running if one.phase is Phase.DECODE]

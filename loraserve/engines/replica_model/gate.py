@@ -188,7 +188,10 @@ class AdapterGate:
         self._tell(Dropped(version_id=version), at_ps)
 
     def _tell(self, event: Event, at_ps: int) -> None:
-        commands = deque(self._table.handle(event))
+        first = self._table.handle(event)
+        if not first:
+            return
+        commands = deque(first)
         while commands:
             match commands.popleft():
                 case Admit(request_id=request):

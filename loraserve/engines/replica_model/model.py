@@ -50,6 +50,7 @@ class ReplicaModel:
         """When the run under way began; between runs, when the last one ended."""
         self._end_ps = 0
         self._until_ps = 0
+        self._least_step_ps = cost.base
         self.quiet_ps = 0
         """Before that nothing happens by itself: until then, `advance` changes no more than the time."""
 
@@ -139,6 +140,19 @@ class ReplicaModel:
         if self.batch.waiting or self.batch.running:
             return self._begun_ps
         return join_ps if join_ps < ENDLESS else None
+
+    def next_end_ps(self) -> int:
+        """No request here or on its way ends before this, nor does one that is submitted for later than that
+        less a step."""
+        step_ps, join_ps = self._least_step_ps, self._next_join_ps()
+        if self._is_busy:
+            mine_ps = self._end_ps if self.batch.may_end(self._run) else self._end_ps + step_ps
+        elif self.batch.running or self.batch.waiting:
+            mine_ps = self._begun_ps + step_ps
+        else:
+            mine_ps = ENDLESS
+        # Who joins is computed in a step that begins no earlier.
+        return min(mine_ps, join_ps + step_ps)
 
     # -- what happens --------------------------------------------------------------------------
 
