@@ -86,6 +86,14 @@ class Aggregate:
         """How many seeds each figure is the median of."""
         return len(self.result.experiment.seeds)
 
+    @property
+    def middle_rate(self) -> str | None:
+        """The rate for what is shown at one of them only: the one of the maps."""
+        experiment = self.result.experiment
+        named = [str(rate) for rate in experiment.all_rates]
+        wanted = str(experiment.map_rate)
+        return wanted if wanted in named else named[len(named) // 2] if named else None
+
     def curve(self, trace: str, setting: Setting, policy: str) -> Curve | None:
         """That curve, None if it was not run."""
         return self.curves.get((trace, setting, policy))

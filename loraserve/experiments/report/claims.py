@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loraserve.experiments.report.aggregate import (
@@ -61,6 +61,10 @@ class ClaimFound:
         """Of its values, '' for ratios."""
         return "" if self.claim.over else _UNITS[self.claim.figure]
 
+    def best_of(self, cases: Iterable[ClaimCase]) -> ClaimCase | None:
+        """The best of these that have a value."""
+        return _best(self.claim, cases)
+
 
 def claims_found(data: Aggregate) -> tuple[ClaimFound, ...]:
     """Every claim of the experiment, in its order."""
@@ -75,21 +79,31 @@ def value_text(value: float, *, is_bound: bool = False) -> str:
 
 def _found(data: Aggregate, claim: ClaimSection) -> ClaimFound:
     cases = tuple(_cases(data, claim))
-    there = [(case, case.value) for case in cases if case.value is not None]
-    grows = bool(claim.over) or claim.figure in _MORE_IS_BETTER
-    best = (max if grows else min)(there, key=lambda one: one[1].median, default=None)
+    values = [case.value.median for case in cases if case.value is not None]
+    best = _best(claim, cases)
     reached = None
-    if best is not None and claim.paper is not None:
-        ours = round(best[1].median, 2)
-        reached = ours >= claim.paper if grows else ours <= claim.paper
+    if best is not None and best.value is not None and claim.paper is not None:
+        ours = round(best.value.median, 2)
+        reached = ours >= claim.paper if _grows(claim) else ours <= claim.paper
     return ClaimFound(
         claim=claim,
         cases=cases,
-        best=best[0] if best else None,
-        typical=statistics.median(value.median for _, value in there) if there else None,
-        verdict=_verdict(claim, cases, best[0] if best else None, reached),
+        best=best,
+        typical=statistics.median(values) if values else None,
+        verdict=_verdict(claim, cases, best, reached),
         is_reached=reached,
     )
+
+
+def _grows(claim: ClaimSection) -> bool:
+    """Whether more is better."""
+    return bool(claim.over) or claim.figure in _MORE_IS_BETTER
+
+
+def _best(claim: ClaimSection, cases: Iterable[ClaimCase]) -> ClaimCase | None:
+    there = [(case.value.median, case) for case in cases if case.value is not None]
+    found = (max if _grows(claim) else min)(there, key=lambda one: one[0], default=None)
+    return found[1] if found is not None else None
 
 
 def _verdict(

@@ -1,7 +1,7 @@
 """The tables of a report as values, before they are drawn for a terminal, a page or a Markdown file."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loraserve.experiments.report.aggregate import (
@@ -12,7 +12,7 @@ from loraserve.experiments.report.aggregate import (
     Spread,
     rate_text,
 )
-from loraserve.experiments.report.claims import ClaimFound, case_name, value_text
+from loraserve.experiments.report.claims import ClaimCase, ClaimFound, case_name, value_text
 
 NOTHING = "–"
 NEVER = "never"
@@ -53,12 +53,14 @@ class Grid:
 
 def grids(data: Aggregate) -> tuple[Grid, ...]:
     """The tables of figures that this experiment has."""
-    made = (highest_grid(data), fewest_grid(data), *(figure_grid(data, *one) for one in _AT_RATES))
+    made = [highest_grid(data), fewest_grid(data), figure_grid(data, "ttft_p95_ms", "TTFT p95, ms", "ttft")]
+    middle = data.middle_rate
+    if middle is not None:
+        made += [figure_grid(data, *one, only=middle) for one in _AT_MIDDLE_RATE]
     return tuple(grid for grid in made if grid.rows)
 
 
-_AT_RATES = (
-    ("ttft_p95_ms", "TTFT p95, ms", "ttft"),
+_AT_MIDDLE_RATE = (
     ("tbt_p95_ms", "TBT p95, ms", "tbt"),
     ("attainment", "Attainment", "attainment"),
     ("resident_bytes", "Resident adapters per replica, MiB", "resident"),
@@ -123,8 +125,8 @@ def fewest_grid(data: Aggregate) -> Grid:
     )
 
 
-def figure_grid(data: Aggregate, name: str, title: str, anchor: str) -> Grid:
-    """One figure at the experiment's rates."""
+def figure_grid(data: Aggregate, name: str, title: str, anchor: str, *, only: str | None = None) -> Grid:
+    """One figure at the experiment's rates, or at one of them only."""
     figure = FIGURES[name]
     rows: list[Row] = []
     for setting in data.runs():
@@ -132,6 +134,8 @@ def figure_grid(data: Aggregate, name: str, title: str, anchor: str) -> Grid:
             curves = [data.curve(trace, setting, policy) for policy in data.policies]
             first = next((curve for curve in curves if curve is not None), None)
             for at, one in enumerate(first.points if first else ()):
+                if only not in (None, one.asked):
+                    continue
 
                 def cell(curve: Curve, at: int = at) -> tuple[Spread | None, str]:
                     spread = curve.points[at].figures[name] if at < len(curve.points) else None
@@ -153,28 +157,26 @@ def figure_grid(data: Aggregate, name: str, title: str, anchor: str) -> Grid:
 
 def claims_grid(data: Aggregate, found: Sequence[ClaimFound]) -> Grid:
     """What was published beside what was found, a row each."""
-    rows: list[Row] = []
-    for one in found:
+    rows = []
+    for place, one in enumerate(found):
         claim, best = one.claim, one.best
-        compared = f"{claim.policy} over {claim.over}" if claim.over else claim.policy
-        ours = _best_text(one)
         cells = (
-            Cell(text=claim.text),
-            Cell(text=compared),
-            Cell(text=f"{claim.paper:g}" if claim.paper is not None else NOTHING),
-            Cell(text=ours),
-            Cell(text=value_text(one.typical) if one.typical is not None else NOTHING),
-            Cell(text=case_name(data, best) if best is not None else NOTHING),
-            Cell(text=one.verdict),
+            one.verdict,
+            f"{claim.paper:g}" if claim.paper is not None else NOTHING,
+            _best_text(one),
+            value_text(one.typical) if one.typical is not None else NOTHING,
+            case_name(data, best) if best is not None else NOTHING,
+            f"{claim.policy} over {claim.over}" if claim.over else claim.policy,
         )
-        rows.append(Row(name=f"{len(rows) + 1}", cells=cells))
+        name = f"{place + 1}. {claim.text}"
+        rows.append(Row(name=name, cells=tuple(Cell(text=text) for text in cells)))
     return Grid(
         anchor="claims",
         title="What was published, and what was found here",
-        note="Ratios are above 1 where the first policy is better. “Up to” is the best case, the middle one"
-        f" is the median of all cases.{_over_seeds(data)}",
-        corner="",
-        columns=("Published", "Policies", "Paper", "Up to", "Middle", "Where", "Verdict"),
+        note="Ratios are above 1 where the first policy is better. “Best” is the best case, “middle” the"
+        f" median of all cases.{_over_seeds(data)}",
+        corner="Published",
+        columns=("Verdict", "Paper", "Best", "Middle", "Best on", "Policies"),
         rows=tuple(rows),
         is_text=True,
     )
@@ -188,14 +190,41 @@ def _best_text(one: ClaimFound) -> str:
     return f"{text} {one.unit}".strip()
 
 
-def case_rows(data: Aggregate, found: ClaimFound) -> Iterator[Row]:
-    """Every case of a claim."""
-    for case in found.cases:
-        shown = Cell(text=NOTHING)
-        if case.value is not None:
-            text = value_text(case.value.median, is_bound=case.is_bound)
-            shown = Cell(text=text, range=_range(case.value))
-        yield Row(name=case_name(data, case), cells=(shown, Cell(text=case.note)))
+def cases_grid(data: Aggregate, found: ClaimFound) -> Grid:
+    """The cases of a claim: a row per trace, a column per setting, in each the rate that is best for it."""
+    settings = tuple(dict.fromkeys(case.setting for case in found.cases))
+    traces = tuple(dict.fromkeys(case.trace for case in found.cases))
+    rows = []
+    for trace in traces:
+        of = [
+            [case for case in found.cases if (case.trace, case.setting) == (trace, setting)]
+            for setting in settings
+        ]
+        rows.append(Row(name=trace, cells=tuple(_case_cell(found, cases) for cases in of)))
+    what = "How many times better" if found.claim.over else found.unit
+    return Grid(
+        anchor="",
+        title="",
+        note=f"{what}, at the rate where it is most, with the least and the most of the seeds."
+        if any(case.rate for case in found.cases)
+        else f"{what}, with the least and the most of the seeds.",
+        corner="Workload",
+        columns=tuple(data.setting_name(setting) or "Here" for setting in settings),
+        rows=tuple(rows),
+    )
+
+
+def _case_cell(found: ClaimFound, cases: Sequence[ClaimCase]) -> Cell:
+    best = found.best_of(cases)
+    if best is None or best.value is None:
+        return Cell(text=NOTHING, range="; ".join(dict.fromkeys(case.note for case in cases)))
+    low, high = value_text(best.value.lowest), value_text(best.value.highest)
+    parts = [f"{low} to {high}" if low != high else "", best.rate and f"at {best.rate}", best.note]
+    return Cell(
+        text=value_text(best.value.median, is_bound=best.is_bound),
+        range=", ".join(part for part in parts if part),
+        is_best=best is found.best,
+    )
 
 
 def figure_text(value: float) -> str:

@@ -24,7 +24,8 @@ def highest_bars(data: Aggregate, settings: Sequence[Setting], theme: Theme) -> 
         for axes, setting in zip(made.axes, settings, strict=True):
             for place, (policy, look) in enumerate(looks.items()):
                 _bars(axes, data, setting, policy, look, (place, len(looks)), theme)
-            axes.set_xticks(range(len(traces)), traces, fontsize=8.5)
+            names = traces if axes is made.axes[-1] else [""] * len(traces)
+            axes.set_xticks(range(len(traces)), names, fontsize=8.5)
             if len(traces) > 6:
                 axes.tick_params(axis="x", rotation=18)
             axes.tick_params(axis="x", length=0, labelcolor=theme.text)
@@ -98,15 +99,13 @@ def fewest_probes(data: Aggregate, setting: Setting, at: int, theme: Theme) -> b
     """What was tried for the fewest replicas at a rate: a panel per trace, a line per policy, a dot per
     number of replicas; filled where it held in every seed, half where in some."""
     looks, traces = looks_of(data.policies), drawn_traces(data)
-    most = max(
-        (
-            max(one.held, default=1)
-            for trace in traces
-            for policy in looks
-            if (one := _fewest(data, trace, setting, policy, at)) is not None
-        ),
-        default=1,
-    )
+    tried = [
+        replicas
+        for trace in traces
+        for policy in looks
+        if (one := _fewest(data, trace, setting, policy, at)) is not None
+        for replicas in one.held
+    ] or [1]
     height_in = max(1.0, 0.17 * len(looks) + 0.25)
     with panels(len(traces), theme, height_in=height_in, left_in=_NAME_IN, width_in=2.3) as made:
         for place, (axes, trace) in enumerate(zip(made.axes, traces, strict=True)):
@@ -115,7 +114,7 @@ def fewest_probes(data: Aggregate, setting: Setting, at: int, theme: Theme) -> b
                 if one is not None:
                     _probes(axes, one, row, look.colour(theme))
             _names(axes, list(looks) if place % made.across == 0 else [""] * len(looks), theme)
-            axes.set_xlim(0.4, most + 0.6)
+            axes.set_xlim(min(tried) - 0.8, max(tried) + 0.8)
             _whole_ticks(axes)
             heading(axes, trace, theme)
             if made.is_lowest(place):

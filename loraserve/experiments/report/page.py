@@ -10,12 +10,21 @@ from html import escape
 
 from loraserve.experiments.report.aggregate import Aggregate, counted
 from loraserve.experiments.report.claims import ClaimFound
-from loraserve.experiments.report.grids import Cell, Grid, case_rows, claims_grid, grids
+from loraserve.experiments.report.grids import Cell, Grid, cases_grid, claims_grid, grids
+from loraserve.experiments.report.plots import COSTS, FEWEST, HIGHEST, MAPS, OVER_RATE, OVER_REPLICAS
 from loraserve.experiments.spec import experiment_tree
 from traces.metrics import formulas
 from traces.report_page import PlotImages, definitions, document, figure
 
-MAX_CASES = 60
+_SECTIONS = (
+    (HIGHEST, ("highest",)),
+    (FEWEST, ("fewest",)),
+    (OVER_RATE, ("ttft", "tbt", "attainment")),
+    (OVER_REPLICAS, ()),
+    (MAPS, ()),
+    (COSTS, ("resident", "moved")),
+)
+"""The headings of plots, and the tables under each."""
 _OWN_FORMULAS: Mapping[str, str] = {
     "highest rate": "the highest rate found, by halving between rates that hold and rates that do not, at"
     " which TTFT p95 and TBT p95 were both within their targets",
@@ -69,16 +78,14 @@ def _sections(
 ) -> Iterator[tuple[str, str]]:
     if found:
         yield "What was published, and what was found here", _claims(data, found)
-    plots: dict[str, str] = {}
-    for name, image in images:
-        plots[name] = plots.get(name, "") + _wide(image) + "\n"
-    for grid in grids(data):
-        heading = _PLOTS_OF.get(grid.anchor, "")
-        yield grid.title, _table(grid) + plots.pop(heading, "")
-    yield from plots.items()
-
-
-_PLOTS_OF = {"highest": "Highest rates inside the SLO", "fewest": "Fewest replicas inside the SLO"}
+    tables = {grid.anchor: grid for grid in grids(data)}
+    for name, anchors in _SECTIONS:
+        parts = [_wide(image) for heading, image in images if heading == name]
+        for anchor in anchors:
+            if anchor in tables:
+                parts.append(f"<h3>{escape(tables[anchor].title)}</h3>\n{_table(tables[anchor])}")
+        if parts:
+            yield name, "\n".join(parts)
 
 
 def _headline(data: Aggregate) -> str:
@@ -106,17 +113,8 @@ def _claims(data: Aggregate, found: Sequence[ClaimFound]) -> str:
         parts.append(f"<h3>{escape(heading)}</h3>\n<p>{escape(_sentence(one.verdict))}</p>")
         if claim.why:
             parts.append(f"<p>{escape(claim.why)}</p>")
-        rows = list(case_rows(data, one))
-        shown = Grid(
-            anchor="",
-            title="",
-            note=f"{len(rows) - MAX_CASES:,} more cases are not shown." if len(rows) > MAX_CASES else "",
-            corner="Case",
-            columns=("Times better" if claim.over else claim.figure, "Remark"),
-            rows=tuple(rows[:MAX_CASES]),
-        )
-        if len(rows) > 1:
-            parts.append(_table(shown, text_from=1))
+        if len(one.cases) > 1:
+            parts.append(_table(cases_grid(data, one)))
     return "\n".join(parts)
 
 
@@ -137,13 +135,9 @@ def _anchor(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _table(grid: Grid, text_from: int | None = None) -> str:
-    first_text = 0 if grid.is_text else len(grid.columns) if text_from is None else text_from
-    kinds = [' class="text"' if place >= first_text else "" for place in range(len(grid.columns))]
-    head = "".join(
-        f'<th scope="col"{kind}>{_breakable(name)}</th>'
-        for name, kind in zip(grid.columns, kinds, strict=True)
-    )
+def _table(grid: Grid) -> str:
+    of_text = ' class="text"' if grid.is_text else ""
+    head = "".join(f'<th scope="col"{of_text}>{_breakable(name)}</th>' for name in grid.columns)
     body = []
     group = ""
     for row in grid.rows:
@@ -151,7 +145,7 @@ def _table(grid: Grid, text_from: int | None = None) -> str:
             group = row.group
             span = len(grid.columns) + 1
             body.append(f'<tr class="group"><th scope="rowgroup" colspan="{span}">{escape(group)}</th></tr>')
-        cells = "".join(_cell(cell, kind) for cell, kind in zip(row.cells, kinds, strict=True))
+        cells = "".join(_cell(cell, of_text) for cell in row.cells)
         body.append(f'<tr><th scope="row">{escape(row.name)}</th>{cells}</tr>')
     kind = "prose" if grid.is_text else "grid"
     note = f'<p class="note">{escape(grid.note)}</p>' if grid.note else ""

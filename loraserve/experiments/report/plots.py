@@ -11,6 +11,9 @@ from loraserve.experiments.report.maps import MAX_MAPS, mapped_trace, rank_maps
 from loraserve.experiments.report.overviews import costs, fewest_probes, highest_bars
 from traces.plots import Plot
 
+HIGHEST, FEWEST = "Highest rates inside the SLO", "Fewest replicas inside the SLO"
+OVER_RATE, OVER_REPLICAS = "Against the rate", "Against replicas"
+MAPS, COSTS = "Ranks on replicas over time", "What adapters cost"
 MAX_PLOTS = 24
 MAX_BAR_PANELS = 6
 _OVER_RATE = ("ttft_p95_ms", "tbt_p95_ms", "attainment")
@@ -62,7 +65,7 @@ def _offered(data: Aggregate) -> Iterator[Drawn]:
     for place, setting in enumerate(settings):
         yield from _over_rate(data, setting, place)
     yield from _over_replicas(data)
-    asked = _middle(data)
+    asked = data.middle_rate
     for place, setting in enumerate(settings):
         yield from _maps(data, setting, place)
         if asked is not None:
@@ -78,7 +81,7 @@ def _highest(data: Aggregate) -> Iterator[Drawn]:
     for start in range(0, len(searched), MAX_BAR_PANELS):
         some = searched[start : start + MAX_BAR_PANELS]
         yield Drawn(
-            heading="Highest rates inside the SLO",
+            heading=HIGHEST,
             rank=0,
             plot=Plot(
                 name=_name("highest_rates", str(start // MAX_BAR_PANELS + 1) if start else ""),
@@ -97,7 +100,7 @@ def _fewest(data: Aggregate) -> Iterator[Drawn]:
             rate = rate_text(one.asked, one.rate_per_s)
             where = data.setting_name(setting)
             yield Drawn(
-                heading="Fewest replicas inside the SLO",
+                heading=FEWEST,
                 rank=1 + place,
                 plot=Plot(
                     name=_name("fewest_replicas", where, one.asked if len(answers) > 1 else ""),
@@ -120,7 +123,7 @@ def _over_rate(data: Aggregate, setting: Setting, place: int) -> Iterator[Drawn]
         unit = f", {figure.unit}" if figure.unit else ""
         late = " A hollow marker at the top stands for what had no finite value." if figure.is_log else ""
         yield Drawn(
-            heading="Against the rate",
+            heading=OVER_RATE,
             # Every setting's TTFT before any setting's TBT.
             rank=10 + 40 * order + place,
             plot=Plot(
@@ -133,7 +136,7 @@ def _over_rate(data: Aggregate, setting: Setting, place: int) -> Iterator[Drawn]
 
 
 def _over_replicas(data: Aggregate) -> Iterator[Drawn]:
-    asked = _middle(data)
+    asked = data.middle_rate
     sizes: dict[tuple[str, str], list[Setting]] = {}
     for setting in data.runs():
         sizes.setdefault((setting.kernel, setting.profile), []).append(setting)
@@ -148,7 +151,7 @@ def _over_replicas(data: Aggregate) -> Iterator[Drawn]:
         where = data.setting_name(settings[0], with_replicas=False)
         for name in dict.fromkeys(["attainment", *extra]):
             yield Drawn(
-                heading="Against replicas",
+                heading=OVER_REPLICAS,
                 rank=60,
                 plot=Plot(
                     name=_name(name.removesuffix("_ms"), "replicas", where),
@@ -165,7 +168,7 @@ def _maps(data: Aggregate, setting: Setting, place: int) -> Iterator[Drawn]:
     where = data.setting_name(setting)
     few = f"; the first {MAX_MAPS} policies" if len(data.policies) > MAX_MAPS else ""
     yield Drawn(
-        heading="Ranks on replicas over time",
+        heading=MAPS,
         rank=20 + place,
         plot=Plot(
             name=_name("ranks", where),
@@ -180,7 +183,7 @@ def _maps(data: Aggregate, setting: Setting, place: int) -> Iterator[Drawn]:
 def _costs(data: Aggregate, setting: Setting, asked: str, place: int) -> Drawn:
     where = data.setting_name(setting)
     return Drawn(
-        heading="What adapters cost",
+        heading=COSTS,
         rank=30 + place,
         plot=Plot(
             name=_name("costs", where),
@@ -189,16 +192,6 @@ def _costs(data: Aggregate, setting: Setting, asked: str, place: int) -> Drawn:
             draw=partial(costs, data, setting, asked),
         ),
     )
-
-
-def _middle(data: Aggregate) -> str | None:
-    experiment = data.result.experiment
-    rates = experiment.all_rates
-    if not rates:
-        return None
-    wanted = str(experiment.map_rate if experiment.map_rate is not None else "")
-    named = [str(rate) for rate in rates]
-    return wanted if wanted in named else named[len(named) // 2]
 
 
 def _rate_words(asked: str) -> str:
