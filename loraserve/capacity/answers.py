@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from loraserve.capacity.mixes import Mix
 from loraserve.capacity.prices import Price
-from loraserve.capacity.slo import LATENCY_FIGURES, Target
+from loraserve.capacity.slo import LATENCY_FIGURES, Target, kind_of
 from loraserve.capacity.study import Quest, Study
 from loraserve.capacity.trials import TrialFigures
 
@@ -67,8 +67,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
-    """The fewest replicas at a target with the latency times `factor`; None: not even `tried` hold."""
+    """The fewest replicas at a target with the bounds on one kind of latency times `factor`; None: not even
+    `tried` hold, and 0 if no number does."""
 
+    kind: str
     factor: float
     target: Target
     replicas: int | None
@@ -166,8 +168,8 @@ def candidates_of(study: Study, quest: Quest) -> list[Candidate]:
     return made
 
 
-def answer_of(study: Study, quest: Quest, curve: Sequence[Quest], price: Price | None) -> Answer:
-    """The answer to a quest's question, with the quests of looser and tighter targets, by their factors."""
+def answer_of(study: Study, quest: Quest, curve: Sequence[CurvePoint], price: Price | None) -> Answer:
+    """The answer to a quest's question, with what was found at looser and tighter targets."""
     tried = candidates_of(study, quest)
     fewest = quest.fewest
     best = min((one for one in tried if one.replicas == fewest and one.holds), key=_spare, default=None)
@@ -179,8 +181,8 @@ def answer_of(study: Study, quest: Quest, curve: Sequence[Quest], price: Price |
         nearest=nearest,
         lower_bound=quest.question.start,
         proof=_proof(quest, tried, fewest),
-        notes=(*_partial(tried, fewest), *_not_monotone(tried, fewest)),
-        curve=tuple(_point(quest, one, price) for one in curve),
+        notes=(*_impossible(quest), *_partial(tried, fewest), *_not_monotone(tried, fewest)),
+        curve=tuple(curve),
     )
     return _priced(answer, price)
 
@@ -207,16 +209,16 @@ def _priced(answer: Answer, price: Price | None) -> Answer:
     )
 
 
-def _point(quest: Quest, one: Quest, price: Price | None) -> CurvePoint:
-    kind = quest.target.scaled_kind
-    pairs = zip(quest.target.clauses, one.target.clauses, strict=True)
-    factor = next(new.limit / old.limit for old, new in pairs if old.figure.partition("_")[0] == kind)
+def point_of(quest: Quest, kind: str, factor: float, price: Price | None) -> CurvePoint:
+    """What a quest found at a target with this kind of latency times a factor."""
+    fewest = quest.fewest
     return CurvePoint(
+        kind=kind,
         factor=factor,
-        target=one.target,
-        replicas=one.fewest,
-        tried=max(one.asked, default=0),
-        per_hour=None if price is None or one.fewest is None else price.per_hour(one.fewest),
+        target=quest.target,
+        replicas=fewest,
+        tried=max(quest.asked, default=0),
+        per_hour=None if price is None or fewest is None else price.per_hour(fewest),
     )
 
 
@@ -233,6 +235,14 @@ def _proof(quest: Quest, tried: Sequence[Candidate], fewest: int | None) -> str:
         return f"{fewest - 1} cannot lose what is to be lost"
     most = max(one.num_held for one in below)
     return f"{fewest - 1} hold with {most} of {len(below[0].held)} seeds"
+
+
+def _impossible(quest: Quest) -> list[str]:
+    clause = quest.impossible
+    if clause is None:
+        return []
+    floor_ms = quest.question.floors_ms[kind_of(clause.figure)]
+    return [f"no number of replicas holds {clause.text}: one step takes {floor_ms:g} ms"]
 
 
 def _partial(tried: Sequence[Candidate], fewest: int | None) -> list[str]:

@@ -12,12 +12,11 @@ from loraserve.capacity.words import (
     answer_lines,
     curve_text,
     figure_name,
+    figure_text,
     money_text,
     policy_text,
-    run_text,
-    sure_text,
+    seeds_text,
     what_if_lines,
-    worst_text,
 )
 from traces.metrics import formulas
 from traces.report_page import PlotImages, definitions, document, figure
@@ -66,24 +65,26 @@ def _notes(found: Found) -> list[str]:
 
 
 def _answers(found: Found) -> str:
-    head = ["Policy", "Replicas", "By operating points", "Seeds", "Worst", "Fewer"]
-    if found.has_mixes:
-        head.insert(2, "max_lora_rank")
+    clauses = found.target.clauses
+    head = ["Policy", "Replicas", *(["max_lora_rank"] if found.has_mixes else []), "Seeds"]
+    head += [f"worst {figure_name(clause)}" for clause in clauses]
     if found.price is not None:
         head += ["Per hour", "Per million tokens"]
+    head += ["By operating points", "Fewer"]
     rows = []
     for answer in found.answers:
         best = answer.best
-        cells = ["none" if best is None else str(best.replicas)]
-        if found.has_mixes:
-            cells.append("" if best is None else mix_text(best.mix))
-        cells.append(str(answer.lower_bound))
-        cells.append("" if best is None else sure_text(best))
-        cells.append("" if best is None else worst_text(found, best))
-        cells.append(answer.proof)
+        if best is None:
+            rows.append((policy_text(answer.policy, answer.what_if), ["none", *[""] * (len(head) - 2)]))
+            continue
+        cells = [str(best.replicas), *([mix_text(best.mix)] if found.has_mixes else [])]
+        cells.append(f"{best.num_held} of {len(best.held)}")
+        cells += [figure_text(clause, best.worst(clause.figure)) for clause in clauses]
         if found.price is not None:
             cells += [money_text(answer.per_hour), money_text(answer.per_million_tokens)]
-        rows.append((policy_text(answer.policy, answer.what_if), cells))
+        rows.append(
+            (policy_text(answer.policy, answer.what_if), [*cells, str(answer.lower_bound), answer.proof])
+        )
     return _table(head, rows)
 
 
@@ -100,17 +101,17 @@ def _curve(found: Found) -> str:
 
 
 def _tried(found: Found) -> str:
-    head = ["Policy", "Replicas", *(["max_lora_rank"] if found.has_mixes else []), "Seed", "Held"]
-    head += [figure_name(clause) for clause in found.target.clauses] + ["Failed", "Utilisation"]
+    head = ["Policy", "Replicas", *(["max_lora_rank"] if found.has_mixes else []), "Held"]
+    head += [f"{figure_name(clause)} by seed" for clause in found.target.clauses] + ["Failed", "Utilisation"]
     rows = []
     for one in found.candidates:
-        for seed, run in one.figures.items():
-            cells = [str(one.replicas), *([mix_text(one.mix)] if found.has_mixes else []), str(seed)]
-            cells.append("yes" if one.held[seed] else "no")
-            cells += [run_text(clause, run) for clause in found.target.clauses]
-            given_up = run.gave_up_ms is not None
-            cells += ["given up", ""] if given_up else [f"{run.failed:,}", f"{run.utilisation:.1%}"]
-            rows.append((policy_text(one.policy, one.what_if), cells))
+        cells = [str(one.replicas), *([mix_text(one.mix)] if found.has_mixes else [])]
+        cells.append(f"{one.num_held} of {len(one.held)}")
+        cells += [seeds_text(clause, one) for clause in found.target.clauses]
+        ended = [run for run in one.figures.values() if run.gave_up_ms is None]
+        cells.append("  ".join(f"{run.failed:,}" for run in ended))
+        cells.append("  ".join(f"{run.utilisation:.0%}" for run in ended))
+        rows.append((policy_text(one.policy, one.what_if), cells))
     return _table(head, rows)
 
 

@@ -14,10 +14,10 @@ from traces.plots import Plot, Theme, new_figure, png_of, styled
 
 
 def plots_of(found: Found) -> tuple[Plot, ...]:
-    """One for each bound, and one of cost against the target if it was looked for."""
+    """One for each bound, and one of cost against the target for each kind of latency that was varied."""
     plots = [_over_replicas(found, clause) for clause in found.target.clauses]
-    if any(answer.curve for answer in found.answers):
-        plots.append(_over_targets(found))
+    drawn = {point.kind for answer in found.answers for point in answer.curve}
+    plots += [_over_targets(found, kind) for kind in found.target.latency_kinds if kind in drawn]
     return tuple(plots)
 
 
@@ -40,6 +40,8 @@ def _over_replicas(found: Found, clause: Clause) -> Plot:
 
 
 def _draw_replicas(found: Found, clause: Clause, theme: Theme) -> bytes:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     with styled(theme):
         figure = new_figure()
         axes = figure.subplots()
@@ -56,6 +58,9 @@ def _draw_replicas(found: Found, clause: Clause, theme: Theme) -> bytes:
         axes.axhline(clause.limit, color=theme.second, linestyle="--", linewidth=1.2)
         if clause.is_latency and max(values) > 8 * min(values):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         elif clause.is_latency:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("replicas")
@@ -79,22 +84,20 @@ def _draw_seeds(axes: Any, one: Candidate, clause: Clause, colour: Any) -> list[
     return drawn
 
 
-def _over_targets(found: Found) -> Plot:
-    kind = (found.target.scaled_kind or "").upper()
+def _over_targets(found: Found, kind: str) -> Plot:
     cost = "" if found.price is None else ", and what they cost per hour"
     return Plot(
-        name="cost",
-        caption=f"The fewest replicas that hold{cost}, over the bound on {kind}; the other bounds stay as"
-        " they are. Dotted: the bound asked for. A cross: not even so many hold.",
-        draw=lambda theme: _draw_targets(found, theme),
+        name=f"cost_{kind}",
+        caption=f"The fewest replicas that hold{cost}, over the bound on {kind.upper()}; the other bounds"
+        " stay as they are. Dotted: the bound asked for. A cross: not even so many hold.",
+        draw=lambda theme: _draw_targets(found, kind, theme),
     )
 
 
-def _draw_targets(found: Found, theme: Theme) -> bytes:
+def _draw_targets(found: Found, kind: str, theme: Theme) -> bytes:
     from matplotlib.ticker import NullFormatter
 
-    kind = found.target.scaled_kind
-    clause = next(one for one in found.target.clauses if one.figure.partition("_")[0] == kind)
+    clause = found.target.bound_of(kind)
     with styled(theme):
         figure = new_figure()
         axes = figure.subplots()
@@ -102,17 +105,17 @@ def _draw_targets(found: Found, theme: Theme) -> bytes:
         bounds: list[float] = []
         for answer in found.answers:
             colour, line = _style(found, answer)
-            pairs = [(point.factor * clause.limit, point.replicas) for point in answer.curve]
-            bounds = [bound for bound, _ in pairs] or bounds
-            held = [(bound, number) for bound, number in pairs if number is not None]
+            points = [point for point in answer.curve if point.kind == kind]
+            bounds = [point.factor * clause.limit for point in points] or bounds
+            held = [(one.factor * clause.limit, one.replicas) for one in points if one.replicas is not None]
+            missed = [(one.factor * clause.limit, one.tried) for one in points if one.replicas is None]
             label = policy_text(answer.policy, answer.what_if)
             axes.plot(*_columns(held), f"o{line}", color=colour, label=label, drawstyle="steps-post")
-            missed = [(one.factor * clause.limit, one.tried) for one in answer.curve if one.replicas is None]
             axes.plot(*_columns(missed), "x", color=colour, markersize=7)
             highest = max([highest, *(number for _, number in (*held, *missed))])
         axes.axvline(clause.limit, color=theme.muted, linestyle=":", linewidth=1.2)
         axes.set_xscale("log")
-        axes.set_xticks(bounds, [f"{bound:,.0f}" for bound in bounds])
+        axes.set_xticks(bounds, [f"{bound:,.0f}" if bound >= 10 else f"{bound:.3g}" for bound in bounds])
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(0, highest * 1.15)
         axes.yaxis.get_major_locator().set_params(integer=True)

@@ -124,29 +124,41 @@ class Target:
         return next((limit for limit in limits if limit is not None), usual)
 
     @property
-    def scaled_kind(self) -> str | None:
-        """The kind of latency that looser and tighter targets are made of: TTFT if it is bounded, else the
-        first that is; None without a latency."""
-        bounded = {clause.figure.partition("_")[0] for clause in self.clauses if clause.is_latency}
-        return next((kind for kind in ("ttft", "e2e", "tbt", "tpot") if kind in bounded), None)
+    def latency_kinds(self) -> tuple[str, ...]:
+        """The kinds of latency that are bounded: of each, looser and tighter targets can be made."""
+        bounded = {kind_of(clause.figure) for clause in self.clauses if clause.is_latency}
+        return tuple(kind for kind in LATENCIES if kind in bounded)
 
-    def scaled(self, factor: float) -> "Target":
-        """The same with the bounds of `scaled_kind` times a factor."""
-        kind = self.scaled_kind
+    def scaled(self, kind: str, factor: float) -> "Target":
+        """The same with the bounds on this kind of latency times a factor."""
         return Target(
             clauses=tuple(
                 replace(clause, limit=clause.limit * factor)
-                if clause.is_latency and clause.figure.partition("_")[0] == kind
+                if clause.is_latency and kind_of(clause.figure) == kind
                 else clause
                 for clause in self.clauses
             )
         )
+
+    def bound_of(self, kind: str) -> Clause:
+        """The first bound on this kind of latency; StopIteration without one."""
+        return next(one for one in self.clauses if one.is_latency and kind_of(one.figure) == kind)
+
+    def below(self, floors_ms: Mapping[str, float]) -> Clause | None:
+        """A bound on a kind of latency that is never below its floor there, so that nothing holds it."""
+        of_kinds = [one for one in self.clauses if one.is_latency and kind_of(one.figure) in floors_ms]
+        return next((one for one in of_kinds if one.limit < floors_ms[kind_of(one.figure)]), None)
 
     @property
     def hopeless_ttft_ms(self) -> float | None:
         """A 95th percentile of TTFT above which it is certain that a bound is broken, None if none is."""
         limits = [self.limit(f"ttft_{percentile}") for percentile in ("p95", "p99")]
         return min((limit for limit in limits if limit is not None), default=None)
+
+
+def kind_of(figure: str) -> str:
+    """`ttft` of `ttft_p95`."""
+    return figure.partition("_")[0]
 
 
 def figures_from(group: GroupSummary) -> dict[str, float | None]:

@@ -7,11 +7,11 @@ from functools import partial
 
 import numpy as np
 
-from loraserve.capacity.answers import Answer, Found, answer_of, candidates_of
+from loraserve.capacity.answers import Answer, Found, answer_of, candidates_of, point_of
 from loraserve.capacity.asked import work_as_asked
 from loraserve.capacity.mixes import Asked, Mixes, lowest_setting
 from loraserve.capacity.prices import Price
-from loraserve.capacity.slo import Target
+from loraserve.capacity.slo import LATENCIES, Target
 from loraserve.capacity.study import Quest, Question, Study, Told
 from loraserve.capacity.trials import Setting, Trial, TrialFigures, label_of, run_trial, scenario_of_trial
 from loraserve.errors import BadInputError
@@ -19,7 +19,7 @@ from loraserve.experiments.contenders import Contender
 from loraserve.simulator.crew import Work, usable_cores
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.what_if import WhatIf
-from placement.latency import RankKernel
+from placement.latency import PS_PER_MS, RankKernel
 from placement.steady_load import SteadyLoad, steady_tokens_per_s
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -80,7 +80,14 @@ def prepare(options: CapacityOptions) -> Problem:
         least = 1 + (what_if.lose.num_replicas if what_if.lose is not None else 0)
         _check_time_of_loss(what_if, least, scenarios)
         questions += [
-            Question(contender=one, what_if=what_if, mixes=mixes, start=min(start, options.most), least=least)
+            Question(
+                contender=one,
+                what_if=what_if,
+                mixes=mixes,
+                start=min(start, options.most),
+                least=least,
+                floors_ms=_floors_ms(scenarios[0]),
+            )
             for one in options.contenders
         ]
         if least > options.most:
@@ -133,11 +140,12 @@ def _curves(options: CapacityOptions, study: Study) -> tuple[Quest, ...]:
     """The same questions at looser and tighter targets, from what was found on."""
     made: list[Quest] = []
     for quest in study.quests:
-        if quest.fewest is None or quest.target.scaled_kind is None or quest.question.mixes.exactly:
+        if quest.fewest is None or quest.question.mixes.exactly:
             continue
         most = min(options.most, CURVE_REACH * quest.fewest)
         made += [
-            Quest(quest.question, quest.target.scaled(factor), most=most, start=quest.fewest)
+            Quest(quest.question, quest.target.scaled(kind, factor), most=most, start=quest.fewest)
+            for kind in quest.target.latency_kinds
             for factor in FACTORS
         ]
     return tuple(made)
@@ -145,14 +153,16 @@ def _curves(options: CapacityOptions, study: Study) -> tuple[Quest, ...]:
 
 def _answer(study: Study, quest: Quest, price: Price | None) -> Answer:
     curve = [one for one in study.quests if one is not quest and one.question is quest.question]
-    return answer_of(study, quest, curve, price)
+    named = [(kind, factor) for kind in quest.target.latency_kinds for factor in FACTORS]
+    points = [point_of(one, kind, factor, price) for one, (kind, factor) in zip(curve, named, strict=False)]
+    return answer_of(study, quest, points, price)
 
 
 def _judged(options: CapacityOptions) -> Setting:
     """With what attainment counts by, and with when a run is hopeless for every target of the curve."""
     setting = options.setting
     hopeless = options.target.hopeless_ttft_ms
-    if hopeless is not None and options.has_curve and options.target.scaled_kind == "ttft":
+    if hopeless is not None and options.has_curve:
         hopeless *= max(FACTORS)
     judging = replace(setting.judging, slo=options.target.judged_by)
     return replace(setting, judging=judging, give_up_ttft_ms=hopeless)
@@ -228,6 +238,13 @@ def _check_warmup(options: CapacityOptions, scenarios: Sequence[Scenario]) -> No
 def _check_time_of_loss(what_if: WhatIf, least: int, scenarios: Sequence[Scenario]) -> None:
     for scenario in scenarios:
         what_if.failures(least, scenario.trace.duration_s)
+
+
+def _floors_ms(scenario: Scenario) -> dict[str, float]:
+    """What no latency is below: one step without anything in it."""
+    base_ms = min(setup.cost.base for setup in scenario.replicas) / PS_PER_MS
+    has_gaps = int(scenario.trace.output_tokens.max()) > 1
+    return dict.fromkeys(LATENCIES if has_gaps else ("ttft", "e2e"), base_ms)
 
 
 def _fluid(setting: Setting, scenario: Scenario, mixes: Mixes) -> int:

@@ -6,7 +6,7 @@ are or which of them ends first; what is only tried ahead is dropped if nobody a
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 
@@ -24,13 +24,14 @@ LOOKAHEAD = 3
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Question:
     """How many replicas does this policy need for this workload? `start` is where to begin to look; fewer
-    than `least` replicas hold nothing, and are not tried."""
+    than `least` replicas hold nothing, and are not tried. No latency of a kind is ever below its floor."""
 
     contender: Contender
     what_if: WhatIf
     mixes: Mixes
     start: int
     least: int = 1
+    floors_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Quest:
@@ -58,6 +59,8 @@ class Quest:
         self.is_comparing = False
         """Whether it has its answer, and mixes of it are still to be tried."""
         self._is_pinned = question.mixes.exactly is not None
+        self.impossible = target.below(question.floors_ms)
+        """The bound that no number of replicas holds, if there is one; nothing is asked for then."""
         exactly = question.mixes.exactly
         start = max(start or question.start, question.least) if exactly is None else len(exactly)
         self._pinned = start
@@ -81,6 +84,8 @@ class Quest:
 
     def next_replicas(self) -> int | None:
         """What it wants to know now, None when it knows all."""
+        if self.impossible is not None:
+            return None
         if self._is_pinned:
             return None if self.asked else self._pinned
         if self._search.next_replicas is not None:
@@ -103,7 +108,7 @@ class Quest:
 
     def ahead(self, lean: Callable[[int], bool | None]) -> Iterator[int]:
         """What it may want to know next, the likeliest first; `lean` says how a number is known to end."""
-        if self._is_pinned or self._search.next_replicas is None:
+        if self._is_pinned or self.impossible is not None or self._search.next_replicas is None:
             return
         searches = [self._search]
         for _ in range(LOOKAHEAD):

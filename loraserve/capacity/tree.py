@@ -86,6 +86,7 @@ def _figures(found: TrialFigures) -> dict[str, Any]:
 
 def _point(point: CurvePoint) -> dict[str, Any]:
     return {
+        "kind": point.kind,
         "factor": point.factor,
         "slo": point.target.text,
         "replicas": point.replicas,

@@ -55,7 +55,7 @@ def money_text(value: float | None) -> str:
 def curve_text(point: CurvePoint) -> str:
     """Replicas, and their price per hour if there is one."""
     if point.replicas is None:
-        return f"more than {point.tried}"
+        return f"more than {point.tried}" if point.tried else "none"
     return f"{point.replicas}" + ("" if point.per_hour is None else f", {money_text(point.per_hour)}/h")
 
 
@@ -81,7 +81,8 @@ def what_if_lines(found: Found) -> list[str]:
 def none_line(found: Found, answer: Answer, most: int) -> str:
     """What to say where not even the most replicas hold: what came nearest."""
     nearest = answer.nearest
-    assert nearest is not None, "something was tried"
+    if nearest is None:
+        return f"{policy_text(answer.policy, answer.what_if)}: {', '.join(answer.notes)}"
     tried = f"up to {replicas_text(most)}" if nearest.replicas < most else replicas_text(most)
     seeds = f"{nearest.num_held} of {len(nearest.held)} seeds"
     return (

@@ -108,7 +108,7 @@ def print_answer(found: "Found", page: Path | None) -> None:
 def say_none(found: "Found", most: int) -> None:
     """One line on stderr for each policy that found nothing: what came nearest."""
     for answer in found.answers:
-        if answer.best is None and answer.nearest is not None:
+        if answer.best is None:
             print(f"error: {none_line(found, answer, most)}", file=sys.stderr)
 
 
