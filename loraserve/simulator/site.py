@@ -228,7 +228,12 @@ class Site:
             return
         heard_ps = now_ps - self._network_ps
         if model.quiet_ps <= heard_ps:
-            self._reach(model, heard_ps, now_ps)
+            # As `_reach` does, without the call.
+            if self._tick_ps <= heard_ps:
+                self._sample(model, heard_ps, now_ps)
+            if self._reached_ps < heard_ps:
+                self._reached_ps = heard_ps
+                model.advance(heard_ps)
         elif self._tick_ps <= now_ps - self._report_ps:
             # Nothing has ended, and later samples can be taken when they are seen.
             self._sample(model, now_ps - self._report_ps, now_ps)

@@ -47,7 +47,8 @@ class AdapterGate:
         """Versions that came and found no room, with their bytes."""
         self._outside: dict[str, Sequence] = {}
         """Requests that wait for a slot."""
-        self._landing: deque[tuple[int, VersionId]] = deque()
+        self.landing: deque[tuple[int, VersionId]] = deque()
+        """When the next versions become active, in their order."""
         self._link_free_ps = 0
         self._ready: list[Sequence] = []
         self.wanted: list[VersionId] = []
@@ -61,11 +62,6 @@ class AdapterGate:
     def held(self) -> frozenset[VersionId]:
         """The versions in the host pool."""
         return frozenset(self._pool)
-
-    @property
-    def next_ps(self) -> int | None:
-        """When the next adapter becomes active, None if none is on its way."""
-        return self._landing[0][0] if self._landing else None
 
     @property
     def num_in_slots(self) -> int:
@@ -116,8 +112,8 @@ class AdapterGate:
 
     def land(self, at_ps: int) -> None:
         """Make active what has crossed the link by now."""
-        while self._landing and self._landing[0][0] <= at_ps:
-            done_ps, version = self._landing.popleft()
+        while self.landing and self.landing[0][0] <= at_ps:
+            done_ps, version = self.landing.popleft()
             self._tell(Activated(version_id=version), done_ps)
 
     def take_ready(self) -> list[Sequence]:
@@ -201,7 +197,7 @@ class AdapterGate:
                     if done_ps <= at_ps:
                         commands += self._table.handle(Activated(version_id=version))
                     else:
-                        self._landing.append((done_ps, version))
+                        self.landing.append((done_ps, version))
                 case Deactivate(version_id=version):
                     commands += self._table.handle(Deactivated(version_id=version))
 

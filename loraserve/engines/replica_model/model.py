@@ -115,8 +115,8 @@ class ReplicaModel:
             blocks += batch.blocks_to_come(batch.num_steps, done)
             tokens -= done * batch.num_decoding
         waiting = len(batch.waiting)
-        if len(self.gate):
-            waiting += len(self.gate)
+        if num_outside := len(self.gate):
+            waiting += num_outside
             tokens += sum(one.output_tokens - one.drawn for one in self.gate.sequences())
         return len(batch.running), waiting, tokens, blocks / self.limits.kv_blocks
 
@@ -145,14 +145,14 @@ class ReplicaModel:
         """No request here or on its way ends before this, nor does one that is submitted for later than that
         less a step."""
         step_ps, join_ps = self._least_step_ps, self._next_join_ps()
+        mine_ps = ENDLESS
         if self._is_busy:
             mine_ps = self._end_ps if self.batch.may_end(self._run) else self._end_ps + step_ps
         elif self.batch.running or self.batch.waiting:
             mine_ps = self._begun_ps + step_ps
-        else:
-            mine_ps = ENDLESS
         # Who joins is computed in a step that begins no earlier.
-        return min(mine_ps, join_ps + step_ps)
+        join_ps += step_ps
+        return mine_ps if mine_ps < join_ps else join_ps
 
     # -- what happens --------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class ReplicaModel:
         run = self._run
         while True:
             if self._is_busy:
-                if self._inbox or self.gate.next_ps is not None:
+                if self._inbox or self.gate.landing:
                     join_ps = self._next_join_ps()
                     if join_ps <= until_ps and join_ps < self._end_ps:
                         self._join(join_ps)
@@ -199,7 +199,7 @@ class ReplicaModel:
                     break
                 self._commit(run.steps, self._end_ps)
                 self._is_busy = False
-            if self._inbox or self.gate.next_ps is not None:
+            if self._inbox or self.gate.landing:
                 self._take_joins(self._begun_ps)
             if self._begun_ps >= until_ps or not self._plan():
                 join_ps = self._next_join_ps()
@@ -337,9 +337,9 @@ class ReplicaModel:
 
     def _next_join_ps(self) -> int:
         """When the next request comes or the next adapter becomes active; `ENDLESS` if nothing does."""
-        landing_ps = self.gate.next_ps
+        landing = self.gate.landing
         coming_ps = self._inbox[0][0] if self._inbox else ENDLESS
-        return coming_ps if landing_ps is None or coming_ps <= landing_ps else landing_ps
+        return coming_ps if not landing or coming_ps <= landing[0][0] else landing[0][0]
 
     def _join(self, join_ps: int) -> None:
         """Take in what comes while a run is under way, which ends early if somebody could enter the batch.
@@ -367,7 +367,7 @@ class ReplicaModel:
         """
         inbox, gate, batch = self._inbox, self.gate, self.batch
         while True:
-            landing_ps = gate.next_ps
+            landing_ps = gate.landing[0][0] if gate.landing else None
             if inbox and inbox[0][0] <= until_ps and (landing_ps is None or inbox[0][0] < landing_ps):
                 at_ps, sequence = inbox.popleft()
                 if sequence.version is None:
