@@ -58,6 +58,7 @@ class TraceSection(Section, frozen=True, kw_only=True):
     duration_s: Above | None = None
     requests: Annotated[int, Meta(ge=1)] | None = None
     speedup: Above | None = None
+    only_adapters: bool = False
     adapters: Annotated[int, Meta(ge=1)] | None = None
     ranks: str | None = None
     correlation: Annotated[float, Meta(ge=-1, le=1)] | None = None

@@ -37,6 +37,8 @@ class SimulatedWorkload:
     `requests` then repeats it until it has so many; at last `rate_per_s` sets its mean rate, or `speedup`
     multiplies it. So a day of a trace, sixty times faster, is a `duration_s` of 86,400 that takes 1,440 s.
 
+    `only_adapters` leaves out the requests of a file that name none, before `requests` repeats it.
+
     `adapters` gives the requests so many adapters, drawn by `assign` (a method of `traces.assign`, `auto`
     is round-robin) with its `parameter`, the base model with `base_share`; `ranks` are those of the
     adapters: numbers with commas between, or a law of `traces.synthesis.ranks`. A preset takes these
@@ -59,6 +61,7 @@ class SimulatedWorkload:
     requests: int | None = None
     rate_per_s: float | None = None
     speedup: float | None = None
+    only_adapters: bool = False
     adapters: int | None = None
     ranks: str | None = None
     correlation: float | None = None
@@ -85,6 +88,8 @@ class SimulatedWorkload:
         return self.source != DEMO or any(law is not None for law in drawn)
 
     def _of_preset(self, seed: int) -> TraceColumns:
+        if self.only_adapters:
+            raise BadInputError(f"only_adapters is for files; {self.source} has a base_share to leave at 0")
         if self.assign != AUTO or self.parameter is not None:
             raise BadInputError(
                 f"--assign: {self.source} draws its adapters by itself; put its law into its name, such as"
@@ -112,7 +117,7 @@ class SimulatedWorkload:
     def _read(self, seed: int) -> TraceColumns:
         if self.source == DEMO:
             return columns_of(bundled_trace()).cut(limit=self.limit, duration_s=self.duration_s)
-        return read_columns(
+        columns = read_columns(
             self.source,
             format=self.format,
             on_bad_row=self.on_bad_row,
@@ -120,6 +125,14 @@ class SimulatedWorkload:
             duration_s=self.duration_s,
             fill=Fill(unknown=True, seed=seed),
         )
+        return self._of_adapters(columns) if self.only_adapters else columns
+
+    def _of_adapters(self, columns: TraceColumns) -> TraceColumns:
+        """The requests that name an adapter."""
+        places = np.flatnonzero(columns.adapter >= 0)
+        if not len(places):
+            raise BadInputError(f"{self.source}: no request names an adapter, so that none would be left")
+        return columns.take(places)
 
     def _paced(self, columns: TraceColumns) -> TraceColumns:
         if self.requests is not None:

@@ -175,6 +175,21 @@ def test_a_law_of_lengths_that_is_not_one_is_refused() -> None:
 # -- time --------------------------------------------------------------------------------------
 
 
+def test_requests_without_an_adapter_can_be_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "some.csv"
+    rows = ["a-rank-8-0,10,5,0.0", ",10,5,1.0", "b-rank-16-0,10,5,2.0", ",10,5,3.0"]
+    lines = [f"{place},{row}" for place, row in enumerate(rows)]
+    path.write_text("\n".join(["req_id,adapter,prompt_len,output_len,req_time", *lines]) + "\n")
+    drawn = SimulatedWorkload(source=str(path), only_adapters=True, requests=4).draw(0)
+    assert len(SimulatedWorkload(source=str(path)).draw(0)) == 4
+    assert drawn.adapter.tolist() == [0, 1, 0, 1]
+    path.write_text("\n".join(["req_id,adapter,prompt_len,output_len,req_time", lines[1]]) + "\n")
+    with pytest.raises(BadInputError, match="no request names an adapter"):
+        SimulatedWorkload(source=str(path), only_adapters=True).draw(0)
+    with pytest.raises(BadInputError, match="only_adapters is for files"):
+        SimulatedWorkload(source="preset:loraserve-uniform", only_adapters=True).draw(0)
+
+
 def test_a_duration_is_cut_in_the_trace_s_own_time_before_it_is_sped_up() -> None:
     whole, cut = DEMO.draw(0), replace(DEMO, duration_s=20.0, speedup=4.0).draw(0)
     assert 0 < len(cut) == int((whole.arrival_s < 20.0).sum()) < len(whole)
