@@ -189,18 +189,18 @@ def _one(
     ours, our_bound = _figure(claim, job, asked)
     if ours is None:
         return None, False, NOT_RUN
-    missed = "never inside the SLO" if claim.figure == "highest_rate" else _missing_text(claim, job, asked)
     if not claim.over:
-        return (ours, False, "") if our_bound is None else (None, False, missed)
+        missed = None if our_bound is None else _missed(claim, job, asked, claim.policy)
+        return (ours, False, "") if missed is None else (None, False, missed)
     theirs, their_bound = _figure(claim, other, asked) if other is not None else (None, None)
     if theirs is None:
         return None, False, NOT_RUN
     if our_bound is not None:
-        both = "both" if their_bound is not None else claim.policy
-        return None, False, f"{both} {missed}"
+        who = claim.policy if their_bound is None else ""
+        return None, False, _missed(claim, job, asked, who)
     if their_bound is not None:
         if not 0 < their_bound < math.inf:
-            return None, False, f"{claim.over} {missed}"
+            return None, False, _missed(claim, job, asked, claim.over)
         theirs = their_bound
     if claim.figure in _MORE_IS_BETTER:
         return ours / theirs, their_bound is not None, ""
@@ -209,13 +209,16 @@ def _one(
     return theirs / ours, their_bound is not None, ""
 
 
-def _missing_text(claim: ClaimSection, job: JobResult, asked: str) -> str:
-    if claim.figure != "fewest_replicas":
-        return f"has no finite {FIGURES[claim.figure].label}"
-    most = max(
-        (probe.replicas for one in job.fewest if one.asked == asked for probe in one.probes), default=0
-    )
-    return f"not inside the SLO on {counted(most, 'replica')}"
+def _missed(claim: ClaimSection, job: JobResult, asked: str, who: str) -> str:
+    """That this policy, '' for neither of both, has no such figure."""
+    if claim.figure == "highest_rate":
+        return f"{who} never inside the SLO" if who else "neither ever inside the SLO"
+    if claim.figure == "fewest_replicas":
+        probes = [probe for one in job.fewest if one.asked == asked for probe in one.probes]
+        most = max((probe.replicas for probe in probes), default=0)
+        return f"{who or 'neither'} {'not ' if who else ''}inside the SLO on {counted(most, 'replica')}"
+    label = FIGURES[claim.figure].label
+    return f"{who} has no finite {label}" if who else f"neither has a finite {label}"
 
 
 def _figure(claim: ClaimSection, job: JobResult, asked: str) -> tuple[float | None, float | None]:

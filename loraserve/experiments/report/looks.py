@@ -40,14 +40,14 @@ class Look:
 _DASHED, _DOTTED, _MIXED = (0, (5, 1.6)), (0, (1.2, 1.3)), (0, (5, 1.5, 1.2, 1.5))
 _LOOKS = (
     Look(light="#0067a8", dark="#58b0f0", marker="o", line="-"),
-    Look(light="#7fb2d6", dark="#2f78ab", marker="o", line=_DASHED),
+    Look(light="#4791c4", dark="#2f78ab", marker="o", line=_DASHED),
     Look(light="#d2520a", dark="#f2793a", marker="s", line="-"),
     Look(light="#00876a", dark="#1fbf98", marker="^", line="-"),
-    Look(light="#5cb79f", dark="#7fdcc6", marker="v", line=_DASHED),
+    Look(light="#3fa287", dark="#7fdcc6", marker="v", line=_DASHED),
     Look(light="#6a6f75", dark="#aab2b9", marker="D", line=_DOTTED),
-    Look(light="#9aa0a6", dark="#7c848b", marker="d", line=_MIXED),
+    Look(light="#8b9299", dark="#7c848b", marker="d", line=_MIXED),
     Look(light="#c0609a", dark="#e08fbd", marker="P", line="-"),
-    Look(light="#c98a00", dark="#f0b429", marker="X", line="-"),
+    Look(light="#b98000", dark="#f0b429", marker="X", line="-"),
     Look(light="#5f3dc4", dark="#a48bf5", marker="*", line=_DASHED),
     Look(light="#8a4b2a", dark="#c98f6b", marker="p", line=_MIXED),
 )
@@ -80,7 +80,7 @@ class Panels:
         """Whether there is no panel below this one."""
         return place + self.across >= len(self.axes)
 
-    def png(self) -> bytes:
+    def png(self, colours: int = _COLOURS) -> bytes:
         """The figure as a PNG of few colours, the same bytes for the same figure."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from PIL import Image
@@ -89,7 +89,7 @@ class Panels:
         canvas.draw()
         image = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()))
         buffer = io.BytesIO()
-        few = image.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
+        few = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
         few.save(buffer, format="png", optimize=True)
         return buffer.getvalue()
 

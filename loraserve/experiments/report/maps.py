@@ -14,6 +14,7 @@ from traces.plots import Theme
 MAX_MAPS = 6
 _FAINTEST = 0.22
 _BAR_IN = 0.75
+_COLOURS = 255
 
 
 def mapped_trace(data: Aggregate, setting: Setting) -> str | None:
@@ -65,7 +66,7 @@ def rank_maps(data: Aggregate, trace: str, setting: Setting, theme: Theme) -> by
                 axes.set_ylabel("replica", fontsize=8.5)
             heading(axes, policy, theme)
         _bar(made, scale, theme)
-        return made.png()
+        return made.png(_COLOURS)
 
 
 def _map(data: Aggregate, trace: str, setting: Setting, policy: str) -> RankMap:
@@ -84,18 +85,24 @@ def _scale(maps: Sequence[RankMap]) -> Any:
 
 
 def _colours(one: RankMap, scale: Any, theme: Theme) -> Any:
-    from matplotlib import colormaps
     from matplotlib.colors import to_rgb
 
     rank = np.array([[math.nan if value is None else value for value in row] for row in one.rank])
     has_rank = rank > 0
-    shown = colormaps["viridis"](scale(np.where(has_rank, rank, 1.0)))[..., :3]
+    shown = _ramp(theme)(scale(np.where(has_rank, rank, 1.0)))[..., :3]
     weight = np.where(has_rank, _FAINTEST + (1 - _FAINTEST) * np.array(one.busy), 0.0)[..., None]
     return shown * weight + np.array(to_rgb(theme.background)) * (1 - weight)
 
 
-def _bar(made: Any, scale: Any, theme: Theme) -> None:
+def _ramp(theme: Theme) -> Any:
+    """The part of viridis that stands out on the page, so that a low rank is not taken for little work."""
     from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["viridis"](np.linspace(*theme.ramp, 64)))
+
+
+def _bar(made: Any, scale: Any, theme: Theme) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -103,7 +110,7 @@ def _bar(made: Any, scale: Any, theme: Theme) -> None:
     top = made.axes[0].get_position()
     box = ((width_in - _BAR_IN + 0.15) / width_in, top.y0, 0.11 / width_in, top.height)
     bar = made.figure.colorbar(
-        ScalarMappable(norm=scale, cmap=colormaps["viridis"]),
+        ScalarMappable(norm=scale, cmap=_ramp(theme)),
         cax=made.figure.add_axes(box),
         ticks=LogLocator(base=2, numticks=8),
         format=FuncFormatter(lambda value, _: f"{value:g}"),

@@ -8,11 +8,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
+import msgspec
+
 from loraserve.experiments.report.aggregate import Aggregate, counted
 from loraserve.experiments.report.claims import ClaimFound
 from loraserve.experiments.report.grids import Cell, Grid, cases_grid, claims_grid, grids
 from loraserve.experiments.report.plots import COSTS, FEWEST, HIGHEST, MAPS, OVER_RATE, OVER_REPLICAS
-from loraserve.experiments.spec import experiment_tree
+from loraserve.experiments.spec import (
+    ClaimSection,
+    Experiment,
+    PublishedSection,
+    TraceSection,
+    experiment_tree,
+)
+from loraserve.sections import Section
 from traces.metrics import formulas
 from traces.report_page import PlotImages, definitions, document, figure
 
@@ -66,7 +75,7 @@ def experiment_page(
         _heading(how),
         f"<pre>{escape(command)}</pre>",
         definitions(_workloads(data)),
-        f"<h3>The experiment</h3>\n<pre>{escape(toml_like(_short_tree(data)))}</pre>",
+        f"<h3>The experiment</h3>\n<pre>{escape(_experiment_text(experiment))}</pre>",
         _heading("What the figures mean"),
         definitions({**_OWN_FORMULAS, **formulas()}),
     ]
@@ -96,10 +105,12 @@ def _headline(data: Aggregate) -> str:
         counted(len({setting.kernel for setting in data.settings}), "rank kernel"),
         counted(data.num_seeds, "seed"),
     ]
-    slo = experiment.slo
+    slo, warmup_s = experiment.slo, experiment.cluster.warmup_s
+    left_out = f", the first {warmup_s:g} s left out" if warmup_s else ""
+    medians = " Figures are medians over the seeds." if data.num_seeds > 1 else ""
     return (
-        f"{', '.join(parts)}. Inside the SLO: TTFT p95 ≤ {slo.ttft_ms:g} ms and TBT p95 ≤ {slo.tbt_ms:g} ms,"
-        f" the first {experiment.cluster.warmup_s:g} s left out. Figures are medians over the seeds."
+        f"{', '.join(parts)}. Inside the SLO: TTFT p95 ≤ {slo.ttft_ms:g} ms and TBT p95 ≤ {slo.tbt_ms:g} ms"
+        f"{left_out}.{medians}"
     )
 
 
@@ -180,15 +191,26 @@ def _workloads(data: Aggregate) -> dict[str, str]:
     }
 
 
-def _short_tree(data: Aggregate) -> dict[str, object]:
-    """The experiment without what its file need not say."""
-    tree = experiment_tree(data.result.experiment)
-    return {key: value for key, value in tree.items() if value not in (None, "", [], {})}
+def _experiment_text(experiment: Experiment) -> str:
+    """The experiment as its file could be, without what its lists of sections need not say."""
+    tree = experiment_tree(experiment)
+    defaults: dict[str, type[Section]] = {
+        "traces": TraceSection,
+        "claims": ClaimSection,
+        "published": PublishedSection,
+    }
+    for key, section in defaults.items():
+        known = {field.name: field.default for field in msgspec.structs.fields(section)}
+        tree[key] = [
+            {name: value for name, value in one.items() if value != known[name] and value != []}
+            for one in tree[key]
+        ]
+    return toml_like(tree)
 
 
 def toml_like(tree: Mapping[str, object]) -> str:
-    """Plain values as an experiment's file has them; what is None is left out."""
-    lines = [f"{key} = {_value(value)}" for key, value in tree.items() if not _is_section(value)]
+    """Plain values as a TOML file; what is None or empty is left out."""
+    lines = _entries({key: value for key, value in tree.items() if not _is_section(value)})
     for key, value in tree.items():
         if isinstance(value, Mapping):
             lines += ["", f"[{key}]", *_entries(value)]
@@ -199,14 +221,14 @@ def toml_like(tree: Mapping[str, object]) -> str:
 
 
 def _entries(tree: Mapping[str, object]) -> list[str]:
-    return [f"{key} = {_value(value)}" for key, value in tree.items() if value not in (None, "", [])]
+    return [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}"
+        for key, value in tree.items()
+        if value not in (None, "", [], ())
+    ]
 
 
 def _is_section(value: object) -> bool:
     if isinstance(value, Mapping):
         return True
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
-
-
-def _value(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
