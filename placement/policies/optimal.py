@@ -226,7 +226,7 @@ def _built(fleet: Fleet, sized: Tiers, present: Present | None, usable: Floats) 
         ring, unplaced = pack(fleet, tier, pools, slack)
         rings.append(ring)
         left += unplaced
-    return Layout(fleet, rings, tier_of).placement(left)
+    return Layout(fleet, rings, tier_of, present).placement(left)
 
 
 def _tiers(fleet: Fleet, counts: Ints, present: Present | None) -> Ints:

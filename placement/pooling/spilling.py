@@ -8,6 +8,7 @@ import numpy as np
 
 from placement.pooling.fleet import Fleet, Floats, Ints
 from placement.pooling.pools import MAX_POOL, Pool, Ring
+from placement.pooling.present import Present
 from placement.types import Holder, Placement, VersionId
 
 UP, DOWN = 2, 1
@@ -17,6 +18,10 @@ since low ranks are small, and no padding; downwards both."""
 HOLDERS = 4
 """Where that makes fewer holders there are more: while popularity moves from rank to rank plans lag behind,
 and what helps then is to choose among many."""
+
+WIDE = 8
+"""So many holders an adapter gets where every replica could hold every adapter, so that memory is no reason
+to choose among few; one less than there are replicas at most."""
 
 FEWEST = 3
 """So many holders an adapter has to have before one is left out."""
@@ -32,8 +37,11 @@ class Layout:
     Also where the cluster is overfull: strict tiers are for routing that cannot tell what a request costs.
     """
 
-    def __init__(self, fleet: Fleet, rings: Sequence[Ring], tier_of: Ints) -> None:
+    def __init__(
+        self, fleet: Fleet, rings: Sequence[Ring], tier_of: Ints, present: Present | None = None
+    ) -> None:
         self._fleet = fleet
+        self._present = present
         self._rings = list(rings)
         self._tier_of = tier_of
         self._bytes = np.array([float(spec.pool_bytes) for spec in fleet.replicas])
@@ -61,7 +69,45 @@ class Layout:
                 self._place_alone(adapter, rooms)
         self._second_copies(rooms)
         self._spill()
+        if self._is_plentiful():
+            self._widen()
         return self._made()
+
+    def _is_plentiful(self) -> bool:
+        """Whether every replica could hold every adapter."""
+        fleet = self._fleet
+        asked = float(fleet.size_bytes.sum())
+        return all(
+            spec.pool_bytes >= asked and spec.pool_adapters >= len(fleet.ids) for spec in fleet.replicas
+        ) and bool((fleet.capacity > 0).all())
+
+    def _widen(self) -> None:
+        """Further copies: those that are there already, which costs no bytes, else in the nearest tiers."""
+        fleet, most = self._fleet, min(WIDE, len(self._fleet.replicas) - 1)
+        places = np.arange(len(self._tier_of))
+        nearest = [
+            np.lexsort((places, self._tier_of < level, np.abs(self._tier_of - level)))[: 2 * WIDE].tolist()
+            for level in range(fleet.num_levels)
+        ]
+        groups = [-1] * len(fleet.ids) if self._present is None else self._present.of_adapter.tolist()
+        # Adapters that share a pool are widened alike, and share what they get.
+        made: dict[tuple[Pool, Pool, int, int], Pool] = {}
+        for adapter, key in enumerate(zip(groups, fleet.level.tolist(), strict=True)):
+            held = self._held(adapter)
+            if not 0 < len(held) < most:
+                continue
+            extra = self._extra.get(adapter, ())
+            after = made.get((held, extra, *key))
+            if after is None:
+                group, level = key
+                wanted = dict.fromkeys((*self._there(group), *nearest[level]))
+                more = [place for place in wanted if place not in held][: most - len(held)]
+                after = made[held, extra, *key] = (*extra, *more)
+            self._extra[adapter] = after
+
+    def _there(self, group: int) -> list[int]:
+        """Who holds the adapters of a group at present."""
+        return [place for place, _, _ in self._present.groups[group]] if self._present and group >= 0 else []
 
     def _place_alone(self, adapter: int, rooms: "_Rooms") -> None:
         """On the replica of the nearest tier above with room, else below."""

@@ -163,3 +163,38 @@ def test_a_little_more_demand_moves_no_bytes() -> None:
     }
     after = _plan(replace(snapshot, current=plan, demand_tokens_per_s=noisy))
     assert all(after.replicas_of(version) <= plan.replicas_of(version) for version in plan.holders)
+
+
+@pytest.mark.parametrize(("replicas", "least"), [(6, 5), (9, 8), (12, 8)])
+def test_where_every_replica_could_hold_everything_adapters_have_many_holders(
+    replicas: int, least: int
+) -> None:
+    instance = Instance(seed=3, replicas=replicas, adapters=60, popularity="skewed")
+    plan = policy("optimal").plan(instance.snapshot())
+    assert min(len(holders) for holders in plan.holders.values()) >= least
+    # Where memory is short it is kept for what needs it.
+    short = replace(instance, room=2.5).snapshot()
+    copies = [len(holders) for holders in policy("optimal").plan(short).holders.values()]
+    assert min(copies) < least
+
+
+def test_where_memory_is_free_copies_stay_as_popularity_moves_and_few_bytes_do() -> None:
+    before = Instance(seed=4, replicas=12, adapters=60, popularity="skewed")
+    plan = policy("optimal").plan(before.snapshot())
+    after = replace(
+        before.snapshot(),
+        current=plan,
+        demand_tokens_per_s=replace(before, popularity="anti-correlated").snapshot().demand_tokens_per_s,
+    )
+    moved = policy("optimal").plan(after)
+    loaded = sum(
+        len({one.replica_id for one in holders} - {one.replica_id for one in plan.holders[version]})
+        for version, holders in moved.holders.items()
+    )
+    scratch = policy("optimal").plan(replace(after, current=Placement()))
+    anew = sum(
+        len({one.replica_id for one in holders} - {one.replica_id for one in plan.holders[version]})
+        for version, holders in scratch.holders.items()
+    )
+    assert moved != plan
+    assert loaded < anew
