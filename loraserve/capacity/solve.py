@@ -102,8 +102,13 @@ def prepare(options: CapacityOptions) -> Problem:
     )
 
 
-def solve(problem: Problem, on_told: Callable[[Told], None] | None = None) -> Found:
-    """Search, and say what was found; `on_told` hears of every trial that was asked for.
+def solve(
+    problem: Problem,
+    on_told: Callable[[Told], None] | None = None,
+    on_going: Callable[[Trial, int, int], None] | None = None,
+) -> Found:
+    """Search, and say what was found; `on_told` hears of every trial that was asked for, `on_going` how many
+    requests of one under way have come, of how many.
 
     The same whatever `jobs` is. WorkFailedError if a process dies.
     """
@@ -119,7 +124,11 @@ def solve(problem: Problem, on_told: Callable[[Told], None] | None = None) -> Fo
         on_told=on_told,
         then=partial(_curves, options) if options.has_curve else None,
     )
-    work: Work[Trial, TrialFigures] = Work(act=partial(run_trial, problem.setting), label=label_of)
+    work: Work[Trial, TrialFigures] = Work(
+        act=partial(run_trial, problem.setting),
+        label=label_of,
+        on_progress=None if on_going is None else lambda _, going: on_going(*going),
+    )
     work_as_asked(study, work, jobs=jobs)
     answers = tuple(_answer(study, quest, options.price) for quest in base)
     return Found(

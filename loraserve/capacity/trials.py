@@ -65,14 +65,20 @@ class TrialFigures:
 
 
 def run_trial(setting: Setting, trial: Trial, tell: Tell) -> TrialFigures:
-    """Simulate one; BadInputError says what does not fit together."""
+    """Simulate one; `tell` hears the trial, and how many of its requests of how many have come. BadInputError
+    says what does not fit together."""
     judging = setting.judging
     give_up = None
     if setting.give_up_ttft_ms is not None:
         give_up = GiveUp(ttft_ms=setting.give_up_ttft_ms, warmup_s=judging.warmup_s)
     try:
-        result = simulate(scenario_of_trial(setting, trial), give_up=give_up)
+        result = simulate(
+            scenario_of_trial(setting, trial),
+            on_progress=lambda done, total: tell((trial, done, total)),
+            give_up=give_up,
+        )
     except GaveUpError as error:
+        tell((trial, 1, 1))
         return TrialFigures(figures={}, requests=error.num_judged, gave_up_ms=setting.give_up_ttft_ms)
     found = figures_of(result, judging)
     overall = found.summary.overall

@@ -112,8 +112,8 @@ def cost_text(answer: Answer) -> str:
 
 def sure_text(candidate: Candidate) -> str:
     """How sure it is, by the number of seeds."""
-    least = share_sure(candidate.num_held, len(candidate.held))
-    return f"{candidate.num_held} of {len(candidate.held)} seeds (so, at 95 %, at least {least:.0%} of all)"
+    least = 100 * share_sure(candidate.num_held, len(candidate.held))
+    return f"{candidate.num_held} of {len(candidate.held)} seeds (so, at 95 %, at least {least:.0f} % of all)"
 
 
 def _answer_lines(found: Found, answer: Answer) -> list[str]:

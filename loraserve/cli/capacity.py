@@ -14,9 +14,10 @@ from loraserve.cli.simulate import simulate
 from loraserve.errors import BadInputError, WorkFailedError
 
 if TYPE_CHECKING:
+    from loraserve.capacity.prices import Price
     from loraserve.capacity.solve import CapacityOptions
+    from loraserve.capacity.trials import Setting
 
-Text = str | None
 DEFAULT_PROFILE = "a100-llama2-7b-bgmv-42"
 MAX_REPLICAS, MAX_SEEDS = 1024, 100
 
@@ -127,7 +128,7 @@ def _run(options: "CapacityOptions", out: Path | None, *, json_output: bool) -> 
     page = None
     with _stage(out) as stage:
         with capacity_output.SearchProgress(problem) as progress:
-            found = solve(problem, progress)
+            found = solve(problem, progress.ended, progress.going)
         if stage is not None and out is not None:
             capacity_output.write_files(found, stage)
             page = out / capacity_output.PAGE
@@ -159,7 +160,7 @@ def _stage(out: Path | None) -> Iterator[Path | None]:
             raise kind(f"--out: {out}: cannot be written: {error.strerror or error}") from error
 
 
-def _setting(trace: str, profile: str, options: Mapping[str, Any]) -> Any:
+def _setting(trace: str, profile: str, options: Mapping[str, Any]) -> "Setting":
     from loraserve.capacity.trials import Setting
     from loraserve.profiling.files import find_simulatable
     from loraserve.simulator.figures import Judging
@@ -179,7 +180,7 @@ def _setting(trace: str, profile: str, options: Mapping[str, Any]) -> Any:
     )
 
 
-def _price(price: float | None, gpus_per_replica: int) -> Any:
+def _price(price: float | None, gpus_per_replica: int) -> "Price | None":
     from loraserve.capacity.prices import Price
 
     gpus = _whole(gpus_per_replica, "--gpus-per-replica", MAX_REPLICAS)

@@ -2,11 +2,13 @@
 
 import shlex
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from loraserve.capacity.mixes import mix_text
+from loraserve.capacity.trials import label_of
 from loraserve.capacity.words import (
     answer_lines,
     curve_text,
@@ -21,48 +23,73 @@ from loraserve.cli.common import echo_json
 from loraserve.cli.tables import show
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.live import Live
     from rich.table import Table
 
     from loraserve.capacity.answers import Found
     from loraserve.capacity.solve import CapacityOptions, Problem
     from loraserve.capacity.study import Told
+    from loraserve.capacity.trials import Trial
 
 PAGE = "index.html"
 SHOWN_LIVE = 24
+REFRESH_S, FIRST_LINE_S, LINE_EVERY_S = 0.2, 1.0, 5.0
 
 
 class SearchProgress:
-    """A table that grows on a terminal, else a line for each trial; call it with every trial that ended."""
+    """A table that grows on a terminal, else a line for each trial, and now and then one for those under
+    way."""
 
     def __init__(self, problem: "Problem") -> None:
         self._problem = problem
         self._rows: list[tuple[str, ...]] = []
+        self._going: dict[Trial, float] = {}
         self._live: Live | None = None
+        self._next_s = time.monotonic() + FIRST_LINE_S
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(self._table(), console=Console(stderr=True), auto_refresh=False, transient=True)
+            console = Console(stderr=True)
+            self._live = Live(self._table(), console=console, auto_refresh=False, transient=True)
             self._live.start()
         return self
 
-    def __call__(self, told: "Told") -> None:
-        """A trial has ended."""
+    def ended(self, told: "Told") -> None:
+        """A trial that was asked for has ended."""
         row = self._row(told)
         self._rows.append(row)
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
         else:
             print(f"capacity: {', '.join(part for part in row if part)}", file=sys.stderr, flush=True)
+            self._next_s = time.monotonic() + LINE_EVERY_S
+
+    def going(self, trial: "Trial", done: int, total: int) -> None:
+        """So many requests of a trial have come; it may be one that nobody has asked for yet."""
+        self._going[trial] = done / total
+        if done >= total:
+            del self._going[trial]
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + (REFRESH_S if self._live is not None else LINE_EVERY_S)
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+        elif self._going:
+            print(f"capacity: {self._under_way()}", file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
             self._live.stop()
+
+    def _under_way(self) -> str:
+        return "; ".join(f"{label_of(trial)}: {share:.0%} simulated" for trial, share in self._going.items())
 
     def _row(self, told: "Told") -> tuple[str, ...]:
         trial, found = told.trial, told.figures
@@ -82,23 +109,25 @@ class SearchProgress:
             "holds" if told.held else "misses",
         )
 
-    def _table(self) -> "Table":
+    def _table(self) -> "Group":
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, pad_edge=False, show_header=False)
         for row in self._rows[-SHOWN_LIVE:]:
             table.add_row(*row)
-        table.add_row(f"{len(self._rows)} simulations")
-        return table
+        return Group(table, Text(f"{len(self._rows)} simulations. {self._under_way()}"))
 
 
 def print_answer(found: "Found", page: Path | None) -> None:
     """The search, the targets' curve, and the answer in words."""
-    show(search_table(found))
-    if any(answer.curve for answer in found.answers):
+    if found.candidates:
+        show(search_table(found))
         print()
+    if any(answer.curve for answer in found.answers):
         show(curve_table(found))
-    print()
+        print()
     for line in answer_lines(found):
         print(line)
     if page is not None:
