@@ -69,7 +69,7 @@ def _small_jobs(experiment: Experiment) -> tuple[Job, ...]:
         trace["requests" if is_repeated else "limit"] = REQUESTS
     tree |= {
         "policies": tree["policies"][:1],
-        "replicas": [2],
+        "replicas": tree["replicas"][:1],
         "rates": [4.0],
         "seeds": [0],
         "kernels": tree["kernels"][:1],
