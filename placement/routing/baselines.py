@@ -244,10 +244,10 @@ def _charged(model: LatencyModel, by_rank: dict[int, float]) -> float:
     """The ranks that the kernel charges these rows, or tokens, of adapters for, in all."""
     if not by_rank:
         return 0.0
-    match model.kernel:
-        case RankKernel.SUM:
-            return sum([rank * count for rank, count in by_rank.items()])
-        case RankKernel.PADDED_BATCH:
-            return max(by_rank) * sum(by_rank.values())
-        case RankKernel.PADDED_CONFIG:
-            return model.max_lora_rank * sum(by_rank.values())
+    kernel = model.kernel
+    if kernel is RankKernel.SUM:
+        return sum([rank * count for rank, count in by_rank.items()])
+    # Else every row, or token, is charged for the same rank.
+    return (max(by_rank) if kernel is RankKernel.PADDED_BATCH else model.max_lora_rank) * sum(
+        by_rank.values()
+    )

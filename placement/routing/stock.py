@@ -46,7 +46,7 @@ class Stock:
 
 
 def _counted(load: ReplicaLoad, own: OwnRequests | None, routers: float) -> dict[int, RankStock]:
-    stocks = {one.rank: RankStock(one.running, one.waiting, one.prefill_tokens) for one in load.ranks}
+    stocks = {rank: RankStock(running, waiting, tokens) for rank, running, waiting, tokens in load.ranks}
     if not load.ranks and load.running + load.waiting:
         prefill_tokens = load.waiting * (load.prompt_tokens or PROMPT_TOKENS)
         stocks[0] = RankStock(load.running, load.waiting, prefill_tokens)
