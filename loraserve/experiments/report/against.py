@@ -22,14 +22,15 @@ Series = Sequence[tuple[float, Spread]]
 _LEAST = 1e-2
 
 
-def against_rate(data: Aggregate, setting: Setting, name: str, theme: Theme) -> bytes:
-    """A figure against the rate, in one setting."""
+def against_rate(data: Aggregate, settings: Sequence[Setting], name: str, theme: Theme) -> bytes:
+    """A figure against the rate: a panel per trace in one setting, or per setting on one trace."""
     lines = {
-        trace: {
+        (trace if len(settings) == 1 else data.setting_name(setting)): {
             policy: _over_rates(data, trace, setting, policy, name)
             for policy in data.policies
             if data.curve(trace, setting, policy) is not None
         }
+        for setting in settings
         for trace in drawn_traces(data)
     }
     return _draw(data, lines, name, "requests/s", "rate_per_s", theme)
@@ -85,8 +86,8 @@ def _draw(
     looks = looks_of(data.policies)
     published = [one for one in data.result.experiment.published if one.figure == name and one.over == over]
     target = target_of(data, name)
-    handles_count = len(looks) + len(published) + (target is not None)
-    with panels(len(lines), theme, legend=handles_count) as made:
+    handles = [*policy_handles(looks, theme), *_other_handles(published, target, theme)]
+    with panels(len(lines), theme, legend=[str(one.get_label()) for one in handles]) as made:
         limits = _limits(name, lines, published, target)
         for place, (trace, of_policy) in enumerate(lines.items()):
             axes = made.axes[place]
@@ -102,7 +103,7 @@ def _draw(
             axes.tick_params(labelsize=8.5)
             if made.is_lowest(place):
                 axes.set_xlabel(below, fontsize=8.5)
-        legend_below(made, [*policy_handles(looks, theme), *_other_handles(published, target, theme)])
+        legend_below(made, handles)
         return made.png()
 
 

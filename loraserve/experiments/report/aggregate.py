@@ -29,6 +29,12 @@ class Figure:
     read: Callable[[Point], float | None]
     is_share: bool = False
     is_log: bool = False
+    more_is_better: bool = False
+
+    @property
+    def title(self) -> str:
+        """The label with the unit."""
+        return ", ".join(part for part in (self.label, self.unit) if part)
 
 
 @dataclass(frozen=True, slots=True, order=True, kw_only=True)
@@ -94,6 +100,16 @@ class Aggregate:
         wanted = str(experiment.map_rate)
         return wanted if wanted in named else named[len(named) // 2] if named else None
 
+    @property
+    def asked_for(self) -> tuple[str, ...]:
+        """The figures of runs that its claims and published lines are about."""
+        experiment = self.result.experiment
+        named = [
+            *(claim.figure for claim in experiment.claims),
+            *(line.figure for line in experiment.published),
+        ]
+        return tuple(name for name in dict.fromkeys(named) if name in FIGURES)
+
     def curve(self, trace: str, setting: Setting, policy: str) -> Curve | None:
         """That curve, None if it was not run."""
         return self.curves.get((trace, setting, policy))
@@ -142,6 +158,14 @@ def _milliseconds(name: str, label: str) -> tuple[str, Figure]:
     return name, Figure(label=label, unit="ms", read=_latency(name), is_log=True)
 
 
+def _share(name: str, label: str) -> Figure:
+    return Figure(label=label, unit="", read=_own(name), is_share=True, more_is_better=True)
+
+
+def _rate(name: str, label: str) -> Figure:
+    return Figure(label=label, unit="req/s", read=_own(name), more_is_better=True)
+
+
 FIGURES: Mapping[str, Figure] = dict(
     [
         *(
@@ -150,10 +174,15 @@ FIGURES: Mapping[str, Figure] = dict(
             for quantile in ("p50", "p95", "p99")
         ),
         _milliseconds("latency_per_token_ms", "Latency per output token, mean"),
-        ("attainment", Figure(label="Attainment", unit="", read=_own("attainment"), is_share=True)),
-        ("utilisation", Figure(label="Utilisation", unit="", read=_own("utilisation"), is_share=True)),
-        ("throughput_per_s", Figure(label="Throughput", unit="req/s", read=_own("throughput_per_s"))),
-        ("goodput_per_s", Figure(label="Goodput", unit="req/s", read=_own("goodput_per_s"))),
+        _milliseconds("latency_per_token_p99_ms", "Latency per output token, p99"),
+        _milliseconds("wait_per_token_ms", "TTFT per output token, mean"),
+        _milliseconds("tpot_mean_ms", "TPOT, mean"),
+        _milliseconds("tpot_p99_ms", "TPOT p99"),
+        ("attainment", _share("attainment", "Attainment")),
+        ("token_attainment", _share("token_attainment", "Inside the target per token")),
+        ("utilisation", _share("utilisation", "Utilisation")),
+        ("throughput_per_s", _rate("throughput_per_s", "Throughput")),
+        ("goodput_per_s", _rate("goodput_per_s", "Goodput")),
         ("failed", Figure(label="Failed", unit="requests", read=_own("failed"))),
         ("bytes_moved", Figure(label="Moved", unit="MiB", read=lambda one: one.bytes_moved / MIB)),
         ("cold_misses", Figure(label="Cold misses", unit="requests", read=_own("cold_misses"))),
@@ -166,7 +195,7 @@ FIGURES: Mapping[str, Figure] = dict(
                 read=lambda one: one.resident_bytes / max(1, one.replicas) / MIB,
             ),
         ),
-        ("in_slo", Figure(label="Inside the SLO", unit="", read=_own("in_slo"), is_share=True)),
+        ("in_slo", _share("in_slo", "Inside the SLO")),
     ]
 )
 """By the name of the field of `Point`."""

@@ -17,14 +17,6 @@ from loraserve.experiments.report.aggregate import (
 from loraserve.experiments.results import JobResult, Point, jobs_of
 from loraserve.experiments.spec import ClaimSection
 
-_MORE_IS_BETTER = frozenset(("highest_rate",))
-_UNITS = {
-    "highest_rate": "req/s",
-    "fewest_replicas": "replicas",
-    "ttft_p95_ms": "ms",
-    "tbt_p95_ms": "ms",
-    "resident_bytes": "MiB per replica",
-}
 NOT_RUN = "not run"
 
 
@@ -59,7 +51,10 @@ class ClaimFound:
     @property
     def unit(self) -> str:
         """Of its values, '' for ratios."""
-        return "" if self.claim.over else _UNITS[self.claim.figure]
+        if self.claim.over:
+            return ""
+        searched = {"highest_rate": "req/s", "fewest_replicas": "replicas"}
+        return searched.get(self.claim.figure) or FIGURES[self.claim.figure].unit
 
     def best_of(self, cases: Iterable[ClaimCase]) -> ClaimCase | None:
         """The best of these that have a value."""
@@ -97,7 +92,12 @@ def _found(data: Aggregate, claim: ClaimSection) -> ClaimFound:
 
 def _grows(claim: ClaimSection) -> bool:
     """Whether more is better."""
-    return bool(claim.over) or claim.figure in _MORE_IS_BETTER
+    return bool(claim.over) or _more_is_better(claim)
+
+
+def _more_is_better(claim: ClaimSection) -> bool:
+    known = FIGURES.get(claim.figure)
+    return known.more_is_better if known is not None else claim.figure == "highest_rate"
 
 
 def _best(claim: ClaimSection, cases: Iterable[ClaimCase]) -> ClaimCase | None:
@@ -202,7 +202,9 @@ def _one(
         if not 0 < their_bound < math.inf:
             return None, False, _missed(claim, job, asked, claim.over)
         theirs = their_bound
-    if claim.figure in _MORE_IS_BETTER:
+    if _more_is_better(claim):
+        if not theirs:
+            return None, False, f"{claim.over} has none"
         return ours / theirs, their_bound is not None, ""
     if not ours:
         return None, False, f"{claim.policy} has none"

@@ -53,13 +53,19 @@ class Grid:
 
 def grids(data: Aggregate) -> tuple[Grid, ...]:
     """The tables of figures that this experiment has."""
-    made = [highest_grid(data), fewest_grid(data), figure_grid(data, "ttft_p95_ms", "TTFT p95, ms", "ttft")]
+    made = [highest_grid(data), fewest_grid(data)]
+    known = {"ttft_p95_ms", *(name for name, _, _ in _AT_MIDDLE_RATE)}
+    for name in ("ttft_p95_ms", *(name for name in data.asked_for if name not in known)):
+        anchor = "ttft" if name == "ttft_p95_ms" else AT_RATES + name
+        made.append(figure_grid(data, name, FIGURES[name].title, anchor))
     middle = data.middle_rate
     if middle is not None:
         made += [figure_grid(data, *one, only=middle) for one in _AT_MIDDLE_RATE]
     return tuple(grid for grid in made if grid.rows)
 
 
+AT_RATES = "at-rates-"
+"""The anchors of tables of figures that claims and published lines are about begin with it."""
 _AT_MIDDLE_RATE = (
     ("tbt_p95_ms", "TBT p95, ms", "tbt"),
     ("attainment", "Attainment", "attainment"),
@@ -142,9 +148,9 @@ def figure_grid(data: Aggregate, name: str, title: str, anchor: str, *, only: st
                     return spread, _text(spread, is_share=figure.is_share)
 
                 name_of_row = f"{trace}, {rate_text(one.asked, one.rate_per_s)}"
-                cells = _cells(data, trace, setting, cell, more_is_better=name == "attainment")
+                cells = _cells(data, trace, setting, cell, more_is_better=figure.more_is_better)
                 rows.append(Row(group=data.setting_name(setting), name=name_of_row, cells=cells))
-    infinite = "" if figure.is_share or figure.unit == "MiB" else " ∞: more requests failed than p95 allows."
+    infinite = " ∞: too many requests failed for a finite figure." if figure.is_log else ""
     return Grid(
         anchor=anchor,
         title=title,
@@ -168,7 +174,7 @@ def claims_grid(data: Aggregate, found: Sequence[ClaimFound]) -> Grid:
             case_name(data, best) if best is not None else NOTHING,
             f"{claim.policy} over {claim.over}" if claim.over else claim.policy,
         )
-        name = f"{place + 1}. {claim.text}"
+        name = f"{place + 1}. {claim.text}" + (f" ({claim.source})" if claim.source else "")
         rows.append(Row(name=name, cells=tuple(Cell(text=text) for text in cells)))
     return Grid(
         anchor="claims",

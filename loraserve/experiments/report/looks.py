@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from loraserve.experiments.contenders import CONTENDERS
 from traces.plots import Theme, styled
 
 MAX_PANELS = 12
 PANELS_ACROSS = 3
 _DOTS_PER_IN = 125
-_PANEL_IN, _GAP_IN = 2.75, 0.5
-_LEFT_IN, _RIGHT_IN, _TOP_IN, _BOTTOM_IN = 0.62, 0.15, 0.5, 0.55
-_LEGEND_ROW_IN, _LEGEND_COLUMN_IN = 0.2, 1.55
+_PANEL_IN, _GAP_IN = 2.7, 0.55
+_LEFT_IN, _RIGHT_IN, _TOP_IN, _BOTTOM_IN = 0.7, 0.15, 0.5, 0.55
+_LEGEND_ROW_IN, _LEGEND_LETTER_IN, _LEGEND_SIGN_IN = 0.2, 0.066, 0.55
 _COLOURS = 96
 
 
@@ -38,22 +37,23 @@ class Look:
 
 
 _DASHED, _DOTTED, _MIXED = (0, (5, 1.6)), (0, (1.2, 1.3)), (0, (5, 1.5, 1.2, 1.5))
-_LOOKS = (
-    Look(light="#0067a8", dark="#58b0f0", marker="o", line="-"),
-    Look(light="#4791c4", dark="#2f78ab", marker="o", line=_DASHED),
-    Look(light="#d2520a", dark="#f2793a", marker="s", line="-"),
-    Look(light="#00876a", dark="#1fbf98", marker="^", line="-"),
-    Look(light="#3fa287", dark="#7fdcc6", marker="v", line=_DASHED),
-    Look(light="#6a6f75", dark="#aab2b9", marker="D", line=_DOTTED),
-    Look(light="#8b9299", dark="#7c848b", marker="d", line=_MIXED),
-    Look(light="#c0609a", dark="#e08fbd", marker="P", line="-"),
-    Look(light="#b98000", dark="#f0b429", marker="X", line="-"),
-    Look(light="#5f3dc4", dark="#a48bf5", marker="*", line=_DASHED),
-    Look(light="#8a4b2a", dark="#c98f6b", marker="p", line=_MIXED),
-)
+_LOOKS = {
+    "optimal": Look(light="#0067a8", dark="#58b0f0", marker="o", line="-"),
+    "optimal-from-scratch": Look(light="#4791c4", dark="#2f78ab", marker="o", line=_DASHED),
+    "loraserve": Look(light="#d2520a", dark="#f2793a", marker="s", line="-"),
+    "least-loaded": Look(light="#00876a", dark="#1fbf98", marker="^", line="-"),
+    "everywhere-marginal": Look(light="#3fa287", dark="#7fdcc6", marker="v", line=_DASHED),
+    "slora-random": Look(light="#6a6f75", dark="#aab2b9", marker="D", line=_DOTTED),
+    "slora-contiguous": Look(light="#8b9299", dark="#7c848b", marker="d", line=_MIXED),
+    "rendezvous": Look(light="#c0609a", dark="#e08fbd", marker="P", line="-"),
+    "dlora": Look(light="#b98000", dark="#f0b429", marker="X", line="-"),
+    "dlora-migrating": Look(light="#946700", dark="#ffcf66", marker=">", line=_DASHED),
+    "toppings": Look(light="#5f3dc4", dark="#a48bf5", marker="*", line=_DASHED),
+    "rank-backlog": Look(light="#8a4b2a", dark="#c98f6b", marker="p", line=_MIXED),
+}
 _OTHERS = (
     Look(light="#1f2328", dark="#e3e6e8", marker="<", line="-"),
-    Look(light="#a01c48", dark="#ff7a9c", marker=">", line=_DASHED),
+    Look(light="#a01c48", dark="#ff7a9c", marker="8", line=_DASHED),
     Look(light="#4d7c0f", dark="#a3d65c", marker="h", line=_DOTTED),
     Look(light="#0e7490", dark="#67d5ea", marker="H", line=_MIXED),
 )
@@ -61,10 +61,9 @@ _OTHERS = (
 
 def looks_of(policies: Sequence[str]) -> dict[str, Look]:
     """The look of each; those without a name of their own take what is left, in their order."""
-    named = {one.name: look for one, look in zip(CONTENDERS, _LOOKS, strict=True)}
-    unnamed = [policy for policy in policies if policy not in named]
+    unnamed = [policy for policy in policies if policy not in _LOOKS]
     others = {policy: _OTHERS[place % len(_OTHERS)] for place, policy in enumerate(unnamed)}
-    return {policy: named.get(policy) or others[policy] for policy in policies}
+    return {policy: _LOOKS.get(policy) or others[policy] for policy in policies}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,18 +103,19 @@ def panels(
     width_in: float = _PANEL_IN,
     left_in: float = _LEFT_IN,
     right_in: float = _RIGHT_IN,
-    legend: int = 0,
-    share_y: bool = True,
+    legend: Sequence[str] = (),
 ) -> Iterator[Panels]:
-    """So many panels of this size; room for `legend` entries below. Laid out by hand: matplotlib's own
-    layouts draw everything several times."""
+    """So many panels of this size, a few of them larger; room for a legend of these below. Laid out by hand:
+    matplotlib's own layouts draw everything several times."""
     from matplotlib.figure import Figure
 
     across = min(across or PANELS_ACROSS, count)
     down = math.ceil(count / across)
-    gap_in = _GAP_IN if share_y else left_in
+    gap_in = _GAP_IN
+    if across < PANELS_ACROSS and width_in == _PANEL_IN:
+        width_in, height_in = (4.3, 2.3) if across == 1 else (3.3, 1.9)
     whole_in = left_in + right_in + across * width_in + (across - 1) * gap_in
-    legend_in = _LEGEND_ROW_IN * math.ceil(legend / max(1, int(whole_in / _LEGEND_COLUMN_IN)))
+    legend_in = _LEGEND_ROW_IN * math.ceil(len(legend) / _columns(whole_in, legend))
     row_in = height_in + _TOP_IN
     tall_in = down * row_in + _BOTTOM_IN + legend_in
     with styled(theme):
@@ -139,13 +139,19 @@ def legend_below(made: Panels, handles: Sequence[Any]) -> None:
     made.figure.legend(
         handles=list(handles),
         loc="lower center",
-        ncols=max(1, min(len(handles), int(width_in / _LEGEND_COLUMN_IN))),
+        ncols=_columns(width_in, [str(handle.get_label()) for handle in handles]),
         fontsize=8.5,
         handlelength=2.2,
         columnspacing=1.4,
         labelspacing=0.35,
         borderaxespad=0.3,
     )
+
+
+def _columns(width_in: float, labels: Sequence[str]) -> int:
+    """How many labels of a legend fit side by side."""
+    widest_in = max((_LEGEND_LETTER_IN * len(label) for label in labels), default=0.0) + _LEGEND_SIGN_IN
+    return max(1, min(len(labels), int(width_in / widest_in)))
 
 
 def policy_handles(looks: dict[str, Look], theme: Theme) -> list[Any]:

@@ -58,7 +58,7 @@ def rank_maps(data: Aggregate, trace: str, setting: Setting, theme: Theme) -> by
                 extent=(one.edges_s[0], one.edges_s[-1], len(one.rank) - 0.5, -0.5),
             )
             axes.grid(visible=False)
-            axes.locator_params(axis="y", integer=True, nbins=6)
+            axes.set_yticks(range(0, len(one.rank), len(one.rank) // 8 + 1))
             axes.tick_params(labelsize=8.5)
             if made.is_lowest(place):
                 axes.set_xlabel("seconds since the start", fontsize=8.5)
@@ -81,7 +81,7 @@ def _scale(maps: Sequence[RankMap]) -> Any:
 
     known = [rank for one in maps for row in one.rank for rank in row if rank]
     low, high = min(known, default=8.0), max(known, default=16.0)
-    return LogNorm(low, high if high > low else low + 1)
+    return LogNorm(low if low < high else high / 2, high)
 
 
 def _colours(one: RankMap, scale: Any, theme: Theme) -> Any:

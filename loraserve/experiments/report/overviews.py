@@ -3,27 +3,68 @@ cost."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from loraserve.experiments.report.against import drawn_traces
-from loraserve.experiments.report.aggregate import FIGURES, Aggregate, FewestAt, Setting
+from loraserve.experiments.report.against import drawn_traces, target_of
+from loraserve.experiments.report.aggregate import (
+    FIGURES,
+    Aggregate,
+    Curve,
+    FewestAt,
+    Figure,
+    Setting,
+    Spread,
+)
 from loraserve.experiments.report.looks import Look, heading, legend_below, looks_of, panels
 from traces.plots import Theme
 
 COSTS = ("bytes_moved", "cold_misses", "resident_bytes")
 _GROUP = 0.84
-_NAME_IN = 1.45
+_LETTER_IN = 0.071
+_LOG_FROM = 30.0
+_HIGHEST = Figure(label="Requests/s", unit="", read=lambda point: point.rate_per_s, more_is_better=True)
+
+
+Read = Callable[[Curve], Spread | None]
 
 
 def highest_bars(data: Aggregate, settings: Sequence[Setting], theme: Theme) -> bytes:
     """The highest rate inside the SLO: a panel per setting, a group of bars per trace."""
+    return _all_bars(data, settings, lambda curve: curve.highest, _HIGHEST, theme)
+
+
+def figure_bars(data: Aggregate, settings: Sequence[Setting], name: str, theme: Theme) -> bytes:
+    """A figure at the one rate there is, likewise."""
+    figure = FIGURES[name]
+
+    def read(curve: Curve) -> Spread | None:
+        return curve.points[0].figures[name] if curve.points else None
+
+    return _all_bars(data, settings, read, figure, theme, target=target_of(data, name))
+
+
+def _all_bars(
+    data: Aggregate,
+    settings: Sequence[Setting],
+    read: Read,
+    figure: Figure,
+    theme: Theme,
+    *,
+    target: float | None = None,
+) -> bytes:
     looks, traces = looks_of(data.policies), drawn_traces(data)
     width_in = max(5.0, min(9.2, 0.085 * len(traces) * len(looks) + 1.2))
-    with panels(len(settings), theme, across=1, width_in=width_in, legend=len(looks)) as made:
+    with panels(len(settings), theme, across=1, width_in=width_in, legend=list(looks)) as made:
         for axes, setting in zip(made.axes, settings, strict=True):
             for place, (policy, look) in enumerate(looks.items()):
-                _bars(axes, data, setting, policy, look, (place, len(looks)), theme)
+                spreads = {
+                    at: spread
+                    for at, trace in enumerate(traces)
+                    if (curve := data.curve(trace, setting, policy)) is not None
+                    and (spread := read(curve)) is not None
+                }
+                _bars(axes, spreads, look, (place, len(looks)), theme)
             names = traces if axes is made.axes[-1] else [""] * len(traces)
             axes.set_xticks(range(len(traces)), names, fontsize=8.5)
             if len(traces) > 6:
@@ -31,39 +72,50 @@ def highest_bars(data: Aggregate, settings: Sequence[Setting], theme: Theme) -> 
             axes.tick_params(axis="x", length=0, labelcolor=theme.text)
             axes.grid(visible=False, axis="x")
             axes.set_xlim(-0.55, len(traces) - 0.45)
-            axes.set_ylim(bottom=0)
-            heading(axes, data.setting_name(setting) or "requests/s", theme)
+            _upwards(axes, figure)
+            if target is not None:
+                axes.axhline(target, color=theme.second, linewidth=1.1, linestyle=":")
+            heading(axes, data.setting_name(setting) or figure.title, theme)
         legend_below(made, _patches(looks, theme))
         return made.png()
 
 
-def _bars(
-    axes: Any,
-    data: Aggregate,
-    setting: Setting,
-    policy: str,
-    look: Look,
-    place: tuple[int, int],
-    theme: Theme,
-) -> None:
+def _upwards(axes: Any, figure: Figure) -> None:
+    """The axis of bars: from nothing, but where most are too short to be seen next to the longest."""
+    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+
+    heights = [bar.get_height() for bar in axes.patches if bar.get_height() > 0]
+    if figure.is_share:
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    elif figure.is_log and heights and max(heights) > _LOG_FROM * min(heights):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=9))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(_plain())
+        axes.set_ylim(min(heights) / 2, max(heights) * 1.5)
+    else:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(_plain())
+
+
+def _bars(axes: Any, spreads: Mapping[int, Spread], look: Look, place: tuple[int, int], theme: Theme) -> None:
     width = _GROUP / place[1]
     shift = (place[0] + 0.5) * width - _GROUP / 2
-    spreads = {
-        at: curve.highest
-        for at, trace in enumerate(drawn_traces(data))
-        if (curve := data.curve(trace, setting, policy)) is not None and curve.highest is not None
-    }
-    xs = [at + shift for at in spreads]
+    colour = look.colour(theme)
+    finite = {at + shift: one for at, one in spreads.items() if not math.isinf(one.median)}
     axes.bar(
-        xs,
-        [spread.median for spread in spreads.values()],
+        list(finite),
+        [spread.median for spread in finite.values()],
         width * 0.92,
-        color=look.colour(theme),
+        color=colour,
         hatch=_hatch(look),
         edgecolor=theme.background,
         linewidth=0,
     )
-    ranges = [(x, one) for x, one in zip(xs, spreads.values(), strict=True) if one.lowest != one.highest]
+    ranges = [
+        (x, one) for x, one in finite.items() if one.lowest != one.highest and not math.isinf(one.highest)
+    ]
     axes.vlines(
         [x for x, _ in ranges],
         [one.lowest for _, one in ranges],
@@ -71,8 +123,10 @@ def _bars(
         color=theme.text,
         linewidth=0.8,
     )
-    never = [x for x, one in zip(xs, spreads.values(), strict=True) if not one.median]
-    axes.plot(never, [0] * len(never), "x", ms=4, color=look.colour(theme), clip_on=False)
+    # Nothing is there to be drawn for what never held, or never came.
+    never = [at + shift for at, one in spreads.items() if one.median in (0.0, math.inf)]
+    bottom = axes.get_xaxis_transform()
+    axes.plot(never, [0] * len(never), "x", ms=4, color=colour, clip_on=False, transform=bottom)
 
 
 def _hatch(look: Look) -> str:
@@ -107,7 +161,7 @@ def fewest_probes(data: Aggregate, setting: Setting, at: int, theme: Theme) -> b
         for replicas in one.held
     ] or [1]
     height_in = max(1.0, 0.17 * len(looks) + 0.25)
-    with panels(len(traces), theme, height_in=height_in, left_in=_NAME_IN, width_in=2.3) as made:
+    with panels(len(traces), theme, height_in=height_in, left_in=_names_in(looks), width_in=2.3) as made:
         for place, (axes, trace) in enumerate(zip(made.axes, traces, strict=True)):
             for row, (policy, look) in enumerate(looks.items()):
                 one = _fewest(data, trace, setting, policy, at)
@@ -142,7 +196,7 @@ def costs(data: Aggregate, setting: Setting, asked: str, theme: Theme) -> bytes:
     traces, a dot for each."""
     looks = looks_of(data.policies)
     height_in = max(0.9, 0.22 * len(looks) + 0.2)
-    with panels(len(COSTS), theme, height_in=height_in, left_in=_NAME_IN, width_in=2.3) as made:
+    with panels(len(COSTS), theme, height_in=height_in, left_in=_names_in(looks), width_in=2.3) as made:
         for place, (axes, name) in enumerate(zip(made.axes, COSTS, strict=True)):
             for row, (policy, look) in enumerate(looks.items()):
                 values = _at(data, setting, policy, asked, name)
@@ -154,8 +208,7 @@ def costs(data: Aggregate, setting: Setting, asked: str, theme: Theme) -> bytes:
             axes.set_xlim(left=0)
             axes.locator_params(axis="x", nbins=4)
             axes.xaxis.set_major_formatter(_plain())
-            figure = FIGURES[name]
-            heading(axes, ", ".join(part for part in (figure.label, figure.unit) if part), theme)
+            heading(axes, FIGURES[name].title, theme)
         return made.png()
 
 
@@ -168,6 +221,11 @@ def _at(data: Aggregate, setting: Setting, policy: str, asked: str, name: str) -
             if point.asked == asked and spread is not None:
                 found.append(spread.median)
     return found
+
+
+def _names_in(names: Iterable[str]) -> float:
+    """Room for the longest of these."""
+    return max(0.9, 0.15 + _LETTER_IN * max(map(len, names), default=0))
 
 
 def _names(axes: Any, names: Sequence[str], theme: Theme) -> None:

@@ -7,12 +7,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import groupby
 
 import msgspec
 
 from loraserve.experiments.report.aggregate import Aggregate, counted
 from loraserve.experiments.report.claims import ClaimFound
-from loraserve.experiments.report.grids import Cell, Grid, cases_grid, claims_grid, grids
+from loraserve.experiments.report.grids import AT_RATES, Cell, Grid, cases_grid, claims_grid, grids
 from loraserve.experiments.report.plots import COSTS, FEWEST, HIGHEST, MAPS, OVER_RATE, OVER_REPLICAS
 from loraserve.experiments.spec import (
     ClaimSection,
@@ -25,6 +26,7 @@ from loraserve.sections import Section
 from traces.metrics import formulas
 from traces.report_page import PlotImages, definitions, document, figure
 
+_WIDE_PIXELS = 800
 _SECTIONS = (
     (HIGHEST, ("highest",)),
     (FEWEST, ("fewest",)),
@@ -75,6 +77,7 @@ def experiment_page(
         _heading(how),
         f"<pre>{escape(command)}</pre>",
         definitions(_workloads(data)),
+        _published(experiment),
         f"<h3>The experiment</h3>\n<pre>{escape(_experiment_text(experiment))}</pre>",
         _heading("What the figures mean"),
         definitions({**_OWN_FORMULAS, **formulas()}),
@@ -88,12 +91,13 @@ def _sections(
     if found:
         yield "What was published, and what was found here", _claims(data, found)
     tables = {grid.anchor: grid for grid in grids(data)}
+    asked_for = tuple(anchor for anchor in tables if anchor.startswith(AT_RATES))
     for name, anchors in _SECTIONS:
-        parts = [_wide(image) for heading, image in images if heading == name]
-        for anchor in anchors:
+        parts = [_plots([image for heading, image in images if heading == name])]
+        for anchor in (*anchors, *asked_for) if name == OVER_RATE else anchors:
             if anchor in tables:
                 parts.append(f"<h3>{escape(tables[anchor].title)}</h3>\n{_table(tables[anchor])}")
-        if parts:
+        if any(parts):
             yield name, "\n".join(parts)
 
 
@@ -105,6 +109,10 @@ def _headline(data: Aggregate) -> str:
         counted(len({setting.kernel for setting in data.settings}), "rank kernel"),
         counted(data.num_seeds, "seed"),
     ]
+    if data.runs():
+        parts.insert(
+            1, " or ".join(str(one) for one in dict.fromkeys(at.replicas for at in data.runs())) + " replicas"
+        )
     slo, warmup_s = experiment.slo, experiment.cluster.warmup_s
     left_out = f", the first {warmup_s:g} s left out" if warmup_s else ""
     medians = " Figures are medians over the seeds." if data.num_seeds > 1 else ""
@@ -118,9 +126,9 @@ def _claims(data: Aggregate, found: Sequence[ClaimFound]) -> str:
     parts = [_table(claims_grid(data, found))]
     for place, one in enumerate(found):
         claim = one.claim
+        if len(one.cases) == 1 and not claim.why:
+            continue
         heading = f"{place + 1}. {claim.text}"
-        if claim.source:
-            heading += f" ({claim.source})"
         parts.append(f"<h3>{escape(heading)}</h3>\n<p>{escape(_sentence(one.verdict))}</p>")
         if claim.why:
             parts.append(f"<p>{escape(claim.why)}</p>")
@@ -180,8 +188,21 @@ def _breakable(name: str) -> str:
     return escape(name).replace("-", "-<wbr>")
 
 
-def _wide(image: PlotImages) -> str:
-    return f'<div class="scroll wide" tabindex="0">{figure(image)}</div>'
+def _plots(images: Sequence[PlotImages]) -> str:
+    """Narrow plots beside each other, wide ones each in a box of its own that a phone can scroll."""
+    parts = []
+    for is_wide, some in groupby(images, _is_wide):
+        drawn = [figure(image) for image in some]
+        if is_wide:
+            parts += [f'<div class="scroll wide" tabindex="0">{one}</div>' for one in drawn]
+        else:
+            parts.append(f'<div class="plots">{"".join(drawn)}</div>')
+    return "\n".join(parts)
+
+
+def _is_wide(image: PlotImages) -> bool:
+    # A PNG's header has the width at this place.
+    return int.from_bytes(image.light_png[16:20], "big") > _WIDE_PIXELS
 
 
 def _workloads(data: Aggregate) -> dict[str, str]:
@@ -189,6 +210,11 @@ def _workloads(data: Aggregate) -> dict[str, str]:
         trace.name: ", ".join(part for part in (trace.source, trace.note) if part)
         for trace in data.result.experiment.traces
     }
+
+
+def _published(experiment: Experiment) -> str:
+    lines = {one.name: one.source for one in experiment.published if one.source}
+    return f"<h3>Published lines</h3>\n{definitions(lines)}" if lines else ""
 
 
 def _experiment_text(experiment: Experiment) -> str:

@@ -1,6 +1,6 @@
 """Which plots a report has: what a reader looks at first, and no more than a page can carry."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,7 +8,7 @@ from loraserve.experiments.report.against import against_rate, against_replicas
 from loraserve.experiments.report.aggregate import FIGURES, Aggregate, Setting, counted, rate_text
 from loraserve.experiments.report.looks import MAX_PANELS
 from loraserve.experiments.report.maps import MAX_MAPS, mapped_trace, rank_maps
-from loraserve.experiments.report.overviews import costs, fewest_probes, highest_bars
+from loraserve.experiments.report.overviews import costs, fewest_probes, figure_bars, highest_bars
 from traces.plots import Plot
 
 HIGHEST, FEWEST = "Highest rates inside the SLO", "Fewest replicas inside the SLO"
@@ -16,6 +16,7 @@ OVER_RATE, OVER_REPLICAS = "Against the rate", "Against replicas"
 MAPS, COSTS = "Ranks on replicas over time", "What adapters cost"
 MAX_PLOTS = 24
 MAX_BAR_PANELS = 6
+_COST_FIGURES = frozenset(("resident_bytes", "bytes_moved", "cold_misses", "copies"))
 _OVER_RATE = ("ttft_p95_ms", "tbt_p95_ms", "attainment")
 
 
@@ -62,8 +63,7 @@ def _offered(data: Aggregate) -> Iterator[Drawn]:
     yield from _highest(data)
     yield from _fewest(data)
     settings = data.runs()
-    for place, setting in enumerate(settings):
-        yield from _over_rate(data, setting, place)
+    yield from _over_rate(data, settings)
     yield from _over_replicas(data)
     asked = data.middle_rate
     for place, setting in enumerate(settings):
@@ -112,27 +112,49 @@ def _fewest(data: Aggregate) -> Iterator[Drawn]:
             )
 
 
-def _over_rate(data: Aggregate, setting: Setting, place: int) -> Iterator[Drawn]:
-    if not any(curve.points for (_, of, _), curve in data.curves.items() if of == setting):
+def _over_rate(data: Aggregate, settings: Sequence[Setting]) -> Iterator[Drawn]:
+    """A plot per setting with a panel per trace; one of all settings for one trace, or for one rate."""
+    rates = data.result.experiment.all_rates
+    if not rates or not settings:
         return
-    experiment = data.result.experiment
-    extra = [one.figure for one in experiment.published if one.over == "rate_per_s" and one.figure in FIGURES]
-    where = data.setting_name(setting)
-    for order, name in enumerate(dict.fromkeys([*_OVER_RATE, *extra])):
-        figure = FIGURES[name]
-        unit = f", {figure.unit}" if figure.unit else ""
-        late = " A hollow marker at the top stands for what had no finite value." if figure.is_log else ""
-        yield Drawn(
-            heading=OVER_RATE,
-            # Every setting's TTFT before any setting's TBT.
-            rank=10 + 40 * order + place,
-            plot=Plot(
-                name=_name(name.removesuffix("_ms").removesuffix("_per_s"), where),
-                caption=f"{figure.label}{unit} against the rate{_at(where)}; the bands reach from the least"
-                f" to the most of the seeds.{late}",
-                draw=partial(against_rate, data, setting, name),
-            ),
+    draw = against_rate if len(rates) > 1 else figure_bars
+    is_one = len(rates) == 1 or len(data.traces) == 1
+    groups = (
+        [settings[at : at + MAX_BAR_PANELS] for at in range(0, len(settings), MAX_BAR_PANELS)]
+        if is_one
+        else [(setting,) for setting in settings]
+    )
+    named = [_OVER_RATE[0], *(name for name in data.asked_for if name not in _COST_FIGURES), *_OVER_RATE[1:]]
+    for place, group in enumerate(groups):
+        where = data.setting_name(group[0]) if len(group) == 1 else ""
+        number = str(place + 1) if len(group) > 1 and place else ""
+        for order, name in enumerate(dict.fromkeys(named)):
+            yield Drawn(
+                heading=OVER_RATE,
+                # Every setting's TTFT before any setting's TBT.
+                rank=10 + 40 * order + place,
+                plot=Plot(
+                    name=_name(name.removesuffix("_ms").removesuffix("_per_s"), where, number),
+                    caption=_caption(name, where, rates),
+                    draw=partial(draw, data, group, name),
+                ),
+            )
+
+
+def _caption(name: str, where: str, rates: Sequence[float | str]) -> str:
+    figure = FIGURES[name]
+    what = figure.title
+    if len(rates) == 1:
+        rate = _rate_words(str(rates[0]))
+        never = ", a cross stands for no finite value" if figure.is_log else ""
+        return (
+            f"{what} at {rate}{_at(where)}; the thin lines reach from the least to the most of the"
+            f" seeds{never}."
         )
+    late = " A hollow marker at the top stands for what had no finite value." if figure.is_log else ""
+    return (
+        f"{what} against the rate{_at(where)}; the bands reach from the least to the most of the seeds.{late}"
+    )
 
 
 def _over_replicas(data: Aggregate) -> Iterator[Drawn]:
@@ -166,14 +188,15 @@ def _maps(data: Aggregate, setting: Setting, place: int) -> Iterator[Drawn]:
     if trace is None:
         return
     where = data.setting_name(setting)
+    why = ", where the policies differ most" if min(len(data.traces), len(data.policies)) > 1 else ""
     few = f"; the first {MAX_MAPS} policies" if len(data.policies) > MAX_MAPS else ""
     yield Drawn(
         heading=MAPS,
         rank=20 + place,
         plot=Plot(
             name=_name("ranks", where),
-            caption=f"The largest rank in a step of each replica over time, on {trace}{_at(where)}, where the"
-            f" policies differ most{few}. The fainter, the less of the time was computed in; empty where a"
+            caption=f"The largest rank in a step of each replica over time, on {trace}{_at(where)}{why}{few}."
+            " The fainter, the less of the time was computed in; empty where a"
             " replica rested or had base-model requests alone.",
             draw=partial(rank_maps, data, trace, setting),
         ),

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from loraserve.experiments.report.aggregate import aggregate
 from loraserve.experiments.report.claims import claims_found
-from loraserve.experiments.report.grids import Grid, Row, claims_grid, grids
+from loraserve.experiments.report.grids import AT_RATES, Grid, Row, claims_grid, grids
 from loraserve.experiments.results import ExperimentResult
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def markdown(result: ExperimentResult) -> str:
 
 def _shown(result: ExperimentResult) -> list[Grid]:
     data = aggregate(result)
-    shown = [grid for grid in grids(data) if grid.anchor in _IN_TERMINAL]
+    shown = [grid for grid in grids(data) if grid.anchor in _IN_TERMINAL or grid.anchor.startswith(AT_RATES)]
     found = claims_found(data)
     return [*shown, claims_grid(data, found)] if found else shown
 

@@ -1,15 +1,17 @@
 """Figures over seeds, and what somebody published beside them."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loraserve.experiments.report.aggregate import FIGURES, aggregate, spread_of
 from loraserve.experiments.report.claims import ClaimFound, claims_found
-from loraserve.experiments.results import ExperimentResult
+from loraserve.experiments.results import ExperimentResult, Point
+from loraserve.experiments.spec import ClaimSection
 from tests.support.made_experiments import point_of, result_of
 
 FIGURES_OF_CLAIMS = ("highest_rate", "fewest_replicas", "ttft_p95_ms")
@@ -51,6 +53,14 @@ def test_a_latency_that_is_missing_is_infinite_only_where_requests_failed() -> N
 
 def test_resident_bytes_are_per_replica() -> None:
     assert FIGURES["resident_bytes"].read(point_of(1.0, 4, resident_bytes=4.0 * 2**20 * 3)) == 3.0
+
+
+def test_every_figure_of_a_claim_is_known() -> None:
+    named = {one.name: one.type for one in msgspec.structs.fields(ClaimSection)}["figure"]
+    of_runs = {*get_args(named)} - {"highest_rate", "fewest_replicas"}
+    assert of_runs
+    assert of_runs <= {*FIGURES}
+    assert {*FIGURES} <= {one.name for one in msgspec.structs.fields(Point)}
 
 
 def test_seeds_become_their_median_with_the_least_and_the_most() -> None:

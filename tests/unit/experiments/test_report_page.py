@@ -172,7 +172,7 @@ def test_plots_are_bounded_and_the_page_says_what_is_left_out() -> None:
 
 def test_policies_look_the_same_everywhere_and_differ_from_each_other() -> None:
     names = [one.name for one in CONTENDERS]
-    looks = looks_of([*names, "dlora/marginal-cost"])
+    looks = looks_of([*names, "dlora-migrating", "dlora/marginal-cost"])
     assert looks_of(list(reversed(names)))["dlora"] == looks["dlora"]
     for theme in (LIGHT, DARK):
         assert len({look.colour(theme) for look in looks.values()}) == len(looks)
