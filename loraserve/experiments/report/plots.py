@@ -174,7 +174,7 @@ def _over_replicas(data: Aggregate) -> Iterator[Drawn]:
         for name in dict.fromkeys(["attainment", *extra]):
             yield Drawn(
                 heading=OVER_REPLICAS,
-                rank=60,
+                rank=18,
                 plot=Plot(
                     name=_name(name.removesuffix("_ms"), "replicas", where),
                     caption=f"{FIGURES[name].label} against replicas at {_rate_words(asked)}{_at(where)}.",

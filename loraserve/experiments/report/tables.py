@@ -1,5 +1,6 @@
 """The tables of an experiment for a terminal, and as Markdown."""
 
+import textwrap
 from typing import TYPE_CHECKING
 
 from loraserve.experiments.report.aggregate import aggregate
@@ -10,6 +11,7 @@ from loraserve.experiments.results import ExperimentResult
 if TYPE_CHECKING:
     from rich.table import Table
 
+_NAME_LETTERS, _TEXT_LETTERS = 40, 28
 _IN_TERMINAL = frozenset(("highest", "fewest", "ttft", "resident"))
 
 
@@ -38,16 +40,21 @@ def _table(grid: Grid) -> "Table":
     table.add_column(grid.corner)
     for column in grid.columns:
         # Names of policies are long, their figures short.
-        heading = column if grid.is_text else column.replace("-", "-\n")
+        heading = column if grid.is_text else column.replace("/", "/\n").replace("-", "-\n")
         table.add_column(heading, justify="left" if grid.is_text else "right")
     group = ""
     for row in grid.rows:
         if row.group != group:
             group = row.group
             table.add_row(Text(group, style="italic"))
-        styled = (Text(cell.text, style="bold" if cell.is_best else "") for cell in row.cells)
-        table.add_row(Text(row.name), *styled)
+        styled = (Text(_lines(cell.text, grid), style="bold" if cell.is_best else "") for cell in row.cells)
+        table.add_row(Text(_lines(row.name, grid, _NAME_LETTERS)), *styled)
     return table
+
+
+def _lines(text: str, grid: Grid, letters: int = _TEXT_LETTERS) -> str:
+    """Broken into lines where it is to be read: a table in a terminal is cut, not wrapped."""
+    return textwrap.fill(text, letters) if grid.is_text else text
 
 
 def _markdown(grid: Grid) -> str:

@@ -195,13 +195,16 @@ def contrast(one: str, other: str) -> float:
 
 def test_a_terminal_shows_all_policies_uncut() -> None:
     names = [one.name for one in CONTENDERS]
-    shown = tables(result_of({**SMALL, "policies": names}, lambda *_: 0.8))
+    claim = {**SMALL["claims"][0], "text": "a long claim " * 9, "over": "everywhere-marginal"}
+    shown = tables(result_of({**SMALL, "policies": names, "claims": [claim]}, lambda *_: 0.8))
     titles = [str(table.title) for table in shown]
     assert titles[0] == "Highest rate inside the SLO, requests/s"
     assert titles[-1] == "What was published, and what was found here"
     out = io.StringIO()
     console = Console(file=out, width=160)
-    for table in shown[:-1]:
+    for table in shown:
+        for column in table.columns:
+            column.no_wrap = True
         console.print(table)
     assert "…" not in out.getvalue()
     assert out.getvalue().count("16.0") == len(names)
