@@ -13,7 +13,7 @@ from loraserve.experiments.results import Fewest, Highest, JobResult, Point, Pro
 from loraserve.experiments.scenarios import fluid_per_s, own_rate, scenario_at
 from loraserve.experiments.spec import share_of
 from loraserve.profiling.search import RateSearch, SearchLimits
-from loraserve.simulator.figures import Judging, figures_of
+from loraserve.simulator.figures import Judging, figures_of, metrics_of
 from loraserve.simulator.give_up import GaveUpError, GiveUp
 from loraserve.simulator.run import simulate
 from traces.metrics import Slo
@@ -122,7 +122,7 @@ class _Measuring:
         except GaveUpError:
             held, ttft_p95_ms = False, None
         else:
-            overall = figures_of(result, self._judging).summary.overall
+            overall = metrics_of(result, self._judging).summary.overall
             held, ttft_p95_ms = overall.slo_met, finite(overall.ttft_ms.p95)
         self._tell(f"{rate_per_s:.4g}/s on {replicas}: {'held' if held else 'missed'}")
         return Probe(rate_per_s=rate_per_s, replicas=replicas, held=held, ttft_p95_ms=ttft_p95_ms)
