@@ -14,6 +14,7 @@ from loraserve.capacity.study import Quest, Study
 from loraserve.capacity.trials import TrialFigures
 
 CONFIDENCE = 0.95
+ONLY_THIS = "only this mix was asked for"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,10 +225,10 @@ def point_of(quest: Quest, kind: str, factor: float, price: Price | None) -> Cur
 
 def _proof(quest: Quest, tried: Sequence[Candidate], fewest: int | None) -> str:
     """Why fewer do not do, if more hold whenever fewer do."""
+    if quest.question.mixes.exactly is not None:
+        return ONLY_THIS
     if fewest is None:
         return ""
-    if quest.question.mixes.exactly is not None:
-        return "only this mix was asked for"
     if fewest <= 1:
         return "fewer there are none"
     below = [one for one in tried if one.replicas == fewest - 1]

@@ -102,15 +102,14 @@ def _curve(found: Found) -> str:
 
 def _tried(found: Found) -> str:
     head = ["Policy", "Replicas", *(["max_lora_rank"] if found.has_mixes else []), "Held"]
-    head += [f"{figure_name(clause)} by seed" for clause in found.target.clauses] + ["Failed", "Utilisation"]
+    head += [f"{figure_name(clause)} by seed" for clause in found.target.clauses] + ["Failed"]
     rows = []
     for one in found.candidates:
         cells = [str(one.replicas), *([mix_text(one.mix)] if found.has_mixes else [])]
         cells.append(f"{one.num_held} of {len(one.held)}")
-        cells += [seeds_text(clause, one) for clause in found.target.clauses]
+        cells += [seeds_text(clause, one, " · ") for clause in found.target.clauses]
         ended = [run for run in one.figures.values() if run.gave_up_ms is None]
-        cells.append("  ".join(f"{run.failed:,}" for run in ended))
-        cells.append("  ".join(f"{run.utilisation:.0%}" for run in ended))
+        cells.append(" · ".join(f"{run.failed:,}" for run in ended))
         rows.append((policy_text(one.policy, one.what_if), cells))
     return _table(head, rows)
 

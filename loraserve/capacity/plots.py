@@ -111,7 +111,7 @@ def _draw_targets(found: Found, kind: str, theme: Theme) -> bytes:
             missed = [(one.factor * clause.limit, one.tried) for one in points if one.replicas is None]
             label = policy_text(answer.policy, answer.what_if)
             axes.plot(*_columns(held), f"o{line}", color=colour, label=label, drawstyle="steps-post")
-            axes.plot(*_columns(missed), "x", color=colour, markersize=7)
+            axes.plot(*_columns(missed), "x", color=colour, markersize=7, clip_on=False)
             highest = max([highest, *(number for _, number in (*held, *missed))])
         axes.axvline(clause.limit, color=theme.muted, linestyle=":", linewidth=1.2)
         axes.set_xscale("log")

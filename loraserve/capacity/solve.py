@@ -71,6 +71,11 @@ def prepare(options: CapacityOptions) -> Problem:
             f"--max-lora-ranks: with kernel {kernel} rank does not cost by the engine's setting, so a mix"
             " changes nothing; every replica takes every rank"
         )
+    if is_padded and options.asked == Asked() and not setting.profile.operating_points:
+        notes.append(
+            f"profile {setting.profile.name} has no operating points to propose mixes by; every replica has"
+            " the same max_lora_rank"
+        )
     questions = []
     for what_if in whats:
         scenarios = tuple(_one_replica(options, setting, what_if, seed) for seed in options.seeds)
@@ -141,8 +146,14 @@ def solve(
         has_mixes=problem.has_mixes,
         price=options.price,
         num_trials=len(study.found),
-        workload={name.replace("_", " "): str(value) for name, value in problem.first.describe().items()},
+        workload={name.replace("_", " "): _plain(value) for name, value in problem.first.describe().items()},
     )
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(one) for one in value)
+    return f"{value:,.10g}" if isinstance(value, float) else str(value)
 
 
 def _curves(options: CapacityOptions, study: Study) -> tuple[Quest, ...]:

@@ -2,7 +2,7 @@
 
 import math
 
-from loraserve.capacity.answers import Answer, Candidate, CurvePoint, Found, share_sure
+from loraserve.capacity.answers import ONLY_THIS, Answer, Candidate, CurvePoint, Found, share_sure
 from loraserve.capacity.mixes import mix_text
 from loraserve.capacity.slo import ATTAINMENT, Clause
 from loraserve.capacity.trials import TrialFigures
@@ -32,9 +32,9 @@ def run_text(clause: Clause, found: TrialFigures) -> str:
     return f">{found.gave_up_ms:,.0f} ms" if clause.figure == "ttft_p95" else "-"
 
 
-def seeds_text(clause: Clause, candidate: Candidate) -> str:
+def seeds_text(clause: Clause, candidate: Candidate, between: str = "  ") -> str:
     """A figure with each seed."""
-    return "  ".join(run_text(clause, found) for found in candidate.figures.values())
+    return between.join(run_text(clause, found) for found in candidate.figures.values())
 
 
 def replicas_text(number: int) -> str:
@@ -83,11 +83,14 @@ def none_line(found: Found, answer: Answer, most: int) -> str:
     nearest = answer.nearest
     if nearest is None:
         return f"{policy_text(answer.policy, answer.what_if)}: {', '.join(answer.notes)}"
+    name = policy_text(answer.policy, answer.what_if)
+    with_seeds = f"with {nearest.num_held} of {len(nearest.held)} seeds, worst {worst_text(found, nearest)}"
+    if answer.proof == ONLY_THIS:
+        return f"{name}: {mix_text(nearest.mix)} do not hold {found.target.text}; they do {with_seeds}"
     tried = f"up to {replicas_text(most)}" if nearest.replicas < most else replicas_text(most)
-    seeds = f"{nearest.num_held} of {len(nearest.held)} seeds"
     return (
-        f"{policy_text(answer.policy, answer.what_if)}: {tried} do not hold {found.target.text}; the best was"
-        f" {nearest.replicas}{_mix(found, nearest)} with {seeds}, worst {worst_text(found, nearest)}"
+        f"{name}: {tried} do not hold {found.target.text}; the best was"
+        f" {nearest.replicas}{_mix(found, nearest)} {with_seeds}"
     )
 
 

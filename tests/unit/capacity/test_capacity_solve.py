@@ -12,7 +12,7 @@ from loraserve.capacity.slo import FIGURES, Target
 from loraserve.capacity.solve import CapacityOptions, prepare, solve
 from loraserve.capacity.tree import tree_of
 from loraserve.capacity.trials import Setting, Trial, run_trial
-from loraserve.capacity.words import answer_lines
+from loraserve.capacity.words import answer_lines, none_line
 from loraserve.errors import BadInputError
 from loraserve.experiments.contenders import contenders
 from loraserve.profiling.files import find_simulatable
@@ -87,8 +87,9 @@ def test_a_mix_holds_with_fewer_than_one_setting_for_all() -> None:
     uniform = found_by(replace(PADDED, asked=Asked(rank=128))).best
     assert mixed.best is not None
     assert uniform.best is not None
-    assert mixed.best.mix == (8, 16, 16, 128, 128, 128)
-    assert uniform.best.mix == (128,) * 8
+    assert mixed.best.replicas < uniform.best.replicas
+    assert len(set(mixed.best.mix)) > 1
+    assert set(uniform.best.mix) == {128}
 
 
 def test_a_mix_asked_for_is_tried_as_it_is() -> None:
@@ -100,6 +101,16 @@ def test_a_mix_asked_for_is_tried_as_it_is() -> None:
     assert len(again.candidates) == 1
     weak = found_by(replace(PADDED, asked=Asked(mix=(8, 8, 16, 16, 16, 128))))
     assert not weak.all_found
+    line = none_line(weak, weak.best, 12)
+    assert line.startswith("optimal: 2 x 8, 3 x 16, 1 x 128 do not hold ttft_p95<1s,tbt_p95<100ms; they do")
+
+
+def test_a_profile_without_operating_points_proposes_nothing_and_says_so() -> None:
+    profile = replace(SETTING.profile, operating_points=(), mixed_tokens_per_s=None)
+    found = found_by(replace(PADDED, setting=replace(PADDED.setting, profile=profile), most=2))
+    assert "has no operating points to propose mixes by" in found.notes[0]
+    assert {len(set(one.mix)) for one in found.candidates} == {1}
+    assert found.best.lower_bound == 2
 
 
 def test_other_kernels_say_that_a_mix_changes_nothing() -> None:
