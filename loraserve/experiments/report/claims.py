@@ -86,7 +86,8 @@ def _found(data: Aggregate, claim: ClaimSection) -> ClaimFound:
         best=best,
         typical=statistics.median(values) if values else None,
         verdict=_verdict(claim, cases, best, reached),
-        is_reached=reached,
+        # A bound below what was published decides nothing.
+        is_reached=None if best is not None and best.is_bound and not reached else reached,
     )
 
 
@@ -116,11 +117,14 @@ def _verdict(
     if claim.paper is None or reached is None:
         return f"{'up to ' if claim.over else ''}{ours}"
     paper = f"{claim.paper:g}"
+    seeds = ""
+    if best.value.lowest < claim.paper < best.value.highest:
+        seeds = f"; seeds from {value_text(best.value.lowest)} to {value_text(best.value.highest)}"
     if reached:
-        return f"reached: {ours}, published {paper}"
+        return f"reached: {ours}, published {paper}{seeds}"
     if best.is_bound:
-        return f"not shown: {ours}, published {paper}; no higher load was compared"
-    return f"not reached: {ours} of {paper} at {'most' if claim.over else 'best'}"
+        return f"not shown: {ours}, published {paper}; more was not tried"
+    return f"not reached: {ours} of {paper} at {'most' if claim.over else 'best'}{seeds}"
 
 
 def _cases(data: Aggregate, claim: ClaimSection) -> Iterator[ClaimCase]:

@@ -127,6 +127,15 @@ def test_a_verdict_says_it_in_words(
     assert (found(result).verdict, found(result).is_reached) == (verdict, reached)
 
 
+def test_a_verdict_says_where_seeds_disagree() -> None:
+    ratios = (1.5, 2.1, 3.0)
+    result = result_of(
+        {**tree(figure="highest_rate", paper=2.0), "seeds": [0, 1, 2]},
+        lambda _t, policy, _k, seed: 0.2 * ratios[seed] if policy == "loraserve" else 0.2,
+    )
+    assert found(result).verdict == "reached: 2.10, published 2; seeds from 1.50 to 3.00"
+
+
 @pytest.mark.parametrize(
     ("figure", "note"),
     [
@@ -159,6 +168,15 @@ def test_one_that_never_holds_gives_the_other_at_least_a_bound(figure: str, leas
     assert one.best.is_bound
     assert one.best.value.median == pytest.approx(least)
     assert one.verdict.startswith("reached: at least ")
+
+
+def test_a_bound_below_what_was_published_decides_nothing() -> None:
+    result = result_of(
+        tree(figure="fewest_replicas", paper=2.0),
+        lambda _t, policy, _k, _s: 0.15 if policy == "loraserve" else 0.0,
+    )
+    assert found(result).verdict == "not shown: at least 1.26, published 2; more was not tried"
+    assert found(result).is_reached is None
 
 
 def test_an_endless_latency_of_the_other_is_no_ratio() -> None:
