@@ -69,6 +69,7 @@ class Simulation:
         by_id = {site.replica_id: site for site in self.sites}
         self.dispatch = Dispatch(scenario, by_id, self.ledger, self.agenda)
         self.shell = Shell(scenario, by_id, self.dispatch, self.agenda)
+        self.shell.is_over = self._is_over
         if scenario.on_demand:
             self.dispatch.on_sent = self.shell.sent
         self.migrations = Migrations(

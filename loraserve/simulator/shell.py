@@ -42,6 +42,8 @@ class Shell:
         )
         # What is fetched on demand need not be loaded to be in the table.
         plan = self._first_plan() if scenario.warm or scenario.on_demand else None
+        self.is_over: Callable[[int], bool] = lambda now_ps: False
+        """Whether every request has ended."""
         self._planned = plan.holders if plan is not None else {}
         self.state = ClusterState(
             replica_ids=self._specs,
@@ -138,6 +140,9 @@ class Shell:
             self._fetch(other, adapter, now_ps)
 
     def _start(self, site: Site, now_ps: int) -> None:
+        if self.is_over(now_ps):
+            # What it would load now nobody asks for any more.
+            return
         setting = self.state.replicas[site.replica_id].max_lora_rank
         if setting is not None:
             site.set_max_lora_rank(setting)

@@ -233,6 +233,8 @@ def test_a_lost_replica_serves_nothing_any_more_and_the_others_serve_everything(
     assert set(result.replica[: late[0]].tolist()) == {0, 1}
     assert not result.statuses
     assert max(result.end_ps) < 1e12 * (trace.duration_s + 60)
+    # The other had all adapters before, and nobody is there any more to load them for.
+    assert result.bytes_moved == 0
 
 
 # -- as text -----------------------------------------------------------------------------------
