@@ -26,7 +26,8 @@ PROFILE_KERNEL = ""
 _WORKLOAD_KEYS = frozenset(field.name for field in fields(SimulatedWorkload)) & frozenset(
     TraceSection.__struct_fields__
 )
-_CODE = ("simulator", "experiments", "engines/replica_model")
+_CODE = ("simulator/**/*.py", "experiments/*.py", "engines/replica_model/**/*.py")
+"""Of what the report draws no job depends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,10 +109,11 @@ def code_digest() -> str:
     """A hash of everything that decides what a simulation gives, so that results of other code are not mixed
     with this one's."""
     whole = hashlib.sha256()
-    ours = Path(loraserve.__path__[0])
-    for folder in (*(ours / part for part in _CODE), Path(placement.__path__[0]), Path(traces.__path__[0])):
-        for path in sorted(folder.rglob("*.py")):
-            whole.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    ours, others = Path(loraserve.__path__[0]), (placement.__path__[0], traces.__path__[0])
+    patterns = [(ours, pattern) for pattern in _CODE] + [(Path(other), "**/*.py") for other in others]
+    for folder, pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            whole.update(f"{folder.name}/{path.relative_to(folder)}".encode() + b"\0" + path.read_bytes())
     return whole.hexdigest()
 
 

@@ -52,6 +52,10 @@ class Point(Value, frozen=True):
     tpot_p99_ms: float | None = None
 
 
+FIGURES = tuple(name for name in Point.__struct_fields__ if name not in ("asked", "rate_per_s", "replicas"))
+"""The names of everything that is told of one run."""
+
+
 class Probe(Value, frozen=True):
     """One step of a search: whether this rate, or this number of replicas, held the SLO; `ttft_p95_ms` None
     also where the run was ended because it could no longer hold."""

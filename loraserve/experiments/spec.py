@@ -239,6 +239,8 @@ def _check(experiment: Experiment) -> None:
             f"cluster.warmup_s: {experiment.cluster.warmup_s:g}; expected less than cluster.duration_s,"
             f" {experiment.cluster.duration_s:g}"
         )
+    for place, line in enumerate(experiment.published):
+        _check_published(line, f"published[{place}]")
     for place, claim in enumerate(experiment.claims):
         _check_claim(experiment, claim, f"claims[{place}]")
 
@@ -247,6 +249,14 @@ def _refuse_twice(key: str, values: list[Any], of: str = "") -> None:
     for place, value in enumerate(values):
         if value in values[:place]:
             raise BadInputError(f"{key}[{place}]{of}: {shown(value)} stands there twice; expected each once")
+
+
+def _check_published(line: PublishedSection, where: str) -> None:
+    # Only here, as results are made of experiments.
+    from loraserve.experiments.results import FIGURES
+
+    if line.figure not in FIGURES:
+        raise BadInputError(f"{where}.figure: {shown(line.figure)}; expected one of {', '.join(FIGURES)}")
 
 
 def _check_claim(experiment: Experiment, claim: ClaimSection, where: str) -> None:

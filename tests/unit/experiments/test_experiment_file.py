@@ -47,6 +47,14 @@ TRACE = {"name": "u", "source": "preset:loraserve-uniform"}
             {"claims": [{"text": "t", "figure": "speed", "policy": "optimal"}]},
             'claims[0].figure: "speed"; expected one of fewest_replicas, highest_rate',
         ),
+        (
+            {"published": [{"name": "theirs", "figure": "speed", "points": [[1.0, 2.0]]}]},
+            'published[0].figure: "speed"; expected one of requests, failed, throughput_per_s',
+        ),
+        (
+            {"published": [{"name": "theirs", "figure": "failed", "points": [[1.0]]}]},
+            "published[0].points[0]: [1.0]; expected a list of 2: a number, a number",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_path_and_what_would_be_right(
