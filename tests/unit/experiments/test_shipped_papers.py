@@ -1,13 +1,15 @@
 """The experiments that ship: each can be made into jobs, and a small piece of each runs."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from loraserve.experiments.jobs import Job, jobs_of_experiment
 from loraserve.experiments.measure import measure
+from loraserve.experiments.report.aggregate import FIGURES
 from loraserve.experiments.spec import (
+    ClaimSection,
     Experiment,
     experiment_tree,
     parse_experiment,
@@ -59,6 +61,11 @@ def test_a_published_line_has_a_source_and_goes_forward(shipped: Experiment) -> 
         assert line.source
         assert places == sorted(set(places))
     assert all(claim.source for claim in shipped.claims if claim.paper is not None)
+
+
+def test_the_report_knows_every_figure_that_a_claim_may_name() -> None:
+    named = set(get_args(get_type_hints(ClaimSection)["figure"]))
+    assert named - FIGURES.keys() == {"highest_rate", "fewest_replicas"}
 
 
 def _small_jobs(experiment: Experiment) -> tuple[Job, ...]:
