@@ -125,6 +125,7 @@ class ClaimSection(Section, frozen=True, kw_only=True):
         "tpot_mean_ms",
         "latency_per_token_ms",
         "wait_per_token_ms",
+        "token_attainment",
         "throughput_per_s",
         "resident_bytes",
     ]
