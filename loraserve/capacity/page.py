@@ -123,7 +123,7 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
         for label, row in rows
     )
     return (
-        f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{cells}</tr></thead>\n'
+        f'<div class="scroll" tabindex="0"><table class="grid">\n<thead><tr>{cells}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 

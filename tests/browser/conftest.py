@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser.chromium import Browser, find_chromium, running
-from tests.browser.made_pages import experiment_report, replay_report, simulation_report
+from tests.browser.made_pages import capacity_report, experiment_report, replay_report, simulation_report
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +25,7 @@ def reports(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """One page of each kind; none is written where no browser is."""
     folder = tmp_path_factory.mktemp("reports")
     return {
+        "capacity": capacity_report(folder / "capacity"),
         "experiment": experiment_report(folder / "experiment"),
         "replay": replay_report(folder / "replay"),
         "simulation": simulation_report(folder / "simulation"),

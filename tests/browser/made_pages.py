@@ -2,15 +2,25 @@
 
 from pathlib import Path
 
+from loraserve.capacity.prices import Price
+from loraserve.capacity.report import write_report as write_capacity_report
+from loraserve.capacity.slo import Target
+from loraserve.capacity.solve import CapacityOptions, prepare, solve
+from loraserve.capacity.trials import Setting
+from loraserve.experiments.contenders import contenders
 from loraserve.experiments.jobs import jobs_of_experiment
 from loraserve.experiments.measure import measure
 from loraserve.experiments.report.write import write_report as write_experiment_report
 from loraserve.experiments.results import ExperimentResult
 from loraserve.experiments.spec import parse_experiment
+from loraserve.profiling.files import find_simulatable
 from loraserve.simulator.figures import Judging, figures_of
+from loraserve.simulator.from_profile import ClusterOptions
 from loraserve.simulator.report import write_comparison
 from loraserve.simulator.run import simulate
 from loraserve.simulator.scenario import Scenario
+from loraserve.simulator.what_if import WhatIf
+from loraserve.simulator.workload import SimulatedWorkload
 from tests.support.simulated import poisson_trace, replicas_of, scenario_of
 from traces import Outcome, RequestRecord, bundled_trace, schedule, summarise
 from traces.report import write_report as write_replay_report
@@ -98,3 +108,27 @@ def simulation_report(folder: Path) -> Path:
     return write_comparison(
         folder, runs, names, title=NASTY, command="loraserve simulate demo", workload={"trace": NASTY}
     )
+
+
+def capacity_report(folder: Path) -> Path:
+    """The report of a search for capacity."""
+    options = CapacityOptions(
+        setting=Setting(
+            workload=SimulatedWorkload(
+                source="preset:loraserve-skew", rate_per_s=12.0, duration_s=12.0, adapters=5
+            ),
+            profile=find_simulatable("a100-llama2-7b-bgmv-42"),
+            cluster=ClusterOptions(epoch_s=4.0),
+            judging=Judging(),
+        ),
+        target=Target.parse("ttft_p95<1s,tbt_p95<100ms"),
+        contenders=contenders(["optimal", "slora-random"]),
+        seeds=(0, 1),
+        most=6,
+        what_if=WhatIf.parse(add=["2x64"]),
+        price=Price(per_gpu_hour=2.5, gpus_per_replica=1),
+        has_curve=True,
+        jobs=1,
+    )
+    folder.mkdir()
+    return write_capacity_report(folder, solve(prepare(options)), command=f"loraserve capacity {NASTY}")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.browser.chromium import Browser, Tab, find_chromium, running
 
-KINDS = ("experiment", "replay", "simulation")
+KINDS = ("capacity", "experiment", "replay", "simulation")
 PHONE, DESKTOP = (375, 800), (1280, 900)
 PAPER_WIDTH, PAPER_HEIGHT = 688, 1000
 """A4 without the margins, in CSS pixels."""
