@@ -221,7 +221,9 @@ def _answer(
         raise EOFError from None
     except LoraServeError as error:
         kind = BadInputError if isinstance(error, BadInputError) else WorkFailedError
-        return "error", kind(f"{label(item)}: {error}")
+        # An act may have said already what it was about.
+        name, line = label(item), str(error)
+        return "error", kind(line if line.startswith(name) else f"{name}: {line}")
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         return "error", WorkFailedError(f"{label(item)}: {line}")

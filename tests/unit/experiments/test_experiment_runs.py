@@ -116,7 +116,9 @@ def test_a_job_that_does_not_fit_is_refused_with_its_name(tmp_path: Path) -> Non
         small_tree(traces=[{"name": "wide", "source": "preset:loraserve-uniform", "ranks": "8,256"}])
     )
     jobs = jobs_of_experiment(experiment, Path())
-    with pytest.raises(BadInputError, match=r"wide, optimal, 2 replicas, padded_batch, seed 0: .*rank 256"):
+    with pytest.raises(
+        BadInputError, match=r"^wide, optimal, 2 replicas, padded_batch, seed [01]: adapter .*rank 256"
+    ):
         run_experiment("wide", experiment, jobs, tmp_path, processes=2)
 
 
