@@ -103,6 +103,7 @@ def scenario_of_trial(setting: Setting, trial: Trial) -> Scenario:
         policy=contender.policy,
         routing=contender.routing,
         forecast=contender.forecast,
+        migration=setting.cluster.migration if contender.migration == "off" else contender.migration,
         failures=trial.what_if.failures(number, trace.duration_s),
     )
     return scenario_of(setting.profile, trace, options, seed=trial.seed)
