@@ -10,8 +10,9 @@ three seeds. `loraserve simulate experiment:loraserve-4` makes the same with a r
              rate of the experiment); 4 replicas, batches padded to their highest rank. null: there is none,
              and the note says why; at_least: the other was never inside, so what it failed at is compared
   cases      the same for every number of replicas, kernel and rate, with the least and the most of the seeds
-  optimal_behind   where another policy is better than `optimal` for every seed: a highest rate above by more
-             than 3 %, the tolerance of the search; a TTFT p95 lower by more than 5 %; fewer replicas
+  optimal_behind   where another policy is better than `optimal` with some seed: a highest rate above by more
+             than 3 %, the tolerance of the search; a TTFT p95 lower by more than 5 %; fewer replicas.
+             times_the_tolerance is 1 there, for each seed; for_every_seed tells what is no lot of the draw
   wall_s     how long all of it took, 0.0 for what was there from an earlier run of the same code in --out
 
 Goal: under 900 s on 2 cores.
@@ -129,7 +130,7 @@ def headline(found: Sequence[dict[str, Any]], pair: str) -> dict[str, dict[str, 
 
 
 def optimal_behind(result: ExperimentResult) -> Iterator[dict[str, Any]]:
-    """Where another policy is better than ours for every seed."""
+    """Where another policy is better than ours with some seed, beyond the tolerance."""
     jobs = {
         (job.trace, job.kernel, job.profile, job.replicas, job.policy, job.seed): job for job in result.jobs
     }
@@ -145,7 +146,7 @@ def optimal_behind(result: ExperimentResult) -> Iterator[dict[str, Any]]:
             for seed in seeds
         ]
         for figure, rate, ratios in _comparisons(pairs):
-            if ratios and all(ratio > 1 for ratio in ratios):
+            if any(ratio > 1 for ratio in ratios):
                 yield {
                     "experiment": result.name,
                     "workload": trace,
@@ -154,7 +155,8 @@ def optimal_behind(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                     "policy": policy,
                     "figure": figure,
                     "rate": rate,
-                    "times_the_tolerance": ratios,
+                    "times_the_tolerance": dict(zip(map(str, seeds), ratios, strict=True)),
+                    "for_every_seed": all(ratio > 1 for ratio in ratios),
                 }
 
 
@@ -227,10 +229,12 @@ def print_report(report: dict[str, Any]) -> None:
         for figure, by_workload in report[pair].items():
             cells = ", ".join(f"{workload} {_cell(case)}" for workload, case in by_workload.items())
             print(f"  {figure}: {cells}", file=sys.stderr)
-    print(f"\noptimal behind another for every seed: {len(report['optimal_behind'])} cases", file=sys.stderr)
-    for one in report["optimal_behind"]:
+    behind = report["optimal_behind"]
+    always = sum(one["for_every_seed"] for one in behind)
+    print(f"\noptimal behind another: {len(behind)} cases, {always} of them for every seed", file=sys.stderr)
+    for one in behind:
         where = f"{one['experiment']}, {one['workload']}, {one['kernel']}, {one['figure']} {one['rate']}"
-        ratios = ", ".join(f"{ratio:.3f}" for ratio in one["times_the_tolerance"])
+        ratios = ", ".join(f"{ratio:.3f}" for ratio in one["times_the_tolerance"].values())
         print(f"  {where}: {one['policy']} ({ratios} of the tolerance)", file=sys.stderr)
     print(f"wall: {report['wall_s']:.0f} s", file=sys.stderr)
 
