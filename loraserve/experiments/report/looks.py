@@ -107,6 +107,7 @@ def panels(
 ) -> Iterator[Panels]:
     """So many panels of this size, a few of them larger; room for a legend of these below. Laid out by hand:
     matplotlib's own layouts draw everything several times."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     across = min(across or PANELS_ACROSS, count)
@@ -118,7 +119,8 @@ def panels(
     legend_in = _LEGEND_ROW_IN * math.ceil(len(legend) / _columns(whole_in, legend))
     row_in = height_in + _TOP_IN
     tall_in = down * row_in + _BOTTOM_IN + legend_in
-    with styled(theme):
+    # Names are anybody's: a dollar sign in one begins no formula.
+    with styled(theme), matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(whole_in, tall_in), dpi=_DOTS_PER_IN)
         axes = []
         for place in range(count):

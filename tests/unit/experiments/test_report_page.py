@@ -22,7 +22,7 @@ from tests.support.full_disk import full_disk
 from tests.support.made_experiments import result_of
 from traces.plots import DARK, LIGHT
 
-NASTY = "<script>alert('x')</script> & \"quotes\" | \\ é"
+NASTY = "<script>alert('x')</script> & \"quotes\" | \\ é $\\frac{$"
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL: dict[str, Any] = {
     "title": NASTY,
@@ -45,7 +45,7 @@ SMALL: dict[str, Any] = {
     ],
     "published": [
         {"name": NASTY, "figure": "ttft_p95_ms", "points": [[10, 20], [20, 30]]},
-        {"name": "what is this", "figure": "unknown", "points": [[1, 2]]},
+        {"name": "what is this", "figure": "requests", "points": [[1, 2]]},
     ],
 }
 
