@@ -77,6 +77,8 @@ def _explained(tree: Mapping[str, Any], path: str, section: type[Section], messa
             value, kind = value[name], _field(kind, name)
         elif isinstance(kind, inspect.ListType):
             value, kind = value[int(index)], kind.item_type
+        elif isinstance(kind, inspect.TupleType):
+            value, kind = value[int(index)], kind.item_types[int(index)]
     missing = re.search(r"missing required field `(\w+)`", message)
     if missing and isinstance(kind, inspect.StructType):
         dotted = ".".join(filter(None, (path, missing[1])))

@@ -3,6 +3,7 @@
 Everything in it that is a list multiplies: traces, policies, replicas, kernels, profiles, rates and seeds.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,7 @@ RateText = Annotated[
 ]
 Seconds = Annotated[float, Meta(ge=0, le=3e6)]
 Above = Annotated[float, Meta(gt=0, le=1e9)]
+Finite = Annotated[float, Meta(ge=-1e18, le=1e18)]
 Replicas = Annotated[int, Meta(ge=1, le=MAX_REPLICAS)]
 Name = Annotated[
     str,
@@ -63,7 +65,7 @@ class TraceSection(Section, frozen=True, kw_only=True):
     ranks: str | None = None
     correlation: Annotated[float, Meta(ge=-1, le=1)] | None = None
     assign: str = "auto"
-    parameter: float | None = None
+    parameter: Finite | None = None
     base_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
     lengths: str | None = None
 
@@ -78,7 +80,7 @@ class ClusterSection(Section, frozen=True):
     window_s: Seconds = 0.0
     routers: Annotated[int, Meta(ge=1, le=1000)] = 1
     speed: Above = 1.0
-    pool_mib: Annotated[float, Meta(ge=0)] = 0.0
+    pool_mib: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     on_demand: bool = False
     from_origin_only: bool = False
     max_waiting: Annotated[int, Meta(ge=1)] = 256
@@ -95,7 +97,7 @@ class SloSection(Section, frozen=True):
 
     ttft_ms: Above = 2000.0
     tbt_ms: Above = 150.0
-    token_ms: Annotated[float, Meta(ge=0)] = 0.0
+    token_ms: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
 
 
 class FindSection(Section, frozen=True):
@@ -131,7 +133,7 @@ class ClaimSection(Section, frozen=True, kw_only=True):
     ]
     policy: str
     over: str = ""
-    paper: float | None = None
+    paper: Finite | None = None
     source: str = ""
     why: str = ""
     traces: list[str] = _list()
@@ -144,7 +146,7 @@ class PublishedSection(Section, frozen=True, kw_only=True):
 
     name: str
     figure: str
-    points: list[tuple[float, float]]
+    points: Annotated[list[tuple[Finite, Finite]], Meta(min_length=1)]
     over: Literal["rate_per_s", "replicas"] = "rate_per_s"
     source: str = ""
 
@@ -240,6 +242,9 @@ def _check(experiment: Experiment) -> None:
             f"cluster.warmup_s: {experiment.cluster.warmup_s:g}; expected less than cluster.duration_s,"
             f" {experiment.cluster.duration_s:g}"
         )
+    _check_failures(experiment)
+    if experiment.map_rate is not None:
+        _check_rate(experiment.map_rate, experiment.all_rates, "map_rate")
     for place, line in enumerate(experiment.published):
         _check_published(line, f"published[{place}]")
     for place, claim in enumerate(experiment.claims):
@@ -250,6 +255,32 @@ def _refuse_twice(key: str, values: list[Any], of: str = "") -> None:
     for place, value in enumerate(values):
         if value in values[:place]:
             raise BadInputError(f"{key}[{place}]{of}: {shown(value)} stands there twice; expected each once")
+
+
+def _check_rate(rate: float | str, known: Sequence[float | str], where: str) -> None:
+    if rate not in known:
+        listed = ", ".join(shown(one) for one in known) or "none, as the experiment names none"
+        raise BadInputError(f"{where}: {shown(rate)}; expected of {listed}")
+
+
+def _check_failures(experiment: Experiment) -> None:
+    """Each must be of a replica that every run has; a search for the fewest may try one alone."""
+    # Only here: what reads an experiment's results needs no simulator.
+    from loraserve.simulator.from_profile import parse_failures
+
+    for place, text in enumerate(experiment.cluster.fail):
+        where = f"cluster.fail[{place}]"
+        try:
+            (failure,) = parse_failures([text])
+        except BadInputError:
+            raise BadInputError(
+                f"{where}: {shown(text)}; expected such as 'replica-1@100s for 30s'"
+            ) from None
+        fewest = 1 if experiment.find.fewest_replicas_at else min(experiment.replicas)
+        known = [f"replica-{one}" for one in range(fewest)]
+        if failure.replica_id not in known:
+            listed = known[0] if fewest == 1 else f"{known[0]} to {known[-1]}"
+            raise BadInputError(f"{where}: {shown(text)}; expected of {listed}, which all runs have")
 
 
 def _check_published(line: PublishedSection, where: str) -> None:
@@ -273,3 +304,7 @@ def _check_claim(experiment: Experiment, claim: ClaimSection, where: str) -> Non
             if value not in known:
                 listed = ", ".join(name for name in known if name) or "none, as the experiment names none"
                 raise BadInputError(f"{where}.{key}: {shown(value)}; expected of {listed}")
+    if claim.rate is not None:
+        is_search = claim.figure == "fewest_replicas"
+        rates = experiment.find.fewest_replicas_at if is_search else experiment.all_rates
+        _check_rate(claim.rate, rates, f"{where}.rate")

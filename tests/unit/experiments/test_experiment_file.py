@@ -53,7 +53,30 @@ TRACE = {"name": "u", "source": "preset:loraserve-uniform"}
         ),
         (
             {"published": [{"name": "theirs", "figure": "failed", "points": [[1.0]]}]},
-            "published[0].points[0]: [1.0]; expected a list of 2: a number, a number",
+            "published[0].points[0]: [1.0]; expected a list of 2: a number from -1e18 to 1e18",
+        ),
+        (
+            {"published": [{"name": "theirs", "figure": "failed", "points": []}]},
+            "published[0].points: []; expected a list of at least 1",
+        ),
+        (
+            {"published": [{"name": "theirs", "figure": "failed", "points": [[1.0, float("nan")]]}]},
+            "published[0].points[0][1]: NaN; expected a number from -1e18 to 1e18",
+        ),
+        ({"cluster": {"pool_mib": float("inf")}}, "cluster.pool_mib: Infinity; expected a number from 0"),
+        ({"cluster": {"fail": ["soon"]}}, 'cluster.fail[0]: "soon"; expected such as '),
+        (
+            {"cluster": {"fail": ["replica-1@1s for 1s"]}},
+            'cluster.fail[0]: "replica-1@1s for 1s"; expected of replica-0, which all runs have',
+        ),
+        ({"map_rate": 3.0}, 'map_rate: 3.0; expected of "0.6x", "1.1x"'),
+        (
+            {"claims": [{"text": "t", "figure": "ttft_p95_ms", "policy": "optimal", "rate": 3.0}]},
+            'claims[0].rate: 3.0; expected of "0.6x", "1.1x"',
+        ),
+        (
+            {"claims": [{"text": "t", "figure": "fewest_replicas", "policy": "optimal", "rate": "0.6x"}]},
+            'claims[0].rate: "0.6x"; expected of 8.0',
         ),
     ],
 )
@@ -63,6 +86,13 @@ def test_what_is_wrong_is_refused_with_its_path_and_what_would_be_right(
     with pytest.raises(ConfigError) as refused:
         parse_experiment(small_tree(**change), "mine.toml")
     assert str(refused.value).startswith(f"mine.toml: {said}")
+
+
+def test_failures_of_replicas_that_every_run_has_are_taken() -> None:
+    cluster = {"fail": ["replica-1@1s for 1s"]}
+    assert parse_experiment(small_tree(cluster=cluster, find={})).cluster.fail == cluster["fail"]
+    with pytest.raises(ConfigError, match=r"cluster\.fail\[0\]: .* expected of replica-0 to replica-1"):
+        parse_experiment(small_tree(cluster={"fail": ["replica-2@1s for 1s"]}, find={}))
 
 
 def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path) -> None:

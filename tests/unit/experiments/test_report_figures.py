@@ -224,8 +224,8 @@ def test_a_claim_is_about_the_traces_kernels_and_rate_that_it_names() -> None:
     }
     (case,) = found(result_of(wide, lambda *_: 0.5)).cases
     assert (case.trace, case.setting.kernel, case.rate) == ("w", "sum", "0.4x (16/s)")
-    missing = found(result_of({**wide, "rates": ["0.5x"]}, lambda *_: 0.5))
-    assert missing.verdict == "no figure: not run"
+    never_searched = {**tree(figure="highest_rate"), "find": {}}
+    assert found(result_of(never_searched, lambda *_: 0.5)).verdict == "no figure: not run"
 
 
 def test_up_to_is_the_best_case_and_the_middle_one_the_median() -> None:
