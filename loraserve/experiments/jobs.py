@@ -2,6 +2,8 @@
 result on disk."""
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -15,19 +17,25 @@ import placement
 import traces
 from loraserve.errors import BadInputError
 from loraserve.experiments.contenders import Contender
+from loraserve.experiments.drawn import typical_requests
 from loraserve.experiments.spec import Experiment, TraceSection
 from loraserve.profiling.files import find_simulatable
 from loraserve.simulator.workload import DEMO, SimulatedWorkload
 from placement.profile import Profile
 from traces.synthesis import is_preset
+from traces.synthesis.workload import named_settings
 
 PROFILE_KERNEL = ""
 """The kernel of a job that takes its profile's own."""
 _WORKLOAD_KEYS = frozenset(field.name for field in fields(SimulatedWorkload)) & frozenset(
     TraceSection.__struct_fields__
 )
-_CODE = ("simulator/**/*.py", "experiments/*.py", "engines/replica_model/**/*.py")
+_CODE = ("simulator/**/*.py", "experiments/*.py", "engines/replica_model/**/*.py", "profiling/search.py")
 """Of what the report draws no job depends."""
+_SAID_ELSEWHERE = {"rate": "rates", "duration": "traces.duration_s", "requests": "traces.requests"}
+"""What a preset's text must leave to the experiment, and the experiment's keys for it."""
+_PART = re.compile(r"[:=]|,(?=[a-z-]+=)")
+"""Between the parts of a law, or of a preset, one of which may name a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +99,7 @@ def job_key(job: Job) -> str:
     """A name for what a job finds: the same for the same job on the same traces by the same code."""
     plain = {
         "trace": msgspec.to_builtins(job.workload),
-        "content": _content(job.workload.source),
+        "content": _contents(job.workload),
         "contender": msgspec.to_builtins(job.contender),
         "profile": msgspec.to_builtins(job.profile, str_keys=True),
         "cluster": msgspec.to_builtins(job.experiment.cluster),
@@ -109,20 +117,35 @@ def code_digest() -> str:
     """A hash of everything that decides what a simulation gives, so that results of other code are not mixed
     with this one's."""
     whole = hashlib.sha256()
-    ours, others = Path(loraserve.__path__[0]), (placement.__path__[0], traces.__path__[0])
-    patterns = [(ours, pattern) for pattern in _CODE] + [(Path(other), "**/*.py") for other in others]
-    for folder, pattern in patterns:
-        for path in sorted(folder.glob(pattern)):
-            whole.update(f"{folder.name}/{path.relative_to(folder)}".encode() + b"\0" + path.read_bytes())
+    for folder, path in code_files():
+        whole.update(f"{folder.name}/{path.relative_to(folder)}".encode() + b"\0" + path.read_bytes())
     return whole.hexdigest()
 
 
+def code_files() -> Iterator[tuple[Path, Path]]:
+    """What `code_digest` is of, each file with the folder of its package."""
+    ours, others = Path(loraserve.__path__[0]), (Path(placement.__path__[0]), Path(traces.__path__[0]))
+    patterns = [(ours, pattern) for pattern in _CODE] + [(other, "**/*.py") for other in others]
+    patterns.append((others[1], "bundled/*.csv"))
+    for folder, pattern in patterns:
+        yield from ((folder, path) for path in sorted(folder.glob(pattern)))
+
+
+def _contents(workload: SimulatedWorkload) -> list[str]:
+    """A hash of each file that decides what it draws: its own, and those that its laws name."""
+    texts = [text for text in (workload.source, workload.lengths, workload.ranks) if text]
+    parts = [part for text in texts for part in (text, *_PART.split(text))]
+    files = [Path(part) for part in dict.fromkeys(parts) if part != DEMO and os.path.isfile(part)]
+    return [_content(path, path.stat().st_mtime_ns) for path in files]
+
+
 @lru_cache(maxsize=64)
-def _content(source: str) -> str:
-    if source == DEMO or is_preset(source):
-        return ""
-    with Path(source).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _content(path: Path, _changed_ns: int) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _workload(trace: TraceSection, experiment: Experiment, folder: Path, place: int) -> SimulatedWorkload:
@@ -138,7 +161,23 @@ def _workload(trace: TraceSection, experiment: Experiment, folder: Path, place: 
         values["source"] = str(path)
     if values["duration_s"] is None and values["requests"] is None and experiment.cluster.duration_s:
         values["duration_s"] = experiment.cluster.duration_s
-    return SimulatedWorkload(**values)
+    workload = SimulatedWorkload(**values)
+    if is_drawn:
+        _check_preset(workload, f"traces[{place}]")
+    return workload
+
+
+def _check_preset(workload: SimulatedWorkload, where: str) -> None:
+    """BadInputError for one that cannot be drawn; that of a file shows when it is read."""
+    try:
+        said = sorted(named_settings(workload.source) & _SAID_ELSEWHERE.keys())
+        if said:
+            raise BadInputError(
+                f"source: {workload.source} says its {said[0]}; say it with {_SAID_ELSEWHERE[said[0]]}"
+            )
+        typical_requests(workload, 0)
+    except BadInputError as error:
+        raise BadInputError(f"{where}: {error}") from error
 
 
 def _profile(name: str, place: int) -> Profile:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import msgspec
 
 from loraserve.errors import BadInputError
+from loraserve.experiments.drawn import own_rate
 from loraserve.experiments.fewest import ReplicaSearch
 from loraserve.experiments.jobs import Job
 from loraserve.experiments.points import finite, point_of, rank_map_of
 from loraserve.experiments.results import Fewest, Highest, JobResult, Point, Probe, RankMap
-from loraserve.experiments.scenarios import fluid_per_s, own_rate, scenario_at
-from loraserve.experiments.spec import share_of
+from loraserve.experiments.scenarios import fluid_per_s, scenario_at
+from loraserve.experiments.spec import OWN, share_of
 from loraserve.profiling.search import RateSearch, SearchLimits
 from loraserve.simulator.figures import Judging, figures_of, metrics_of
 from loraserve.simulator.give_up import GaveUpError, GiveUp
@@ -64,7 +65,7 @@ class _Measuring:
 
     def _point(self, asked: float | str) -> Point:
         rate = self._rate(asked)
-        result = simulate(scenario_at(self._job, rate, self._job.replicas))
+        result = simulate(scenario_at(self._job, None if asked == OWN else rate, self._job.replicas))
         figures = figures_of(result, self._judging)
         if self._job.has_map and asked == self._map_rate():
             self._map = rank_map_of(figures, rate)
@@ -110,13 +111,13 @@ class _Measuring:
         search = ReplicaSearch(most=find.most_replicas, start=start)
         probes = []
         while (replicas := search.next_replicas) is not None:
-            probes.append(self._probe(rate, replicas))
+            probes.append(self._probe(rate, replicas, is_own=asked == OWN))
             search.tell(held=probes[-1].held)
         return Fewest(asked=str(asked), rate_per_s=rate, replicas=search.fewest or 0, probes=tuple(probes))
 
-    def _probe(self, rate_per_s: float, replicas: int) -> Probe:
+    def _probe(self, rate_per_s: float, replicas: int, *, is_own: bool = False) -> Probe:
         slo, warmup_s = self._judging.slo, self._judging.warmup_s
-        scenario = scenario_at(self._job, rate_per_s, replicas)
+        scenario = scenario_at(self._job, None if is_own else rate_per_s, replicas)
         try:
             result = simulate(scenario, give_up=GiveUp(ttft_ms=slo.ttft_ms, warmup_s=warmup_s))
         except GaveUpError:

@@ -1,26 +1,18 @@
 """The scenarios of a job: its workload at a rate, on so many replicas."""
 
-from dataclasses import replace
-from functools import lru_cache
-
 import numpy as np
 
 from loraserve.errors import BadInputError
+from loraserve.experiments.drawn import requests_at, typical_requests
 from loraserve.experiments.jobs import Job
 from loraserve.simulator.from_profile import ClusterOptions, parse_failures, scenario_of
 from loraserve.simulator.scenario import Scenario
-from loraserve.simulator.workload import SimulatedWorkload
 from placement.latency import RankKernel
-from traces.columns import TraceColumns
-from traces.synthesis import is_preset
-from traces.synthesis.tiling import at_rate
-
-FLUID_RATE_PER_S, FLUID_DURATION_S = 10.0, 200.0
-"""Of the workload that a preset's fluid rate is taken from."""
 
 
-def scenario_at(job: Job, rate_per_s: float, replicas: int) -> Scenario:
-    """The job's workload at this rate on so many replicas."""
+def scenario_at(job: Job, rate_per_s: float | None, replicas: int) -> Scenario:
+    """The job's workload at this rate, None: as it is by itself, on so many replicas; BadInputError if all of
+    it comes in the warm-up."""
     cluster = job.experiment.cluster
     options = ClusterOptions(
         num_replicas=replicas,
@@ -43,6 +35,13 @@ def scenario_at(job: Job, rate_per_s: float, replicas: int) -> Scenario:
         migration=cluster.migration if job.contender.migration == "off" else job.contender.migration,
     )
     trace = requests_at(job.workload, rate_per_s, job.seed)
+    last_s = float(trace.arrival_s[-1]) if len(trace) else 0.0
+    if not len(trace) or last_s < cluster.warmup_s:
+        at = "" if rate_per_s is None else f" at {rate_per_s:.4g}/s"
+        raise BadInputError(
+            f"cluster.warmup_s: {cluster.warmup_s:g} leaves nothing; expected at most {last_s:g}, when the"
+            f" last request comes{at}"
+        )
     return scenario_of(job.profile, trace, options, seed=job.seed)
 
 
@@ -66,28 +65,3 @@ def fluid_per_s(job: Job, replicas: int) -> float:
     speeds = np.array([*(known.operating_point(rank) for rank in ranks), known.operating_point(0)])
     tokens = trace.prompt_tokens.astype(np.int64) + trace.output_tokens
     return replicas * len(trace) / float((tokens / speeds[trace.adapter]).sum())
-
-
-def own_rate(workload: SimulatedWorkload, seed: int) -> float:
-    """Requests per second of the workload as it is by itself."""
-    trace = _drawn(workload, None, seed)
-    return max(len(trace) - 1, 1) / trace.duration_s if trace.duration_s > 0 else 1.0
-
-
-def requests_at(workload: SimulatedWorkload, rate_per_s: float, seed: int) -> TraceColumns:
-    """The workload at this mean rate."""
-    if is_preset(workload.source) and workload.speedup is None:
-        return _drawn(workload, rate_per_s, seed)
-    return at_rate(_drawn(workload, None, seed), rate_per_s)
-
-
-def typical_requests(workload: SimulatedWorkload, seed: int) -> TraceColumns:
-    """Requests to take the workload's cost from."""
-    if not is_preset(workload.source):
-        return _drawn(workload, None, seed)
-    return _drawn(replace(workload, duration_s=FLUID_DURATION_S, requests=None), FLUID_RATE_PER_S, 0)
-
-
-@lru_cache(maxsize=8)
-def _drawn(workload: SimulatedWorkload, rate_per_s: float | None, seed: int) -> TraceColumns:
-    return replace(workload, rate_per_s=rate_per_s).draw(seed)

@@ -22,7 +22,15 @@ def jobs() -> dict[str, Job]:
         small_tree(
             traces=[
                 {"name": "slide", "source": "preset:loraserve-skewslide", "adapters": 10},
-                {"name": "demo", "source": "demo", "adapters": 6, "assign": "zipf", "correlation": 1.0},
+                {
+                    "name": "demo",
+                    "source": "demo",
+                    # So many that some are left after the warm-up at the highest rate that is tried.
+                    "requests": 800,
+                    "adapters": 6,
+                    "assign": "zipf",
+                    "correlation": 1.0,
+                },
             ],
             policies=["optimal", "loraserve", "least-loaded", "rank-backlog"],
             rates=["0.9x"],

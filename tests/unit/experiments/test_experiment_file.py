@@ -1,12 +1,15 @@
 """The file of an experiment: what it may say, and what is said of one that is wrong."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loraserve.errors import BadInputError, ConfigError
-from loraserve.experiments.jobs import job_key, jobs_of_experiment
+from loraserve.experiments.jobs import code_files, job_key, jobs_of_experiment
 from loraserve.experiments.spec import (
     OWN,
     experiment_tree,
@@ -18,6 +21,12 @@ from loraserve.experiments.spec import (
 )
 from tests.support.experiments import small_tree
 
+LISTING = """
+import loraserve.experiments.measure, sys
+ours = ("loraserve", "placement", "traces")
+print(*(found.__file__ for name, found in sys.modules.items() if name.split(".")[0] in ours))
+"""
+LENGTHS = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,400,40\n2023-11-16 18:15:50,300,30\n"
 TRACE = {"name": "u", "source": "preset:loraserve-uniform"}
 
 
@@ -134,12 +143,67 @@ def test_a_key_changes_with_whatever_changes_the_result(tmp_path: Path) -> None:
         experiment = parse_experiment(small_tree(traces=[{"name": "t", "source": "t.csv"}], **changes))
         return job_key(jobs_of_experiment(experiment, tmp_path)[0])
 
+    def key_of(**changes: Any) -> str:
+        section = {"name": "t", "source": "preset:loraserve-uniform", **changes}
+        return job_key(jobs_of_experiment(parse_experiment(small_tree(traces=[section])), tmp_path)[0])
+
     trace.write_text("a")
     first = key()
     assert key(title="Another") == first
     assert key(slo={"ttft_ms": 1000.0}) != first
     assert key(cluster={"epoch_s": 9.0}) != first
     assert key(rates=["0.5x"]) != first
+    trace.write_text("b")
+    os.utime(trace, ns=(1, 1))
+    assert key() != first
+    # Files that laws name decide as much, in a preset's text and beside it.
+    weights = tmp_path / "weights.txt"
+    weights.write_text("3 2 1")
+    named = {"source": f"preset:loraserve-uniform,popularity=file:{weights},base-share=0.1", "adapters": 3}
+    first = key_of(**named)
+    weights.write_text("1 1 1")
+    os.utime(weights, ns=(1, 1))
+    assert key_of(**named) != first
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text(LENGTHS)
+    drawn = {"lengths": f"resample:{lengths}"}
+    first = key_of(**drawn)
+    lengths.write_text(LENGTHS.replace("40", "50"))
+    os.utime(lengths, ns=(1, 1))
+    assert key_of(**drawn) != first
+
+
+def test_a_key_covers_all_code_that_measures() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", LISTING], capture_output=True, text=True, check=True, timeout=60
+    )
+    covered = {str(path) for _, path in code_files()}
+    used = set(told.stdout.split())
+    # Errors and the reading of files: what came of them is in the key itself.
+    beside = {"loraserve/__init__", "engines/__init__", "profiling/__init__", "errors", "sections", "files"}
+    assert {path for path in used - covered if not path.removesuffix(".py").endswith(tuple(beside))} == set()
+    assert used & covered
+
+
+@pytest.mark.parametrize(
+    ("trace", "said"),
+    [
+        ({"source": "preset:none"}, "no preset is called 'none'; there are: loraserve-uniform, "),
+        ({"lengths": "short"}, "lengths: 'short' is unknown; there are: azure, "),
+        ({"assign": "zipf"}, "--assign: preset:loraserve-uniform draws its adapters by itself"),
+        (
+            {"source": "preset:loraserve-uniform,rate=5"},
+            "source: preset:loraserve-uniform,rate=5 says its rate; say it with rates",
+        ),
+    ],
+)
+def test_a_preset_that_cannot_be_drawn_is_refused_before_anything_runs(
+    trace: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    experiment = parse_experiment(small_tree(traces=[TRACE, TRACE | {"name": "v"} | trace]))
+    with pytest.raises(BadInputError) as refused:
+        jobs_of_experiment(experiment, tmp_path)
+    assert str(refused.value).startswith(f"traces[1]: {said}")
 
 
 def test_a_trace_file_that_is_not_there_is_refused_before_anything_runs(tmp_path: Path) -> None:
