@@ -62,6 +62,7 @@ def simulate_experiment(options: ExperimentOptions) -> None:
     experiment = read_experiment(path)
     jobs = jobs_of_experiment(experiment, options.traces or path.parent)
     folder = options.out or OUT / name
+    _refuse_file(folder)
     begun_s = time.monotonic()
     with JobProgress() as progress:
         result = run_experiment(
@@ -75,6 +76,13 @@ def simulate_experiment(options: ExperimentOptions) -> None:
         print_json(result, folder, page, simulated_s, time.monotonic() - begun_s)
     else:
         print_tables(result, page)
+
+
+def _refuse_file(folder: Path) -> None:
+    """BadInputError if something on the way to this folder is there and no folder."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise BadInputError(f"--out: {place}: is a file; expected a folder")
 
 
 def command_of(source: str) -> str:

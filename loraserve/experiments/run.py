@@ -1,6 +1,7 @@
 """Runs an experiment's jobs side by side, keeps what each found, and goes on where an earlier run ended."""
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,12 @@ class JobStore:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise WorkFailedError(f"{folder}: cannot be made: {error.strerror or error}") from error
+        try:
+            # Told before an hour of work rather than after its first job.
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise WorkFailedError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
     def read(self, key: str) -> JobResult | None:
         """What is there of this job, None for nothing or for what is no result."""

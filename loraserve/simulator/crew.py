@@ -99,10 +99,11 @@ class _Crew(Generic[Item, Found]):
         try:
             with _interrupts_held():
                 process.start()
+                # Before a signal that was held back can be raised, or nobody would end it.
+                self._children[ours] = _Child(process=process, place=-1)
         finally:
             # With our copy open, the end of the process would not end the pipe.
             theirs.close()
-        self._children[ours] = _Child(process=process, place=-1)
         self._give(ours)
 
     def _give(self, connection: Connection) -> None:

@@ -128,6 +128,17 @@ def test_a_disk_that_refuses_is_said_in_one_line(tmp_path: Path) -> None:
         run_all(tmp_path)
 
 
+def test_a_folder_that_takes_no_files_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    # A folder of the kernel's, in which not even root makes files.
+    (tmp_path / JOBS).symlink_to("/proc/self/task")
+    jobs = jobs_of_experiment(EXPERIMENT, Path())
+    done: list[int] = []
+    progress = Progress(on_step=lambda *_: done.append(1), on_done=lambda *_: done.append(1))
+    with pytest.raises(WorkFailedError, match="jobs: cannot be written"):
+        run_experiment("small", EXPERIMENT, jobs, tmp_path, processes=1, progress=progress)
+    assert not done
+
+
 @pytest.mark.asyncio
 async def test_what_a_killed_command_has_found_is_not_lost(whole: Path, tmp_path: Path) -> None:
     from tests.support.cli import finish_cli, start_cli

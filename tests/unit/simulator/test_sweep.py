@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,20 @@ def test_an_interrupt_ends_every_process() -> None:
     with pytest.raises(KeyboardInterrupt):
         sweep([SweepRun(scenario=one) for one in scenarios()], Judging(), jobs=2, on_progress=interrupt)
     assert multiprocessing.active_children() == []
+
+
+def test_an_interrupt_while_a_process_starts_ends_that_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = SpawnProcess.start, list[SpawnProcess]()
+
+    def start_and_interrupt(self: SpawnProcess) -> None:
+        start(self)
+        started.append(self)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sweep([SweepRun(scenario=scenario) for scenario in scenarios()], Judging(), jobs=2)
+    assert [process.is_alive() for process in started] == [False]
 
 
 def test_what_was_begun_under_an_error_leaves_no_trace(tmp_path: Path) -> None:
