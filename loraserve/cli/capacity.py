@@ -1,17 +1,17 @@
 """`loraserve capacity`: the fewest replicas that hold an SLO on a trace, and what they cost."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraserve.cli.common import EXIT_FAILED, command, ended_by_sigterm
+from loraserve.cli.common import EXIT_FAILED, command
+from loraserve.cli.given import names_of, seeds_of, staged_out
 from loraserve.cli.shared_options import taking_options
 from loraserve.cli.simulate import simulate
-from loraserve.errors import BadInputError, WorkFailedError
+from loraserve.errors import BadInputError
 
 if TYPE_CHECKING:
     from loraserve.capacity.prices import Price
@@ -106,8 +106,8 @@ def capacity(
     asked = CapacityOptions(
         setting=_setting(trace, profile, options),
         target=Target.parse(slo),
-        contenders=contenders(_names(policy)),
-        seeds=_seeds(seeds),
+        contenders=contenders(names_of(policy, "--policy")),
+        seeds=seeds_of(seeds, MAX_SEEDS),
         most=_whole(most, "--most", MAX_REPLICAS),
         asked=Asked.parse(max_lora_ranks),
         what_if=WhatIf.parse(
@@ -126,7 +126,7 @@ def _run(options: "CapacityOptions", out: Path | None, *, json_output: bool) -> 
 
     problem = prepare(options)
     page = None
-    with _stage(out) as stage:
+    with staged_out(out) as stage:
         with capacity_output.SearchProgress(problem) as progress:
             found = solve(problem, progress.ended, progress.going)
         if stage is not None and out is not None:
@@ -139,25 +139,6 @@ def _run(options: "CapacityOptions", out: Path | None, *, json_output: bool) -> 
     if not found.all_found:
         capacity_output.say_none(found, options.most)
         raise typer.Exit(EXIT_FAILED)
-
-
-@contextmanager
-def _stage(out: Path | None) -> Iterator[Path | None]:
-    """A folder to write into that becomes `out` only if all went well, also when a signal ends us."""
-    from loraserve.simulator.report import staged
-
-    with ended_by_sigterm():
-        if out is None:
-            yield None
-            return
-        has_begun = False
-        try:
-            with staged(out) as stage:
-                has_begun = True
-                yield stage
-        except OSError as error:
-            kind = WorkFailedError if has_begun else BadInputError
-            raise kind(f"--out: {out}: cannot be written: {error.strerror or error}") from error
 
 
 def _setting(trace: str, profile: str, options: Mapping[str, Any]) -> "Setting":
@@ -195,22 +176,3 @@ def _whole(value: int, option: str, most: int) -> int:
     if not 1 <= value <= most:
         raise BadInputError(f"{option}: {value}; expected from 1 to {most}")
     return value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise BadInputError(f"--policy: {text!r}; expected one or more names with commas between")
-    return names
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        seeds = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        seeds = (-1,)
-    if min(seeds) < 0 or max(seeds) >= 2**63 or len(seeds) > MAX_SEEDS:
-        raise BadInputError(
-            f"--seeds: {text[:80]!r}; expected up to {MAX_SEEDS} whole numbers from 0, with commas between"
-        )
-    return seeds

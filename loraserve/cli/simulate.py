@@ -1,7 +1,5 @@
 """`loraserve simulate`: what policies would do on a trace, in virtual time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,7 +7,8 @@ import typer
 
 from loraserve.cli import experiment
 from loraserve.cli.common import command, ended_by_sigterm, given_options
-from loraserve.errors import BadInputError, WorkFailedError
+from loraserve.cli.given import names_of, seeds_of, staged_out
+from loraserve.errors import BadInputError
 
 if TYPE_CHECKING:
     from loraserve.cli.simulate_runs import SimulateOptions
@@ -19,6 +18,7 @@ Text = str | None
 Number = float | None
 Whole = int | None
 DEFAULT_PROFILE = "a100-llama2-7b-bgmv"
+MAX_SEEDS = 10_000
 
 
 @command
@@ -213,9 +213,9 @@ def simulate(
         ),
         judging=_judging(slo_ttft_ms, slo_tbt_ms, warmup, per_adapter=per_adapter),
         profile=profile,
-        policies=_names(policy, "--policy"),
-        routings=_names(routing, "--routing"),
-        seeds=_seeds(seeds),
+        policies=names_of(policy, "--policy"),
+        routings=names_of(routing, "--routing"),
+        seeds=seeds_of(seeds, MAX_SEEDS),
         jobs=jobs,
         ray_address=ray,
         what_if=WhatIf.parse(add=add_adapters or (), scale=scale or (), lose=lose),
@@ -229,7 +229,7 @@ def _run(options: "SimulateOptions", out: Path | None, *, per_rank: bool, json_o
 
     plan = prepare(options)
     page = None
-    with _stage(out) as stage:
+    with staged_out(out) as stage:
         with simulate_output.SweepProgress(plan.num_requests) as progress:
             runs = simulate_all(plan, options, stage, progress)
         simulate_output.warn(options, runs)
@@ -240,25 +240,6 @@ def _run(options: "SimulateOptions", out: Path | None, *, per_rank: bool, json_o
         simulate_output.print_json(plan, options, runs, page)
     else:
         simulate_output.print_tables(plan, options, runs, page, per_rank=per_rank)
-
-
-@contextmanager
-def _stage(out: Path | None) -> Iterator[Path | None]:
-    """A folder to write into that becomes `out` only if all went well, also when a signal ends us."""
-    from loraserve.simulator.report import staged
-
-    with ended_by_sigterm():
-        if out is None:
-            yield None
-            return
-        has_begun = False
-        try:
-            with staged(out) as stage:
-                has_begun = True
-                yield stage
-        except OSError as error:
-            kind = WorkFailedError if has_begun else BadInputError
-            raise kind(f"--out: {out}: cannot be written: {error.strerror or error}") from error
 
 
 def _judging(ttft_ms: float, tbt_ms: float, warmup_s: float, *, per_adapter: bool) -> "Judging":
@@ -273,20 +254,3 @@ def _judging(ttft_ms: float, tbt_ms: float, warmup_s: float, *, per_adapter: boo
     except TraceError as error:
         raise BadInputError(f"--slo-ttft-ms, --slo-tbt-ms: {error}") from error
     return Judging(slo=slo, warmup_s=warmup_s, per_adapter=per_adapter)
-
-
-def _names(text: str, option: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise BadInputError(f"{option}: {text!r}; expected one or more names with commas between")
-    return names
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        seeds = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        seeds = (-1,)
-    if min(seeds) < 0 or max(seeds) >= 2**63:
-        raise BadInputError(f"--seeds: {text!r}; expected whole numbers from 0, with commas between")
-    return seeds
