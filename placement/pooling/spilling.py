@@ -19,9 +19,10 @@ HOLDERS = 4
 """Where that makes fewer holders there are more: while popularity moves from rank to rank plans lag behind,
 and what helps then is to choose among many."""
 
-WIDE = 8
-"""So many holders an adapter gets where every replica could hold every adapter, so that memory is no reason
-to choose among few; one less than there are replicas at most."""
+WIDE, SMALL = 8, 0.5
+"""Where every replica could hold every adapter, memory is no reason to choose among few. So many holders an
+adapter gets there, but one less than there are replicas at most; the smallest, which together are this part
+of all bytes, get twice as many, or all there are."""
 
 FEWEST = 3
 """So many holders an adapter has to have before one is left out."""
@@ -83,27 +84,35 @@ class Layout:
 
     def _widen(self) -> None:
         """Further copies: those that are there already, which costs no bytes, else in the nearest tiers."""
-        fleet, most = self._fleet, min(WIDE, len(self._fleet.replicas) - 1)
-        places = np.arange(len(self._tier_of))
+        fleet, places = self._fleet, np.arange(len(self._tier_of))
         nearest = [
             np.lexsort((places, self._tier_of < level, np.abs(self._tier_of - level)))[: 2 * WIDE].tolist()
             for level in range(fleet.num_levels)
         ]
         groups = [-1] * len(fleet.ids) if self._present is None else self._present.of_adapter.tolist()
         # Adapters that share a pool are widened alike, and share what they get.
-        made: dict[tuple[Pool, Pool, int, int], Pool] = {}
-        for adapter, key in enumerate(zip(groups, fleet.level.tolist(), strict=True)):
-            held = self._held(adapter)
+        made: dict[tuple[Pool, Pool, int, int, int], Pool] = {}
+        for adapter, key in enumerate(zip(groups, fleet.level.tolist(), self._most(), strict=True)):
+            held, (group, level, most) = self._held(adapter), key
             if not 0 < len(held) < most:
                 continue
             extra = self._extra.get(adapter, ())
             after = made.get((held, extra, *key))
             if after is None:
-                group, level = key
                 wanted = dict.fromkeys((*self._there(group), *nearest[level]))
                 more = [place for place in wanted if place not in held][: most - len(held)]
                 after = made[held, extra, *key] = (*extra, *more)
             self._extra[adapter] = after
+
+    def _most(self) -> list[int]:
+        """How many holders each adapter gets where memory is free."""
+        fleet, number = self._fleet, len(self._fleet.replicas)
+        order = np.lexsort((np.arange(len(fleet.ids)), fleet.size_bytes))
+        sums = np.cumsum(fleet.size_bytes[order])
+        most = np.full(len(order), min(WIDE, number - 1))
+        most[order[sums <= SMALL * sums[-1]]] = min(2 * WIDE, number)
+        found: list[int] = most.tolist()
+        return found
 
     def _there(self, group: int) -> list[int]:
         """Who holds the adapters of a group at present."""

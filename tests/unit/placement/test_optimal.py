@@ -179,7 +179,7 @@ def test_where_every_replica_could_hold_everything_adapters_have_many_holders(
 
 
 def test_where_memory_is_free_copies_stay_as_popularity_moves_and_few_bytes_do() -> None:
-    before = Instance(seed=4, replicas=12, adapters=60, popularity="skewed")
+    before = Instance(seed=4, replicas=30, adapters=150, popularity="skewed")
     plan = policy("optimal").plan(before.snapshot())
     after = replace(
         before.snapshot(),
