@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 
 from loraserve.capacity.answers import Answer, Found, answer_of, candidates_of, point_of
-from loraserve.capacity.asked import work_as_asked
 from loraserve.capacity.mixes import Asked, Mixes, lowest_setting
 from loraserve.capacity.prices import Price
 from loraserve.capacity.slo import LATENCIES, Target
@@ -16,6 +15,7 @@ from loraserve.capacity.study import Quest, Question, Study, Told
 from loraserve.capacity.trials import Setting, Trial, TrialFigures, label_of, run_trial, scenario_of_trial
 from loraserve.errors import BadInputError
 from loraserve.experiments.contenders import Contender
+from loraserve.simulator.asked_work import work_as_asked
 from loraserve.simulator.crew import Work, usable_cores
 from loraserve.simulator.scenario import Scenario
 from loraserve.simulator.what_if import WhatIf

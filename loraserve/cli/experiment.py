@@ -1,6 +1,7 @@
 """`loraserve simulate EXPERIMENT`: everything that a file asks for, and a report."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Collection
@@ -71,7 +72,7 @@ def simulate_experiment(options: ExperimentOptions) -> None:
         simulated_s = time.monotonic() - begun_s
         progress.say("drawing the report")
         write_results(result, folder)
-        page = write_report(result, folder, command=command_of(options.source))
+        page = write_report(result, folder, command=command_of(options))
     if options.json_output:
         print_json(result, folder, page, simulated_s, time.monotonic() - begun_s)
     else:
@@ -85,9 +86,10 @@ def _refuse_file(folder: Path) -> None:
             raise BadInputError(f"--out: {place}: is a file; expected a folder")
 
 
-def command_of(source: str) -> str:
+def command_of(options: ExperimentOptions) -> str:
     """The command that makes it again."""
-    return f"loraserve simulate {source}"
+    traces = [] if options.traces is None else ["--traces", str(options.traces)]
+    return shlex.join(["loraserve", "simulate", options.source, *traces])
 
 
 def print_tables(result: "ExperimentResult", page: Path) -> None:

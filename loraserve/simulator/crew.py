@@ -49,8 +49,8 @@ def work_through(
     """
     bound = min(jobs or usable_cores(), len(items))
     if bound <= 1:
-        return tuple(_here(place, item, work) for place, item in enumerate(items))
-    return _Crew(items, work).all(bound)
+        return tuple(work_here(place, item, work) for place, item in enumerate(items))
+    return Crew(items, work).all(bound)
 
 
 def usable_cores() -> int:
@@ -58,7 +58,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _here(place: int, item: Item, work: Work[Item, Found]) -> Found:
+def work_here(place: int, item: Item, work: Work[Item, Found]) -> Found:
+    """Do one item in this process."""
     found = work.act(item, lambda told: work.on_progress(place, told) if work.on_progress else None)
     if work.on_done is not None:
         work.on_done(place, found)
@@ -71,7 +72,7 @@ class _Child:
     place: int
 
 
-class _Crew(Generic[Item, Found]):
+class Crew(Generic[Item, Found]):
     """The processes of one list."""
 
     def __init__(self, items: Sequence[Item], work: Work[Item, Found]) -> None:

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
-from loraserve.capacity.asked import work_as_asked
 from loraserve.errors import BadInputError, WorkFailedError
+from loraserve.simulator.asked_work import work_as_asked
 from loraserve.simulator.crew import Tell, Work
 
 ENDLESS_S = 1000.0

@@ -7,7 +7,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Protocol, TypeVar
 
-from loraserve.simulator.crew import Work, _Crew, _here, usable_cores
+from loraserve.simulator.crew import Crew, Work, usable_cores, work_here
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -47,11 +47,11 @@ def work_as_asked(asking: Asking[Item, Found], work: Work[Item, Found], *, jobs:
     while not asking.is_over:
         item = asking.take()
         assert item is not None, "nothing is under way and nothing is asked for"
-        asking.tell(item, _here(number, item, work))
+        asking.tell(item, work_here(number, item, work))
         number += 1
 
 
-class _AskedCrew(_Crew[Item, Found]):
+class _AskedCrew(Crew[Item, Found]):
     """The processes of a list that grows."""
 
     def __init__(self, asking: Asking[Item, Found], work: Work[Item, Found]) -> None:
