@@ -200,6 +200,21 @@ class AdaptersSection(Section, frozen=True):
     fetch_timeout_s: Seconds = 600.0
 
 
+class FabricSection(Section, frozen=True):
+    """How adapters get from replica to replica: the transports in the order in which they are tried, none for
+    the controller's store alone. At most `max_fetches` come to a replica at a time, with `inflight_bytes` in
+    all, and one whose peer sends nothing for `idle_timeout_s` goes on elsewhere. `ucx_tls` is what UCX may
+    use, as in its UCX_TLS; '' leaves it to UCX. `racks` maps a machine's host name to its rack's name: what is
+    in one rack is near."""
+
+    transports: list[Literal["ucx", "tcp"]] = msgspec.field(default_factory=lambda: ["ucx", "tcp"])
+    max_fetches: Annotated[int, Meta(ge=1, le=64)] = 4
+    inflight_bytes: Positive = 256 * 1024**2
+    idle_timeout_s: Seconds = 5.0
+    ucx_tls: str = ""
+    racks: dict[str, str] = msgspec.field(default_factory=dict)
+
+
 class ReplicaSection(Section, frozen=True):
     """How a replica behaves while draining and reporting."""
 
@@ -227,6 +242,7 @@ class Config(Section, frozen=True):
     placement: PlacementSection = PlacementSection()
     router: RouterSection = RouterSection()
     adapters: AdaptersSection = AdaptersSection()
+    fabric: FabricSection = FabricSection()
     replica: ReplicaSection = ReplicaSection()
     slo: SloSection = SloSection()
 

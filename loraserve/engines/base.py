@@ -13,14 +13,17 @@ from placement.types import VersionId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFiles:
-    """A validated adapter on this machine's disk, in the PEFT layout, and its own targets, None for the
-    usual ones."""
+    """A validated adapter: its files in the PEFT layout, where the controller's store keeps them, and its own
+    targets, None for the usual ones. `digest` is the sha256 of its content, `head_sha256` that of the head of
+    its segment; '' where nobody is to fetch it from a peer."""
 
     version_id: VersionId
     directory: Path
     rank: int
     size_bytes: int
     slo: Slo | None = None
+    digest: str = ""
+    head_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,29 @@ from placement.types import ReplicaSpec, VersionId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FabricPlace:
+    """Where a replica's adapters can be fetched from: its machine's name, and its address in each transport
+    scheme, the preferred one first; none: it takes and gives nothing."""
+
+    host: str = ""
+    addresses: tuple[tuple[str, bytes], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FabricTotals:
+    """What a replica's fabric has done since it began: loads, bytes and seconds by where they came from
+    (`cache`, `origin`, or a transport's scheme), failed attempts by kind, and bytes that are here now."""
+
+    loads: Mapping[str, int] = field(default_factory=dict)
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
+    held_bytes: int = 0
+    cached_bytes: int = 0
+    open_breakers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaDescription:
     """What a ready replica says of itself to the controller; `pid` is its own process.
 
@@ -25,6 +48,7 @@ class ReplicaDescription:
     dropping: tuple[VersionId, ...] = ()
     draining: bool = False
     tokens: Mapping[VersionId, int] = field(default_factory=dict)
+    fabric: FabricPlace = field(default_factory=FabricPlace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,3 +95,4 @@ class ReplicaReport:
     sequence: int = 0
     tokens: Mapping[VersionId, int] = field(default_factory=dict)
     service: Mapping[VersionId, ServiceTotals] = field(default_factory=dict)
+    fabric: FabricTotals = field(default_factory=FabricTotals)
