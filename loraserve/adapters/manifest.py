@@ -75,7 +75,7 @@ def inspect_adapter(
     return AdapterManifest(
         rank=rank,
         size_bytes=_size_bytes(header),
-        sha256=hashlib.sha256(hashlib.sha256(raw).digest() + weights_digest).hexdigest(),
+        sha256=content_digest(raw, weights_digest),
         target_modules=tuple(sorted({module.rpartition(".")[2] for module in ranks})),
         alpha=config.alpha,
         use_rslora=config.use_rslora,
@@ -86,6 +86,11 @@ def inspect_adapter(
         needs_folding=_needs_folding(config, ranks),
         warnings=_warnings(config, base),
     )
+
+
+def content_digest(config: bytes, weights_digest: bytes) -> str:
+    """The sha256 of an adapter's content, in hex: of its config's sha256 followed by its weights' one."""
+    return hashlib.sha256(hashlib.sha256(config).digest() + weights_digest).hexdigest()
 
 
 def read_config(directory: Path, where: str) -> bytes:

@@ -1,43 +1,57 @@
 """An adapter in shared memory: one sealed memfd that other processes of this user map read-only.
 
-Owns the segment's layout: magic, the length of a JSON header, the header, and the weights file's own bytes,
-placed so that tensors are aligned. The memory is freed when the last descriptor and the last mapping are
-gone, so nothing outlives the processes that use it, however they end.
+Owns the segment's memory: magic, the head's length, the head, and from the next page on the body, in the
+order in which the engine wants it (`segment_head`). The memory is freed when the last descriptor and the last
+mapping are gone, so nothing outlives the processes that use it, however they end.
+
+Whoever fills a segment hashes it, once, while its bytes come, and seals it. From then on the kernel keeps
+every byte as it is, so the engine's workers check the seals, the size and the head, by its sha256, and do not
+hash the body again: that would be what each load waits for.
 """
 
+import contextlib
 import fcntl
 import hashlib
-import json
 import mmap
 import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from loraserve.adapters.files import WEIGHTS_FILE, open_member
-from loraserve.adapters.manifest import DEFAULT_MAX_BYTES, read_config
-from loraserve.adapters.peft_config import PeftConfig, parse_peft_config
-from loraserve.adapters.safetensors_file import (
-    MAX_HEADER_BYTES,
-    Header,
-    SafetensorsError,
-    TensorInfo,
-    read_header,
+from loraserve.adapters.manifest import content_digest
+from loraserve.adapters.segment_folder import body_chunks, copy_body, kept_head, open_folder
+from loraserve.adapters.segment_head import (
+    CHUNK_BYTES,
+    MAX_HEAD_BYTES,
+    BodyHashes,
+    ModuleSegment,
+    SegmentError,
+    SegmentHead,
+    hash_chunks,
+    hashed,
 )
-from loraserve.adapters.tensors import check_tensors
 from loraserve.errors import AdapterRejectedError
 
-_MAGIC = b"LoRASeg1"
-_LENGTH = struct.Struct("<Q")
-_ALIGN_BYTES = 64
-_SLICE_BYTES = 4 * 1024**2
+__all__ = [
+    "CHUNK_BYTES",
+    "MAX_HEAD_BYTES",
+    "AdapterSegment",
+    "MappedSegment",
+    "ModuleSegment",
+    "SegmentError",
+    "SegmentHead",
+    "SegmentRef",
+    "SegmentRegion",
+    "SegmentWriter",
+    "build_segment",
+    "map_segment",
+]
+
+_FRONT = struct.Struct("<8sQ")
+_MAGIC = b"LoRASeg2"
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-
-class SegmentError(ValueError):
-    """A segment is not there, not sealed, or not what its reference says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,34 +61,128 @@ class SegmentRef:
     pid: int
     fd: int
     size_bytes: int
-    sha256: str
+    head_sha256: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleSegment:
-    """One module of an adapter: its tensors' places, its rank, and what B·A is multiplied by."""
+class SegmentRegion(NamedTuple):
+    """A segment as a transport serves it; the body is at `body_offset` of `fd` as well."""
 
-    a: TensorInfo
-    b: TensorInfo
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        """The module's true rank."""
-        return self.a.shape[0]
+    head: bytes
+    body: memoryview
+    fd: int
+    body_offset: int
 
 
 class AdapterSegment:
-    """A published adapter; `close` gives the memory back once nobody maps it any more."""
+    """A sealed adapter; `close` gives the memory back once nobody maps it any more."""
 
-    def __init__(self, fd: int, ref: SegmentRef, rank: int) -> None:
+    def __init__(self, fd: int, head: bytes, decoded: SegmentHead) -> None:
         self._fd = fd
-        self.ref = ref
-        self.rank = rank
+        self._body: memoryview | None = None
+        self.head = head
+        self.decoded = decoded
+        self.body_offset = _body_offset(head)
+
+    @property
+    def fd(self) -> int:
+        """The memfd; SegmentError once it is closed."""
+        if self._fd < 0:
+            raise SegmentError(f"the segment of {self.decoded.name} is closed")
+        return self._fd
+
+    @property
+    def rank(self) -> int:
+        """The adapter's highest rank."""
+        return self.decoded.rank
+
+    @property
+    def body_bytes(self) -> int:
+        """The matrices, and the zeros between them."""
+        return self.decoded.body_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """All of the memfd."""
+        return self.body_offset + self.body_bytes
+
+    @property
+    def ref(self) -> SegmentRef:
+        """What another process needs to map it, as long as it is open here."""
+        return SegmentRef(
+            pid=os.getpid(),
+            fd=self.fd,
+            size_bytes=self.size_bytes,
+            head_sha256=hashlib.sha256(self.head).hexdigest(),
+        )
+
+    def region(self) -> SegmentRegion:
+        """The head and a read-only view of the body, mapped once; views stay good after `close`."""
+        if self._body is None:
+            mapping = mmap.mmap(self.fd, self.body_bytes, prot=mmap.PROT_READ, offset=self.body_offset)
+            self._body = memoryview(mapping)
+        return SegmentRegion(self.head, self._body, self.fd, self.body_offset)
 
     def close(self) -> None:
         """Give the descriptor back; safe to call twice."""
         fd, self._fd = self._fd, -1
+        # Who still reads has the same view: it goes with its last reader.
+        self._body = None
+        if fd >= 0:
+            os.close(fd)
+
+
+class SegmentWriter:
+    """Memory for a segment whose bytes are still to come.
+
+    `body` is writable and has exactly the head's body_bytes, zeros at first. Ends with `seal` or `abandon`;
+    OSError if there is no memory or no descriptor left, SegmentError if `head` is none.
+    """
+
+    def __init__(self, head: bytes) -> None:
+        self._head = head
+        self._decoded = SegmentHead.decode(head)
+        # The kernel takes 249 bytes, and shows them in /proc.
+        name = self._decoded.name.encode("ascii", "replace")[:200].replace(b"\0", b"?").decode()
+        offset = _body_offset(head)
+        self._fd = os.memfd_create(f"loraserve-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, offset + self._decoded.body_bytes)
+            self._mapping = mmap.mmap(self._fd, self._decoded.body_bytes, offset=offset)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.body = memoryview(self._mapping)
+
+    def seal(self) -> AdapterSegment:
+        """Make it final: `body` is gone, and no process can change a byte any more.
+
+        SegmentError, and `abandon` is still due, if somebody has a view of the body or maps it for writing.
+        """
+        try:
+            self.body.release()
+            self._mapping.close()
+            _write(self._fd, _FRONT.pack(_MAGIC, len(self._head)) + self._head)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+        except (BufferError, OSError, ValueError) as error:
+            raise SegmentError(f"{self._decoded.name}: it cannot be sealed: {error}") from error
+        fd, self._fd = self._fd, -1
+        return AdapterSegment(fd, self._head, self._decoded)
+
+    def seal_as(self, head: SegmentHead) -> AdapterSegment:
+        """`seal` with a head that tells the hashes, which could not be known before the bytes were there."""
+        raw = head.encode()
+        if len(raw) != len(self._head) or head.body_bytes != self._decoded.body_bytes:
+            raise SegmentError(f"{head.name}: the head does not fit the one that room was made for")
+        self._head, self._decoded = raw, head
+        return self.seal()
+
+    def abandon(self) -> None:
+        """Give the memory back, once no view of the body is left; safe to call twice, and after `seal`."""
+        fd, self._fd = self._fd, -1
+        # A transfer that is still on its way out may have one: it must not write into memory of others.
+        with contextlib.suppress(BufferError):
+            self.body.release()
+            self._mapping.close()
         if fd >= 0:
             os.close(fd)
 
@@ -82,14 +190,12 @@ class AdapterSegment:
 class MappedSegment:
     """A segment as another process sees it: `modules` by their PEFT name, and the bytes."""
 
-    def __init__(self, memory: mmap.mmap, weights_start: int, sha256: str, tree: Mapping[str, Any]) -> None:
+    def __init__(self, memory: mmap.mmap, data_start: int, head: SegmentHead) -> None:
         self._memory = memory
-        self._weights_start = weights_start
-        self._sha256 = sha256
-        self.rank = int(tree["rank"])
-        header = _weights_header(memory, weights_start)
-        self.data_start = header.data_start + weights_start
-        self.modules = _modules(header, tree["scalings"])
+        self._head = head
+        self.data_start = data_start
+        self.rank = head.rank
+        self.modules: Mapping[str, ModuleSegment] = {module.name: module for module in head.modules}
 
     @property
     def size_bytes(self) -> int:
@@ -102,28 +208,48 @@ class MappedSegment:
         return self._memory
 
     def verify(self) -> None:
-        """SegmentError unless the weights are those that were published."""
-        with memoryview(self._memory) as view, view[self._weights_start :] as weights:
-            found = hashlib.sha256(weights).hexdigest()
-        if found != self._sha256:
-            raise SegmentError(f"its weights hash to {found[:16]}, expected {self._sha256[:16]}")
+        """SegmentError unless the body is what the head says; loading does without (see above)."""
+        with memoryview(self._memory) as view, view[self.data_start :] as body:
+            found = hashlib.sha256(body).hexdigest()
+        if found != self._head.body_sha256:
+            raise SegmentError(f"its body hashes to {found[:16]}, expected {self._head.body_sha256[:16]}")
 
 
-def publish(directory: Path, *, name: str, max_lora_rank: int) -> AdapterSegment:
-    """Copy an adapter folder's weights into a new sealed segment.
+def build_segment(directory: Path, *, name: str, digest: str | None, max_lora_rank: int) -> AdapterSegment:
+    """Lay out a PEFT folder's adapter as a new sealed segment.
 
-    AdapterRejectedError, with nothing left behind, if its files are damaged, do not fit each other or exceed
-    `max_lora_rank`. Reads the weights once.
+    `digest` is the sha256 of the content as the registry knows it, None where nobody does.
+    AdapterRejectedError, with nothing left behind, if the files are damaged, do not fit each other, exceed
+    `max_lora_rank`, or are not that content. Reads the weights once.
     """
     where = f"adapter {name}"
-    raw = read_config(directory, where)
-    config = parse_peft_config(raw, where)
-    fd = os.memfd_create(f"loraserve-{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        return _fill(fd, directory, config, where, max_lora_rank)
-    except BaseException:
-        os.close(fd)
-        raise
+    with open_folder(directory, name=name, where=where, max_lora_rank=max_lora_rank) as folder:
+        writer = SegmentWriter(folder.head.encode())
+        try:
+            found = content_digest(folder.config, copy_body(folder, writer.body))
+            if digest not in (None, found):
+                raise AdapterRejectedError(
+                    f"{where}: its files have sha256 {found[:16]}, not {digest[:16] if digest else ''}"
+                )
+            return writer.seal_as(_told(folder.head, found, writer.body, kept_head(directory, name=name)))
+        except BaseException:
+            writer.abandon()
+            raise
+
+
+def _told(head: SegmentHead, digest: str, body: memoryview, kept: SegmentHead | None) -> SegmentHead:
+    """The head with its hashes.
+
+    The content has its digest, so a kept head that agrees with all chunks' hashes is this body's, and its
+    sha256 need not be worked out again.
+    """
+    chunk_hashes = hash_chunks(body_chunks(body))
+    if kept is not None:
+        known = BodyHashes(chunk_hashes=chunk_hashes, sha256=kept.body_sha256)
+        if hashed(head, digest=digest, hashes=known) == kept:
+            return kept
+    hashes = BodyHashes(chunk_hashes=chunk_hashes, sha256=hashlib.sha256(body).hexdigest())
+    return hashed(head, digest=digest, hashes=hashes)
 
 
 def map_segment(ref: SegmentRef) -> MappedSegment:
@@ -135,7 +261,7 @@ def map_segment(ref: SegmentRef) -> MappedSegment:
         raise SegmentError(f"process {ref.pid} has no segment {ref.fd}: {error.strerror}") from error
     try:
         return _map(fd, ref)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise SegmentError(f"segment {ref.fd} of process {ref.pid}: {error}") from error
     finally:
         os.close(fd)
@@ -147,75 +273,28 @@ def _map(fd: int, ref: SegmentRef) -> MappedSegment:
     size_bytes = os.fstat(fd).st_size
     if size_bytes != ref.size_bytes:
         raise SegmentError(f"it has {size_bytes} bytes, expected {ref.size_bytes}")
-    memory = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ)
-    if memory[: len(_MAGIC)] != _MAGIC:
+    front = os.pread(fd, _FRONT.size, 0).ljust(_FRONT.size, b"\0")
+    magic, length = _FRONT.unpack(front)
+    if magic != _MAGIC:
         raise SegmentError("it holds no adapter")
-    begin = len(_MAGIC) + _LENGTH.size
-    length = _LENGTH.unpack_from(memory, len(_MAGIC))[0] if size_bytes >= begin else size_bytes
-    if length > size_bytes - begin:
-        raise SegmentError("its header is cut off")
-    return MappedSegment(memory, begin + length, ref.sha256, json.loads(memory[begin : begin + length]))
+    if length > min(size_bytes, MAX_HEAD_BYTES):
+        raise SegmentError("its head is cut off")
+    raw = os.pread(fd, length, _FRONT.size)
+    found = hashlib.sha256(raw).hexdigest()
+    if found != ref.head_sha256:
+        raise SegmentError(f"its head hashes to {found[:16]}, expected {ref.head_sha256[:16]}")
+    head, data_start = SegmentHead.decode(raw), _body_offset(raw)
+    if data_start + head.body_bytes != size_bytes:
+        raise SegmentError(f"it has {size_bytes} bytes, its head says {data_start + head.body_bytes}")
+    return MappedSegment(mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ), data_start, head)
 
 
-def _fill(fd: int, directory: Path, config: PeftConfig, where: str, max_lora_rank: int) -> AdapterSegment:
-    max_bytes = DEFAULT_MAX_BYTES + MAX_HEADER_BYTES
-    with open_member(directory, WEIGHTS_FILE, max_bytes=max_bytes, where=where) as (file, file_bytes):
-        try:
-            header = read_header(file, file_bytes)
-        except SafetensorsError as error:
-            raise AdapterRejectedError(f"{where}: {WEIGHTS_FILE}: {error}") from error
-        ranks = check_tensors(header.tensors, config=config, base=None, where=where)
-        rank = max(ranks.values())
-        if rank > max_lora_rank:
-            raise AdapterRejectedError(
-                f"{where}: its rank {rank} is above engine.max_lora_rank {max_lora_rank}"
-            )
-        scalings = {module: config.scaling_of(module) for module in ranks}
-        _write(fd, _front({"rank": rank, "scalings": scalings}, header.data_start))
-        file.seek(0)
-        digest = hashlib.sha256()
-        left = file_bytes
-        while left:
-            piece = file.read(min(_SLICE_BYTES, left))
-            if not piece:
-                raise AdapterRejectedError(f"{where}: {WEIGHTS_FILE} was cut off while it was read")
-            digest.update(piece)
-            _write(fd, piece)
-            left -= len(piece)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    size_bytes = os.fstat(fd).st_size
-    ref = SegmentRef(pid=os.getpid(), fd=fd, size_bytes=size_bytes, sha256=digest.hexdigest())
-    return AdapterSegment(fd, ref, rank)
-
-
-def _front(tree: Mapping[str, Any], data_start: int) -> bytes:
-    """Magic, length and header, padded so that the tensors' data are aligned."""
-    text = json.dumps(tree, separators=(",", ":")).encode()
-    begin = len(_MAGIC) + _LENGTH.size
-    text += b" " * (-(begin + len(text) + data_start) % _ALIGN_BYTES)
-    return _MAGIC + _LENGTH.pack(len(text)) + text
+def _body_offset(head: bytes) -> int:
+    """The first page after the head."""
+    return -(-(_FRONT.size + len(head)) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
 
 
 def _write(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _weights_header(memory: mmap.mmap, weights_start: int) -> Header:
-    memory.seek(weights_start)
-    # A mapping reads like a file.
-    return read_header(memory, len(memory) - weights_start)  # type: ignore[arg-type]
-
-
-def _modules(header: Header, scalings: Mapping[str, float]) -> Mapping[str, ModuleSegment]:
-    tensors = {tensor.name: tensor for tensor in header.tensors}
-    prefix = "base_model.model."
-    return {
-        module: ModuleSegment(
-            a=tensors[f"{prefix}{module}.lora_A.weight"],
-            b=tensors[f"{prefix}{module}.lora_B.weight"],
-            scaling=float(scaling),
-        )
-        for module, scaling in scalings.items()
-    }
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], done)

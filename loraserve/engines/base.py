@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from loraserve.adapters.segment import AdapterSegment
 from loraserve.errors import BadInputError
 from loraserve.request import GenerationRequest, GenerationStep
 from placement.profile import Slo
@@ -15,7 +16,11 @@ from placement.types import VersionId
 class AdapterFiles:
     """A validated adapter: its files in the PEFT layout, where the controller's store keeps them, and its own
     targets, None for the usual ones. `digest` is the sha256 of its content, `head_sha256` that of the head of
-    its segment; '' where nobody is to fetch it from a peer."""
+    its segment; '' where nobody is to fetch it from a peer.
+
+    `segment` is the adapter in shared memory, for engines that take it so; None: the engine reads
+    `directory`. Who gives it keeps it open until the version is unloaded, and closes it.
+    """
 
     version_id: VersionId
     directory: Path
@@ -24,6 +29,7 @@ class AdapterFiles:
     slo: Slo | None = None
     digest: str = ""
     head_sha256: str = ""
+    segment: AdapterSegment | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

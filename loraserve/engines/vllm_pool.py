@@ -1,8 +1,8 @@
 """The adapters of an engine with rank-true execution: held in shared memory, active in slots as needed.
 
-`placement.slots.machine` decides which version has a slot; this shell publishes segments, tells vLLM's
-workers and feeds back what they say. vLLM's own caches never have to evict: a request enters vLLM only while
-its version is active.
+`placement.slots.machine` decides which version has a slot; this shell tells vLLM's workers where the
+segments are and feeds back what they say. vLLM's own caches never have to evict: a request enters vLLM only
+while its version is active.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from loraserve.adapters.segment import AdapterSegment, publish
+from loraserve.adapters.safetensors_file import show
+from loraserve.adapters.segment import AdapterSegment, SegmentError, SegmentRef, build_segment
 from loraserve.engines.base import AdapterFiles, SlotMemory
 from loraserve.engines.vllm_calls import CALL_TIMEOUT_S, EngineCalls
 from loraserve.engines.vllm_lora.pool import go_last
@@ -47,16 +48,21 @@ _LAST_POLL_S = 0.02
 
 
 class _Held:
-    """A version in the pool: its memory, and vLLM's name for it."""
+    """A version in the pool: its memory, if it is the pool's own, and vLLM's name for it."""
 
-    def __init__(self, segment: AdapterSegment, lora: Any) -> None:
-        self.segment = segment
+    def __init__(self, own: AdapterSegment | None, lora: Any) -> None:
+        self._own = own
         self.lora = lora
 
     @property
     def lora_id(self) -> int:
         number: int = self.lora.lora_int_id
         return number
+
+    def give_back(self) -> None:
+        """Close what the pool has built itself: a segment that was given is its giver's."""
+        if self._own is not None:
+            self._own.close()
 
 
 class EnginePool:
@@ -82,12 +88,13 @@ class EnginePool:
         self._writing = asyncio.Lock()
         self._dead = ""
         # Copying and hashing goes after serving: the engine may share these processors.
-        self._publisher = ThreadPoolExecutor(1, "loraserve-publish", initializer=go_last)
+        self._builder = ThreadPoolExecutor(1, "loraserve-build", initializer=go_last)
         self.memory = SlotMemory()
 
     async def load(self, adapter: AdapterFiles) -> None:
-        """Publish the version to every worker and have it checked there; one that is held is no error.
+        """Have every worker map and check the version; one that is held is no error.
 
+        A segment that comes with it is in use until `unload` has returned, or this has failed.
         AdapterRejectedError for what cannot be served (nothing stays behind), OverloadedError without room.
         """
         await self._calls.finish(self._load(adapter))
@@ -149,9 +156,9 @@ class EnginePool:
         self._dead = self._dead or "the vLLM engine is closed"
         for request in self._waiting:
             self._answer(request, EngineDeadError(self._dead))
-        self._publisher.shutdown(wait=False)
+        self._builder.shutdown(wait=False)
         for held in self._held.values():
-            held.segment.close()
+            held.give_back()
 
     # -- pool ----------------------------------------------------------------------------------
 
@@ -168,22 +175,31 @@ class EnginePool:
                 )
             if len(self._held) >= self._num_adapters:
                 raise OverloadedError(f"adapter {name}: the pool holds {self._num_adapters} already")
-            if not adapter.directory.is_dir():
-                raise AdapterRejectedError(f"adapter {name}: no folder {adapter.directory}")
-            segment = await self._publish(adapter)
+            given = adapter.segment
+            segment = given or await self._build(adapter)
             try:
-                self._held[name] = await self._open(name, segment)
+                lora = await self._open(name, self._checked(name, segment))
             except BaseException:
-                segment.close()
+                if given is None:
+                    segment.close()
                 raise
+            self._held[name] = _Held(None if given else segment, lora)
         self._handle(Loaded(version_id=name))
         await self._set_aside(name)
 
-    async def _publish(self, adapter: AdapterFiles) -> AdapterSegment:
+    async def _build(self, adapter: AdapterFiles) -> AdapterSegment:
         name = adapter.version_id
-        copy = partial(publish, adapter.directory, name=name, max_lora_rank=self._max_lora_rank)
+        if not adapter.directory.is_dir():
+            raise AdapterRejectedError(f"adapter {name}: no folder {adapter.directory}")
+        copy = partial(
+            build_segment,
+            adapter.directory,
+            name=name,
+            digest=adapter.digest or None,
+            max_lora_rank=self._max_lora_rank,
+        )
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._publisher, copy)
+            return await asyncio.get_running_loop().run_in_executor(self._builder, copy)
         except OSError as error:  # no memory, or too many open files: each segment is one
             raise WorkFailedError(f"adapter {name}: it cannot be put into shared memory: {error}") from error
 
@@ -196,17 +212,31 @@ class EnginePool:
                 with contextlib.suppress(WorkFailedError):
                     await self._calls.workers("loraserve_deactivate", held.lora_id)
 
-    async def _open(self, name: VersionId, segment: AdapterSegment) -> _Held:
-        """Every rank has mapped and checked the segment, or none keeps it."""
+    def _checked(self, name: VersionId, segment: AdapterSegment) -> SegmentRef:
+        """Where the segment is; AdapterRejectedError for another version's, or a rank above the engine's."""
+        found, rank = segment.decoded.name, segment.rank
+        if found != name:
+            raise AdapterRejectedError(f"adapter {name}: its segment is that of {show(found)}")
+        if rank > self._max_lora_rank:
+            raise AdapterRejectedError(
+                f"adapter {name}: its rank {rank} is above engine.max_lora_rank {self._max_lora_rank}"
+            )
+        try:
+            return segment.ref
+        except SegmentError as error:
+            raise WorkFailedError(f"adapter {name}: {error}") from error
+
+    async def _open(self, name: VersionId, ref: SegmentRef) -> Any:
+        """vLLM's name for the version: every rank has mapped and checked the segment, or none keeps it."""
         from vllm.lora.request import LoRARequest
 
         self._last_id += 1
-        number, ref = self._last_id, segment.ref
+        number = self._last_id
         # vLLM wants a path; ours names no file.
         lora = LoRARequest(lora_name=str(name), lora_int_id=number, lora_path=f"memory:{name}")
         try:
             answers = await self._calls.workers(
-                "loraserve_open", number, ref.pid, ref.fd, ref.size_bytes, ref.sha256
+                "loraserve_open", number, ref.pid, ref.fd, ref.size_bytes, ref.head_sha256
             )
             wrong = next(filter(None, answers), "") or await self._advance(number, activate=False)
             if wrong:
@@ -219,7 +249,7 @@ class EnginePool:
         except LoraServeError:
             await self._calls.workers("loraserve_close", number)
             raise
-        return _Held(segment, lora)
+        return lora
 
     async def _unload(self, version_id: VersionId) -> None:
         async with self._changing:
@@ -233,7 +263,7 @@ class EnginePool:
                 await self._close(version_id, held)
             finally:
                 del self._dropped[version_id]
-                held.segment.close()
+                held.give_back()
 
     async def _close(self, version_id: VersionId, held: _Held) -> None:
         self._handle(Dropped(version_id=version_id))

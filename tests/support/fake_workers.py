@@ -29,10 +29,11 @@ class FakeRank:
             return self.faults[method](args[0] if args else 0)
         return getattr(self, method)(*args)
 
-    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, sha256: str) -> str:
+    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, head_sha256: str) -> str:
         """Map the segment; '' or what is wrong with it."""
         try:
-            self.pool[lora_id] = map_segment(SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, sha256=sha256))
+            ref = SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, head_sha256=head_sha256)
+            self.pool[lora_id] = map_segment(ref)
         except SegmentError as error:
             return str(error)
         return ""

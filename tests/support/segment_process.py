@@ -1,6 +1,6 @@
 """Another process beside an adapter's segment: the one that owns it, or one that only reaches it.
 
-`own FOLDER NAME` publishes, prints the reference and stays. `reach REFERENCE` tries to change it and prints
+`own FOLDER NAME` builds one, prints the reference and stays. `reach REFERENCE` tries to change it and prints
 what it was refused with, then maps and checks it and prints its modules, now and after a line on its input.
 """
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from loraserve.adapters.segment import SegmentRef, map_segment, publish
+from loraserve.adapters.segment import SegmentRef, build_segment, map_segment
 
 
 def tampering(fd: int, size_bytes: int) -> dict[str, Callable[[], object]]:
@@ -44,7 +44,7 @@ def main() -> None:
     what, *arguments = sys.argv[1:]
     if what == "own":
         folder, name = arguments
-        segment = publish(Path(folder), name=name, max_lora_rank=64)
+        segment = build_segment(Path(folder), name=name, digest=None, max_lora_rank=64)
         print(json.dumps(dataclasses.asdict(segment.ref)), flush=True)
         sys.stdin.readline()
         return

@@ -91,9 +91,9 @@ FAULTS: dict[str, tuple[str, Callable[[int], Any], type[Exception], str]] = {
     "cannot open it": ("loraserve_open", lambda _: "it is gone", AdapterRejectedError, "it is gone"),
     "finds it damaged": (
         "loraserve_advance",
-        lambda _: ("failed", "its weights hash to 0"),
+        lambda _: ("failed", "no layer for it"),
         AdapterRejectedError,
-        "its weights hash to 0",
+        "no layer for it",
     ),
     "does not list it": (
         "loraserve_report",

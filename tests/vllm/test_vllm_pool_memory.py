@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loraserve.adapters.segment import AdapterSegment, publish
+from loraserve.adapters.segment import AdapterSegment, build_segment
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.vllm_pool import EnginePool
 from placement.types import VersionId
@@ -58,8 +58,8 @@ async def test_only_what_has_a_slot_stays_prepared(tmp_path: Path, fault: dict[s
 
 @pytest.fixture
 def segment(tmp_path: Path) -> Iterator[AdapterSegment]:
-    """A published adapter."""
-    one = publish(AdapterMaker(tmp_path)(), name="one", max_lora_rank=8)
+    """An adapter in shared memory."""
+    one = build_segment(AdapterMaker(tmp_path)(), name="one", digest=None, max_lora_rank=8)
     yield one
     one.close()
 

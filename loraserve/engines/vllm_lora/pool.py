@@ -1,4 +1,4 @@
-"""The adapters that a vLLM worker can reach: mapped segments, checked and prepared off its loop.
+"""The adapters that a vLLM worker can reach: mapped segments, prepared off its loop.
 
 Engine processes only. The pool never lets go of an adapter by itself: the replica opens and closes.
 """
@@ -36,9 +36,12 @@ class WorkerPool:
         self._executor = ThreadPoolExecutor(1, "loraserve-prepare", initializer=_yield_to_the_loop)
 
     def open(self, lora_id: int, ref: SegmentRef) -> None:
-        """Map a segment and begin to check and prepare it; SegmentError if there is none."""
+        """Map a segment and begin to prepare it; SegmentError if there is none, or another one.
+
+        Its bytes are not hashed here: `loraserve.adapters.segment` says why they need not be.
+        """
         segment = map_segment(ref)
-        self._entries[lora_id] = _Entry(segment, self._executor.submit(self._check, segment))
+        self._entries[lora_id] = _Entry(segment, self._executor.submit(self._prepare, segment))
 
     def rank(self, lora_id: int) -> int:
         """The adapter's highest rank."""
@@ -79,10 +82,6 @@ class WorkerPool:
     def sizes_bytes(self) -> Mapping[int, int]:
         """The mapped bytes of every adapter."""
         return {lora_id: entry.segment.size_bytes for lora_id, entry in self._entries.items()}
-
-    def _check(self, segment: MappedSegment) -> Prepared:
-        segment.verify()
-        return self._prepare(segment)
 
 
 def go_last() -> None:

@@ -27,9 +27,9 @@ class WorkerExtension:
             )
         return manager
 
-    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, sha256: str) -> str:
-        """Map an adapter's segment and begin to check it; '' or what is wrong."""
-        ref = SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, sha256=sha256)
+    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, head_sha256: str) -> str:
+        """Map an adapter's segment and begin to prepare it; '' or what is wrong."""
+        ref = SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, head_sha256=head_sha256)
         try:
             self.loraserve_manager.pool.open(lora_id, ref)
         except SegmentError as error:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import fcntl
+import hashlib
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -23,8 +25,8 @@ from loraserve.adapters.segment import (
     MappedSegment,
     SegmentError,
     SegmentRef,
+    build_segment,
     map_segment,
-    publish,
 )
 from loraserve.errors import AdapterRejectedError
 from tests.support.adapter_maker import PREFIX, AdapterMaker, one_line
@@ -39,8 +41,8 @@ SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 
 @pytest.fixture
 def segment(make: AdapterMaker) -> Iterator[AdapterSegment]:
-    """The default adapter, published."""
-    one = publish(make(), name=NAME, max_lora_rank=64)
+    """The default adapter in shared memory."""
+    one = build_segment(make(), name=NAME, digest=None, max_lora_rank=64)
     yield one
     one.close()
     one.close()
@@ -78,23 +80,23 @@ def test_what_is_mapped_is_what_the_folder_says(
 ) -> None:
     tensors = mixed_ranks(make) if "rank_pattern" in changes else make.tensors()
     tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
-    published = publish(make(tensors=tensors, **changes), name=NAME, max_lora_rank=4)
-    mapped = map_segment(published.ref)
+    built = build_segment(make(tensors=tensors, **changes), name=NAME, digest=None, max_lora_rank=4)
+    mapped = map_segment(built.ref)
     mapped.verify()
     assert {name: module.scaling for name, module in mapped.modules.items()} == pytest.approx(
         {Q_PROJ: scalings[0], V_PROJ: scalings[1]}, rel=1e-15
     )
-    assert mapped.rank == published.rank == 4
+    assert mapped.rank == built.rank == 4
     assert mapped.modules[V_PROJ].rank == (2 if "rank_pattern" in changes else 4)
-    assert mapped.size_bytes == published.ref.size_bytes
-    # Where every tensor of these types is aligned.
-    assert mapped.data_start % 64 == 0
+    assert mapped.size_bytes == built.ref.size_bytes
+    # Where memory can be registered with a device or a transport.
+    assert mapped.data_start % mmap.PAGESIZE == 0
     for name, module in mapped.modules.items():
         for side, tensor in (("A", module.a), ("B", module.b)):
             assert np.array_equal(
                 values(mapped, tensor), tensors[f"base_model.model.{name}.lora_{side}.weight"]
             )
-    published.close()
+    built.close()
 
 
 def test_neither_the_owner_nor_another_process_can_change_it_and_it_outlives_the_owners_close(
@@ -159,9 +161,15 @@ def test_nothing_is_left_of_a_folder_that_is_refused(make: AdapterMaker, kind: s
     folder = damaged(make, kind)
     before = sorted(os.listdir("/proc/self/fd"))
     with pytest.raises(AdapterRejectedError, match="adapter bad@0: ") as refusal:
-        publish(folder, name="bad@0", max_lora_rank=4)
+        build_segment(folder, name="bad@0", digest=None, max_lora_rank=4)
     one_line(refusal.value)
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def sha256_of(content: bytes) -> str:
+    """The sha256 of the head that the bytes say they have."""
+    length = int.from_bytes(content[8:16], "little")
+    return hashlib.sha256(content[16 : 16 + length]).hexdigest()
 
 
 @contextmanager
@@ -171,7 +179,7 @@ def memory(content: bytes, seals: int = SEALS) -> Iterator[SegmentRef]:
     try:
         os.write(fd, content)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        yield SegmentRef(pid=os.getpid(), fd=fd, size_bytes=len(content), sha256="0" * 64)
+        yield SegmentRef(pid=os.getpid(), fd=fd, size_bytes=len(content), head_sha256=sha256_of(content))
     finally:
         os.close(fd)
 
@@ -189,13 +197,24 @@ def test_what_could_still_be_changed_is_refused(segment: AdapterSegment, missing
         map_segment(ref)
 
 
-def test_other_weights_than_those_published_are_found_out(segment: AdapterSegment) -> None:
+def test_other_bytes_than_the_head_tells_of_are_found_out(segment: AdapterSegment) -> None:
     content = bytearray(content_of(segment))
     content[-1] ^= 1
     with memory(bytes(content)) as ref:
-        mapped = map_segment(dataclasses.replace(ref, sha256=segment.ref.sha256))
-        with pytest.raises(SegmentError, match=f"expected {segment.ref.sha256[:16]}"):
+        mapped = map_segment(ref)
+        with pytest.raises(SegmentError, match=f"expected {segment.decoded.body_sha256[:16]}"):
             mapped.verify()
+
+
+def test_another_head_than_was_announced_is_refused(segment: AdapterSegment) -> None:
+    content = content_of(segment)
+    other = content.replace(b",2.0,", b",4.0,", 1)
+    assert other != content
+    with memory(other) as ref:
+        assert map_segment(ref).modules[Q_PROJ].scaling == 4.0
+        announced = dataclasses.replace(ref, head_sha256=segment.ref.head_sha256)
+        with pytest.raises(SegmentError, match="its head hashes to"):
+            map_segment(announced)
 
 
 def test_a_reference_that_does_not_fit_is_refused(segment: AdapterSegment, tmp_path: Path) -> None:
@@ -212,7 +231,7 @@ def test_a_reference_that_does_not_fit_is_refused(segment: AdapterSegment, tmp_p
 
 
 def front(text: bytes) -> bytes:
-    return b"LoRASeg1" + len(text).to_bytes(8, "little") + text
+    return b"LoRASeg2" + len(text).to_bytes(8, "little") + text
 
 
 @pytest.mark.parametrize(
@@ -220,12 +239,13 @@ def front(text: bytes) -> bytes:
     [
         b"\0" * 4096,
         b"L",
-        b"LoRASeg1",
+        b"LoRASeg2",
+        b"LoRASeg2" + b"\xff" * 8,
         front(b"{}")[:-1],
         front(b"{}"),
         front(b"null"),
-        front(b'{"rank": Infinity}'),
-        front(b'{"rank": 4, "scalings": []}') + b"\2" + b"\0" * 7 + b"{}",
+        front(b'{"format": 1, "name": Infinity}'),
+        front(b"[" * 100_000),
     ],
 )
 def test_what_is_no_adapter_is_refused(content: bytes) -> None:
@@ -238,9 +258,9 @@ def test_what_is_no_adapter_is_refused(content: bytes) -> None:
 def test_whatever_the_bytes_are_the_answer_is_a_segment_or_a_segment_error(
     segment: AdapterSegment, data: st.DataObject
 ) -> None:
-    """Damage in the front part, where the sizes and names are."""
+    """Damage in the front part, where the sizes and names are; its sha256 is announced all the same."""
     content = bytearray(content_of(segment))
-    front = len(content) - 16 * 4 * 4
+    front = 16 + len(segment.head)
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, front))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.sampled_from([len(content), data.draw(st.integers(1, len(content)))]))]
