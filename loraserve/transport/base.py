@@ -31,6 +31,10 @@ class PeerSlowError(TransportError, UnavailableError):
     """The peer sent nothing for as long as it was allowed to."""
 
 
+class PeerBusyError(TransportError, UnavailableError):
+    """The peer is there and refuses, since it serves as many as it can."""
+
+
 class NotPublishedError(TransportError, StaleError):
     """The peer serves no region under this key (any more)."""
 
