@@ -1,21 +1,23 @@
 """The adapter store: validated adapters on this machine's disk, addressed by their content.
 
-Layout: `<store>/<first 16 hex of sha256>/` holds adapter_config.json, adapter_model.safetensors and
-manifest.json, all read-only. An entry is complete or absent: it is made in `.tmp-<pid>-...` beside it, then
-brought to the disk and renamed. Plain adapters are stored byte for byte, those that need it folded (see
-`folding`).
+Layout: `<store>/<first 16 hex of sha256>/` holds adapter_config.json, adapter_model.safetensors,
+manifest.json and segment.head (what `segment_head` gives, so that nobody reads weights for it), all
+read-only. An entry is complete or absent: it is made in `.tmp-<pid>-...` beside it, then brought to the disk
+and renamed. segment.head alone may be missing, for it follows from the others: it is made when it is asked
+for. Plain adapters are stored byte for byte, those that need it folded (see `folding`).
 """
 
 import asyncio
 import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from loraserve.adapters.base import BaseModel
@@ -23,6 +25,8 @@ from loraserve.adapters.files import CONFIG_FILE, WEIGHTS_FILE, sync_directory, 
 from loraserve.adapters.folding import fold_adapter
 from loraserve.adapters.manifest import DEFAULT_MAX_BYTES, AdapterManifest, inspect_adapter
 from loraserve.adapters.names import parse_name
+from loraserve.adapters.segment_folder import SEGMENT_FILE, head_of_folder, kept_form, kept_head
+from loraserve.adapters.segment_head import SegmentHead
 from loraserve.adapters.sources import (
     HubClient,
     HubSource,
@@ -34,6 +38,8 @@ from loraserve.adapters.sources import (
 )
 from loraserve.errors import AdapterRejectedError, NotFoundError, WorkFailedError
 from placement.types import AdapterName
+
+logger = logging.getLogger(__name__)
 
 _MANIFEST_FILE = "manifest.json"
 _TEMPORARY = ".tmp-"
@@ -89,6 +95,8 @@ class AdapterStore:
             self._fetch(source, fetched, temporary, stop)
             staged, manifest = self._stage(fetched, temporary / "folded", source)
             write_file(staged / _MANIFEST_FILE, iter((_dump(manifest, source),)))
+            head = self._head_of(staged, manifest.sha256, source)
+            write_file(staged / SEGMENT_FILE, iter((kept_form(head),)))
             sync_directory(staged)
             directory = self._install(staged, manifest, temporary)
         return StoredAdapter(name=adapter_name, source=source, manifest=manifest, directory=directory)
@@ -126,6 +134,18 @@ class AdapterStore:
             )
         return manifest
 
+    def segment_head(self, sha256: str, name: str) -> bytes:
+        """The encoded head that `build_segment` makes of this content under this name.
+
+        Reads no weights, but once where the entry has no sound head yet. NotFoundError if the store does not
+        hold the content, AdapterRejectedError if it is corrupt.
+        """
+        directory = self.directory_of(sha256)
+        head = kept_head(directory, name=name)
+        if head is None or head.digest != sha256:
+            head = replace(self._make_head(sha256, directory), name=name)
+        return head.encode()
+
     def remove(self, sha256: str) -> None:
         """Delete the content; what is not there is no error."""
         with self._temporary() as temporary:
@@ -157,6 +177,22 @@ class AdapterStore:
         folded.mkdir()
         fold_adapter(fetched, folded, manifest)
         return folded, self._inspect(folded, f"{where} (folded)")
+
+    def _make_head(self, sha256: str, directory: Path) -> SegmentHead:
+        """The head of an entry that has none, which then has it, if the disk takes it."""
+        self.verify(sha256)
+        head = self._head_of(directory, sha256, str(directory))
+        try:
+            with self._temporary() as temporary:
+                write_file(temporary / SEGMENT_FILE, iter((kept_form(head),)))
+                os.rename(temporary / SEGMENT_FILE, directory / SEGMENT_FILE)
+        except WorkFailedError as error:
+            logger.warning("the head of a segment will have to be worked out again: %s", error)
+        return head
+
+    def _head_of(self, directory: Path, sha256: str, where: str) -> SegmentHead:
+        rank = self._limits.max_lora_rank
+        return head_of_folder(directory, digest=sha256, where=where, max_lora_rank=rank)
 
     def _inspect(self, directory: Path, where: str) -> AdapterManifest:
         return inspect_adapter(
