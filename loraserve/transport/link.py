@@ -5,7 +5,6 @@ that takes the GIL once, and yet nobody waits longer than `SLICE_S` to hear of a
 """
 
 import errno
-import ipaddress
 import os
 import select
 import socket
@@ -249,19 +248,3 @@ def _tune(sock: socket.socket) -> None:
         (socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS),
     ):
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    if _same_host(sock):
-        _pace_nothing(sock)
-
-
-def _same_host(sock: socket.socket) -> bool:
-    here, there = sock.getsockname()[0], sock.getpeername()[0]
-    return here == there or ipaddress.ip_address(there.split("%")[0]).is_loopback
-
-
-def _pace_nothing(sock: socket.socket) -> None:
-    """Between two processes of one host nothing is lost, and a congestion control that paces (bbr) costs
-    three quarters of the speed; reno does not, and any user may choose it."""
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
-    except OSError:
-        return  # the kernel's default works as well, only slower

@@ -26,6 +26,7 @@ from loraserve.transport.base import (
     Region,
     TransportError,
 )
+from loraserve.transport.congestion import make_plain, restore
 from loraserve.transport.link import Link, Patience, show_peer
 from loraserve.transport.published import OnMissing, Published
 from loraserve.transport.strangers import Strangers
@@ -116,6 +117,7 @@ class Listener:
         self.published = Published(on_missing)
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._socket = _listen(host, port)
+        self._congestion = make_plain(self._socket)
         self.port: int = self._socket.getsockname()[1]
         self._address = Address(host=advertised_host or host, port=self.port, token=self.token).encode()
         self._lock = threading.Lock()
@@ -220,6 +222,7 @@ class Listener:
             _refuse(sock)
             return
         try:
+            restore(sock, self._congestion)
             connection = Connection(Link(sock, peer), self)
         except OSError:
             sock.close()  # it has left again
