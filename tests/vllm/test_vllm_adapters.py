@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import pytest
 import pytest_asyncio
 from safetensors.numpy import load_file, save_file
 
-from loraserve.adapters.segment import build_segment
+from loraserve.adapters.segment import AdapterSegment, build_segment, map_segment
 from loraserve.engines.base import AdapterFiles
 from loraserve.errors import AdapterRejectedError, NotFoundError, OverloadedError, StaleError
 from loraserve.request import GenerationRequest
@@ -97,6 +98,36 @@ async def test_memory_that_is_not_what_was_announced_never_reaches_a_slot(bench:
     assert holders(name) == {os.getpid()}
     segment.close()
     assert not holders(name)
+
+
+async def test_segments_that_are_given_answer_as_folders_do(
+    bench: Bench, references: Mapping[str, Sequence[list[int]]]
+) -> None:
+    """Ranks mixed in one batch, more of them than slots, and nothing of a folder is read."""
+    names = ("rank-8", "rank-16", "rank-64", "rank-128")
+    given: dict[str, AdapterSegment] = {}
+    usual = {name: bench.versions[name] for name in names}
+    for name in names:
+        await bench.engine.unload_adapter(usual[name])
+        bench.versions[name] = version = VersionId(f"{name}@{os.getpid():016x}")
+        given[name] = build_segment(
+            bench.samples.adapters[name], name=version, digest=None, max_lora_rank=128
+        )
+        files = dataclasses.replace(bench.files(name), directory=Path("none"), segment=given[name])
+        await bench.engine.load_adapter(files)
+    asked = [(prompt, name) for prompt in range(len(PROMPTS)) for name in (*names, "", *names)]
+    answers = await asyncio.gather(*(bench.ask(PROMPTS[prompt], name or None) for prompt, name in asked))
+    for (prompt, name), answer in zip(asked, answers, strict=True):
+        assert answer.token_ids == references[name][prompt]
+    for name, segment in given.items():
+        assert len(holders(bench.versions[name])) == 2
+        await bench.engine.unload_adapter(bench.versions[name])
+        # The worker has let go of it, and the engine has not closed it.
+        assert holders(bench.versions[name]) == {os.getpid()}
+        map_segment(segment.ref).verify()
+        segment.close()
+        bench.versions[name] = usual[name]
+        await bench.engine.load_adapter(bench.files(name))
 
 
 async def test_a_folder_that_is_not_there(one_free: Bench, tmp_path: Path) -> None:

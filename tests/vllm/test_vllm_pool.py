@@ -1,6 +1,7 @@
 """The adapter pool of a replica against workers that fail, stall and die: nobody waits for ever."""
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from loraserve.adapters.segment import AdapterSegment, build_segment, map_segment
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.vllm_pool import EnginePool
 from loraserve.errors import AdapterRejectedError, EngineDeadError, StaleError, WorkFailedError
@@ -250,6 +252,81 @@ async def test_memory_is_given_back_also_when_the_engine_dies_meanwhile(bench: P
     bench.workers.die()
     assert isinstance(await ends(unload), EngineDeadError)
     assert bench.segments() == segments
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Iterator[AdapterSegment]:
+    """A segment of `one`@0 that is this test's, and no folder is beside it."""
+    segment = build_segment(
+        AdapterMaker(tmp_path / "given")(), name=version("one"), digest=None, max_lora_rank=8
+    )
+    yield segment
+    segment.close()
+
+
+def with_segment(segment: AdapterSegment, name: str = "one", rank: int = 4) -> AdapterFiles:
+    return AdapterFiles(
+        version_id=version(name), directory=Path("none"), rank=rank, size_bytes=1, segment=segment
+    )
+
+
+async def test_a_segment_that_is_given_is_used_as_it_is_and_left_to_its_giver(
+    bench: PoolBench, given: AdapterSegment
+) -> None:
+    descriptors = own_segments()
+    await bench.pool.load(with_segment(given))
+    await bench.enter("one")
+    # A mapping per rank, and nothing else.
+    assert own_segments() == descriptors + 2
+    bench.pool.leave(version("one"), "request-1")
+    await bench.pool.unload(version("one"))
+    assert own_segments() == descriptors
+    map_segment(given.ref).verify()
+    # Once more, and the pool is closed with it.
+    await bench.pool.load(with_segment(given))
+    bench.pool.close()
+    bench.workers.end()
+    assert own_segments() == descriptors
+    map_segment(given.ref).verify()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_segment_that_is_given_in_vain_is_used_by_nobody_afterwards(
+    bench: PoolBench, given: AdapterSegment, fault: str
+) -> None:
+    method, answer, error, message = FAULTS[fault]
+    descriptors = own_segments()
+    bench.workers.ranks[1].faults[method] = answer
+    with pytest.raises(error, match=message):
+        await bench.pool.load(with_segment(given))
+    assert bench.is_empty()
+    assert own_segments() == descriptors
+    map_segment(given.ref).verify()
+
+
+async def test_a_segment_of_another_version_or_rank_is_refused(
+    bench: PoolBench, given: AdapterSegment
+) -> None:
+    with pytest.raises(AdapterRejectedError, match="adapter two@0: its segment is that of 'one@0'"):
+        await bench.pool.load(with_segment(given, "two"))
+    with pytest.raises(AdapterRejectedError, match=r"rank 9 is above engine\.max_lora_rank 8"):
+        await bench.pool.load(with_segment(given, rank=9))
+    low = EnginePool(bench.workers, num_slots=2, num_adapters=10, max_lora_rank=2)
+    # What its head says counts, also for a caller that believes otherwise.
+    with pytest.raises(AdapterRejectedError, match=r"its rank 4 is above engine\.max_lora_rank 2"):
+        await low.load(with_segment(given, rank=1))
+    low.close()
+    given.close()
+    with pytest.raises(WorkFailedError, match="adapter one@0: the segment of one@0 is closed"):
+        await bench.pool.load(with_segment(given))
+    assert bench.workers.asked == []
+
+
+async def test_other_content_than_the_registry_knows_is_refused(bench: PoolBench) -> None:
+    files = dataclasses.replace(bench.files("one"), digest="0" * 64)
+    with pytest.raises(AdapterRejectedError, match=r"adapter one@0: its files have sha256 .*, not 0000"):
+        await bench.pool.load(files)
+    assert bench.is_empty()
 
 
 @asynccontextmanager
