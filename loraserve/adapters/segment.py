@@ -135,12 +135,13 @@ class SegmentWriter:
     """Memory for a segment whose bytes are still to come.
 
     `body` is writable and has exactly the head's body_bytes, zeros at first. Ends with `seal` or `abandon`;
-    OSError if there is no memory or no descriptor left, SegmentError if `head` is none.
+    OSError if there is no memory or no descriptor left, SegmentError if `head` is none. One that has been
+    decoded already is taken as it is.
     """
 
-    def __init__(self, head: bytes) -> None:
-        self._head = head
-        self._decoded = SegmentHead.decode(head)
+    def __init__(self, head: bytes | SegmentHead) -> None:
+        self._decoded = head if isinstance(head, SegmentHead) else SegmentHead.decode(head)
+        self._head = head = head.encode() if isinstance(head, SegmentHead) else head
         # The kernel takes 249 bytes, and shows them in /proc.
         name = self._decoded.name.encode("ascii", "replace")[:200].replace(b"\0", b"?").decode()
         offset = _body_offset(head)
@@ -224,7 +225,7 @@ def build_segment(directory: Path, *, name: str, digest: str | None, max_lora_ra
     """
     where = f"adapter {name}"
     with open_folder(directory, name=name, where=where, max_lora_rank=max_lora_rank) as folder:
-        writer = SegmentWriter(folder.head.encode())
+        writer = SegmentWriter(folder.head)
         try:
             found = content_digest(folder.config, copy_body(folder, writer.body))
             if digest not in (None, found):
@@ -241,7 +242,7 @@ def _told(head: SegmentHead, digest: str, body: memoryview, kept: SegmentHead | 
     """The head with its hashes.
 
     The content has its digest, so a kept head that agrees with all chunks' hashes is this body's, and its
-    sha256 need not be worked out again.
+    sha256 need not be worked out again. Who writes another one there makes a head that no peer was told of.
     """
     chunk_hashes = hash_chunks(body_chunks(body))
     if kept is not None:

@@ -152,7 +152,7 @@ class SegmentHead:
             raise SegmentError(
                 f"its head has {len(head.chunk_hashes)} bytes of hashes for {head.num_chunks} chunks"
             )
-        if head.encode() != raw:
+        if msgspec.json.encode(wire) != raw:
             raise SegmentError("its head is not in the canonical form")
         return head
 
