@@ -64,16 +64,17 @@ class Link:
         self.is_new = True
         _tune(sock)
 
-    def send(self, frame: Frame, patience: Patience) -> None:
-        """Send a frame; PeerGoneError, PeerSlowError, FetchStoppedError."""
-        self.send_bytes(memoryview(frame.encode()), patience)
+    def send(self, frame: Frame, patience: Patience, *, bytes_follow: bool = False) -> None:
+        """Send a frame, or let it leave with the bytes that follow; TransportError."""
+        flags = socket.MSG_MORE if bytes_follow else 0
+        self.send_bytes(memoryview(frame.encode()), patience, flags)
 
-    def send_bytes(self, data: memoryview, patience: Patience) -> None:
+    def send_bytes(self, data: memoryview, patience: Patience, flags: int = 0) -> None:
         """Send all of a view of bytes."""
         sent = 0
         while sent < len(data):
             with data[sent:] as rest:
-                sent += self._wait(lambda rest=rest: self.sock.send(rest), patience)  # type: ignore[misc]
+                sent += self._wait(lambda rest=rest: self.sock.send(rest, flags), patience)  # type: ignore[misc]
 
     def send_file(self, fd: int, offset: int, count: int, patience: Patience) -> None:
         """Send `count` bytes of a file, without copying them through this process."""
@@ -112,7 +113,8 @@ class Link:
 
     def receive(self, patience: Patience, max_payload_bytes: int) -> Frame:
         """The next frame; BadPeerError for what is none."""
-        self.await_readable(patience)
+        if patience.stop is never:
+            self.await_readable(patience)  # maybe for minutes: wake up for what comes only
         header = decode_header(self.receive_exactly(HEADER_BYTES, patience), max_payload_bytes)
         return header.frame(self.receive_exactly(header.rest_bytes, patience))
 

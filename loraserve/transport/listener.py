@@ -53,12 +53,14 @@ BACKLOG = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerLimits:
-    """How many connections there may be, and how long each may do nothing."""
+    """How many connections there may be, and how long each may do nothing; a client that waits for a region
+    that is being made hears so every `wait_s`."""
 
     max_connections: int = 256
     hello_s: float = 5.0
     idle_s: float = 120.0
     stall_s: float = 30.0
+    wait_s: float = 1.0
 
 
 class Connection:
@@ -86,9 +88,9 @@ class Connection:
 
         return self._listener.published.find(scheme, request.key, say_wait)
 
-    def send(self, frame: Frame) -> None:
-        """Answer, or part of it."""
-        self.link.send(frame, self.patience)
+    def send(self, frame: Frame, *, bytes_follow: bool = False) -> None:
+        """Answer, or part of it; a frame that bytes follow leaves with them."""
+        self.link.send(frame, self.patience, bytes_follow=bytes_follow)
 
     def receive(self, patience: Patience | None = None) -> Frame:
         """The client's next frame, for ops that are a conversation."""
@@ -114,7 +116,7 @@ class Listener:
         limits: ListenerLimits | None = None,
     ) -> None:
         self.limits = limits or ListenerLimits()
-        self.published = Published(on_missing)
+        self.published = Published(on_missing, wait_s=self.limits.wait_s)
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._socket = _listen(host, port)
         self._congestion = make_plain(self._socket)
@@ -166,13 +168,12 @@ class Listener:
             self._handlers = {op: each for op, each in self._handlers.items() if each[0] != scheme}
             busy = [each for each in self._connections if each.scheme == scheme]
             threads = [self._connections[each] for each in busy]
+            for connection in busy:
+                connection.link.shut_down()
             last = not self._schemes
         self.published.withdraw_all(scheme)
         if last:
             self.close()
-            return
-        for connection in busy:
-            connection.link.shut_down()
         _join(threads)
 
     def publish(self, scheme: str, key: str, region: Region) -> None:
@@ -191,14 +192,14 @@ class Listener:
             self.closing = True
             schemes, self._schemes = self._schemes, set()
             self._handlers = {}
-            connections = dict(self._connections)
+            threads = [self._thread, *self._connections.values()]
+            for connection in self._connections:
+                connection.link.shut_down()
         for scheme in schemes:
             self.published.withdraw_all(scheme)
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
-        for connection in connections:
-            connection.link.shut_down()
-        _join([self._thread, *connections.values()])
+        _join(threads)
         self._socket.close()
 
     def _accept_all(self) -> None:
@@ -242,7 +243,7 @@ class Listener:
     def _forget(self, connection: Connection) -> None:
         with self._lock:
             del self._connections[connection]
-        connection.link.close()
+            connection.link.close()  # under the lock: nobody shuts down a descriptor that is another's by now
 
     def _serve(self, connection: Connection) -> None:
         try:

@@ -21,9 +21,6 @@ OnMissing = Callable[[str], Region | None]
 """Makes the region of a key that nobody published, or None. Called in a thread of its own, once per key at
 a time; how long a region is kept for the next one who asks is its business."""
 
-WAIT_S = 1.0
-"""How often who asks is told that the answer is still being made."""
-
 
 class _Making:
     """A call of the hook that several may wait for."""
@@ -37,7 +34,8 @@ class _Making:
 class Published:
     """What is served now."""
 
-    def __init__(self, on_missing: OnMissing | None = None) -> None:
+    def __init__(self, on_missing: OnMissing | None = None, *, wait_s: float = 1.0) -> None:
+        self._wait_s = wait_s
         self._on_missing = on_missing
         self._lock = threading.Lock()
         self._regions: dict[tuple[str, str], Region] = {}
@@ -63,7 +61,7 @@ class Published:
                 del self._regions[found]
 
     def find(self, scheme: str, key: str, while_waiting: Callable[[], None]) -> Region:
-        """The region; NotPublishedError. `while_waiting` is called every `WAIT_S` while one is made, and
+        """The region; NotPublishedError. `while_waiting` is called every `wait_s` while one is made, and
         ends the wait with what it raises."""
         with self._lock:
             region = self._regions.get((scheme, key))
@@ -77,7 +75,7 @@ class Published:
                 making = self._making[key] = _Making()
         if begun:
             self._start(key, making)
-        while not making.done.wait(WAIT_S):
+        while not making.done.wait(self._wait_s):
             while_waiting()
         if isinstance(making.error, TransportError):
             raise making.error

@@ -95,7 +95,8 @@ class TcpTransport:
         if of_bytes != region.size_bytes:
             raise BadPeerError(f"the body of {request.key} has {region.size_bytes} bytes, not {of_bytes}")
         with self._in_use.holding(region.size_bytes):
-            connection.send(range_frame(Op.DATA, request.request_id, begin, end, of_bytes=of_bytes))
+            data = range_frame(Op.DATA, request.request_id, begin, end, of_bytes=of_bytes)
+            connection.send(data, bytes_follow=begin < end)
             try:
                 _send_body(connection, region, begin, end)
             except (PeerGoneError, PeerSlowError):
