@@ -94,6 +94,28 @@ class ReplicaStatus:
     utilisation: float = 0.0
     pool_bytes: int = 0
     profile: str = ""
+    fabric: "FabricStatus" = field(default_factory=lambda: FabricStatus())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FabricSource:
+    """Loads whose bytes came from there: `cache`, `origin`, or the transport that a peer was asked over."""
+
+    source: str
+    loads: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FabricStatus:
+    """What a replica's adapter fabric has done since the replica began: `failures` are attempts by kind,
+    `cached_bytes` adapters that no copy needs, `open_breakers` peers and transports not tried now."""
+
+    sources: tuple[FabricSource, ...] = ()
+    failures: dict[str, int] = field(default_factory=dict)
+    cached_bytes: int = 0
+    open_breakers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +255,19 @@ def replica_status(message: management_pb2.Replica) -> ReplicaStatus:
         utilisation=message.utilisation,
         pool_bytes=message.pool_bytes,
         profile=message.profile,
+        fabric=_fabric_status(message.fabric),
+    )
+
+
+def _fabric_status(message: management_pb2.Fabric) -> FabricStatus:
+    return FabricStatus(
+        sources=tuple(
+            FabricSource(source=one.source, loads=one.loads, bytes=one.bytes, seconds=one.seconds)
+            for one in message.sources
+        ),
+        failures=dict(message.failures),
+        cached_bytes=message.cached_bytes,
+        open_breakers=tuple(message.open_breakers),
     )
 
 

@@ -203,16 +203,14 @@ class AdaptersSection(Section, frozen=True):
 class FabricSection(Section, frozen=True):
     """How adapters get from replica to replica: the transports in the order in which they are tried, none for
     the controller's store alone. At most `max_fetches` come to a replica at a time, with `inflight_bytes` in
-    all, and one whose peer sends nothing for `idle_timeout_s` goes on elsewhere. `ucx_tls` is what UCX may
-    use, as in its UCX_TLS; '' leaves it to UCX. `racks` maps a machine's host name to its rack's name: what is
-    in one rack is near."""
+    all, and one whose peer sends nothing for `idle_timeout_s` goes on elsewhere. `racks` lists the host names
+    of each rack, whose machines are near each other."""
 
     transports: list[Literal["ucx", "tcp"]] = msgspec.field(default_factory=lambda: ["ucx", "tcp"])
     max_fetches: Annotated[int, Meta(ge=1, le=64)] = 4
     inflight_bytes: Positive = 256 * 1024**2
     idle_timeout_s: Seconds = 5.0
-    ucx_tls: str = ""
-    racks: dict[str, str] = msgspec.field(default_factory=dict)
+    racks: list[list[str]] = msgspec.field(default_factory=list)
 
 
 class ReplicaSection(Section, frozen=True):

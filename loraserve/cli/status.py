@@ -124,7 +124,7 @@ def _parts(state: "ClusterStatus") -> "list[RenderableType]":
     """What is shown, from the top down."""
     from rich.text import Text
 
-    from loraserve.cli.tables import adapter_table, replica_table
+    from loraserve.cli.tables import adapter_table, fabric_line, replica_table
     from placement.plans.skew import FORMULA
 
     frozen = ", plan frozen" if state.plan_frozen else ""
@@ -145,5 +145,5 @@ def _parts(state: "ClusterStatus") -> "list[RenderableType]":
         Text("\n".join(lines)),
         replica_table(state.replicas),
         adapter_table(state.adapters),
-        Text(last),
+        Text("\n".join(filter(None, (fabric_line(state.replicas), last)))),
     ]

@@ -1,5 +1,6 @@
 """Tables for people."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 FILE_WIDTH = 160
+
+_SOURCES = {"cache": "their own cache", "origin": "the controller's store"}
 
 
 def show(part: RenderableType) -> None:
@@ -76,3 +79,28 @@ def replica_table(replicas: Sequence[Any]) -> Table:
             str(replica.restarts),
         )
     return table
+
+
+def fabric_line(replicas: Sequence[Any]) -> str:
+    """Where the replicas' adapters have come from, in one line; '' if none has come yet."""
+    loads: Counter[str] = Counter()
+    moved: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    for replica in replicas:
+        for one in replica.fabric.sources:
+            loads[one.source] += one.loads
+            moved[one.source] += one.bytes
+        failures.update(replica.fabric.failures)
+    if not loads:
+        return ""
+    parts = [
+        f"{_SOURCES.get(source, f'peers over {source}')} {number} ({moved[source] / 2**20:.1f} MiB)"
+        for source, number in sorted(loads.items())
+    ]
+    line = f"adapters loaded from: {', '.join(parts)}"
+    if failures:
+        line += (
+            f"; failed attempts: {', '.join(f'{kind} {number}' for kind, number in sorted(failures.items()))}"
+        )
+    resting = sorted({name for replica in replicas for name in replica.fabric.open_breakers})
+    return line + (f"; not tried at the moment: {', '.join(resting)}" if resting else "")

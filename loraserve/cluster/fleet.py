@@ -18,8 +18,9 @@ from loraserve.cluster.replica_actor import ReplicaActor
 from loraserve.config import Config, config_tree
 from loraserve.controller.fleet import ReplicaLink
 from loraserve.engines.base import AdapterFiles
-from loraserve.engines.description import ReplicaDescription, ReplicaReport, RequestReport
+from loraserve.engines.description import Fetched, ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError, WorkFailedError
+from loraserve.fabric.wanted import PeerAddress
 from placement.types import ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)
@@ -63,9 +64,10 @@ class RayLink:
         report: ReplicaReport = await answer(self._actor.report.remote())
         return report
 
-    async def load_adapter(self, files: AdapterFiles) -> None:
+    async def load_adapter(self, files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> Fetched | None:
         """Load and acknowledge."""
-        await answer(self._actor.load_adapter.remote(files))
+        fetched: Fetched | None = await answer(self._actor.load_adapter.remote(files, peers))
+        return fetched
 
     async def unload_adapter(self, version: VersionId) -> None:
         """Drain and drop."""

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 from loraserve.config import Config
 from loraserve.controller.fleet import ReplicaLink
 from loraserve.engines.base import AdapterFiles, Engine
-from loraserve.engines.description import ReplicaDescription, ReplicaReport, RequestReport
+from loraserve.engines.description import Fetched, ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError
+from loraserve.fabric.wanted import PeerAddress
+from loraserve.replica.fabric_start import open_fabric
 from loraserve.replica.server import ReplicaServer
 from placement.types import ReplicaId, VersionId
 
@@ -37,9 +39,9 @@ class LocalLink:
         self._check()
         return await self.server.report()
 
-    async def load_adapter(self, files: AdapterFiles) -> None:
+    async def load_adapter(self, files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> Fetched | None:
         """Load and acknowledge."""
-        await self._call(self.server.load_adapter(files))
+        return await self._call(self.server.load_adapter(files, peers))
 
     async def unload_adapter(self, version: VersionId) -> None:
         """Drain and drop."""
@@ -96,7 +98,10 @@ class LocalLink:
 class LocalFleet:
     """Starts replica servers with engines from `make_engine`; the links outlive a controller."""
 
-    def __init__(self, make_engine: Callable[[ReplicaId, Config], Engine]) -> None:
+    def __init__(
+        self, make_engine: Callable[[ReplicaId, Config], Engine], *, with_fabric: bool = False
+    ) -> None:
+        self._with_fabric = with_fabric
         self.links: dict[ReplicaId, LocalLink] = {}
         self.starts: list[ReplicaId] = []
         self._starting: dict[ReplicaId, asyncio.Task[LocalLink]] = {}
@@ -113,7 +118,8 @@ class LocalFleet:
         return start.result()
 
     async def _start(self, replica_id: ReplicaId, config: Config) -> LocalLink:
-        server = ReplicaServer(replica_id, config, self._make_engine(replica_id, config))
+        fabric = open_fabric(config, "127.0.0.1") if self._with_fabric else None
+        server = ReplicaServer(replica_id, config, self._make_engine(replica_id, config), fabric=fabric)
         try:
             await server.start()
         except BaseException as error:

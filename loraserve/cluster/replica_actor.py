@@ -12,8 +12,9 @@ from typing import Any
 from loraserve.cluster.processes import begin_actor, tail
 from loraserve.config import parse_config
 from loraserve.engines.base import AdapterFiles
-from loraserve.engines.description import ReplicaDescription, ReplicaReport, RequestReport
+from loraserve.engines.description import Fetched, ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError
+from loraserve.fabric.wanted import PeerAddress
 from placement.types import ReplicaId, VersionId
 
 
@@ -31,6 +32,7 @@ class ReplicaActor:
         insecure_listen: bool,
     ) -> None:
         from loraserve.engines.factory import make_engine
+        from loraserve.replica.fabric_start import open_fabric
         from loraserve.replica.server import ReplicaServer
 
         self._log = begin_actor(folder, replica_id)
@@ -43,6 +45,7 @@ class ReplicaActor:
             host=host,
             node_id=node_id,
             insecure_listen=insecure_listen,
+            fabric=open_fabric(config, host),
         )
         self._stopped = asyncio.Event()
 
@@ -52,7 +55,7 @@ class ReplicaActor:
             return await self._server.start()
         except Exception as error:
             logging.getLogger(__name__).exception("start failed")
-            await self._server.engine.close()
+            await self._server.close()
             reason = str(error) if isinstance(error, LoraServeError) else f"{type(error).__name__}: {error}"
             raise ReplicaStartError(self._replica_id, reason, tail(self._log)) from None
 
@@ -64,9 +67,9 @@ class ReplicaActor:
         """Its state for operators."""
         return await self._server.report()
 
-    async def load_adapter(self, files: AdapterFiles) -> None:
+    async def load_adapter(self, files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> Fetched | None:
         """Load and acknowledge."""
-        await self._server.load_adapter(files)
+        return await self._server.load_adapter(files, peers)
 
     async def unload_adapter(self, version: VersionId) -> None:
         """Drain and drop."""

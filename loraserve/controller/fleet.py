@@ -4,7 +4,8 @@ from typing import Protocol
 
 from loraserve.config import Config
 from loraserve.engines.base import AdapterFiles
-from loraserve.engines.description import ReplicaDescription, ReplicaReport, RequestReport
+from loraserve.engines.description import Fetched, ReplicaDescription, ReplicaReport, RequestReport
+from loraserve.fabric.wanted import PeerAddress
 from placement.types import ReplicaId, VersionId
 
 
@@ -23,8 +24,9 @@ class ReplicaLink(Protocol):
         """Its state for operators; EngineDeadError if its engine is gone."""
         ...
 
-    async def load_adapter(self, files: AdapterFiles) -> None:
-        """Returns when the engine has acknowledged; AdapterRejectedError or OverloadedError if not."""
+    async def load_adapter(self, files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> Fetched | None:
+        """Returns, with where the bytes came from, when the engine has acknowledged; AdapterRejectedError or
+        OverloadedError if not. `peers` hold it already, the best first."""
         ...
 
     async def unload_adapter(self, version: VersionId) -> None:

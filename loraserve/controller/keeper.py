@@ -15,6 +15,8 @@ from loraserve.adapters import AdapterStore
 from loraserve.config import Config
 from loraserve.controller.demand import DemandBook
 from loraserve.controller.fleet import Fleet, ReplicaLink
+from loraserve.controller.heads import SegmentHeads
+from loraserve.controller.sources import AdapterSources
 from loraserve.engines.base import AdapterFiles, EngineInfo
 from loraserve.engines.description import ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError
@@ -70,6 +72,8 @@ class ReplicaKeeper:
         self._starting = starting
         self._random = random.Random(seed)
         self._first_backoff_s = first_backoff_s
+        self.sources = AdapterSources(config.fabric.racks)
+        self._heads = SegmentHeads(library)
         self._links: dict[ReplicaId, ReplicaLink] = {}
         self._lives: dict[ReplicaId, asyncio.Task[None]] = {}
         self._drains: dict[ReplicaId, asyncio.Task[None]] = {}
@@ -216,6 +220,7 @@ class ReplicaKeeper:
             return
         self._demand.met(replica, description.incarnation, description.tokens)
         self._links[replica] = link
+        self.sources.met(replica, description.fabric, description.resident)
         self.engines[replica] = description.engine
         self.pids[replica] = description.pid
         self.start_errors.pop(replica, None)
@@ -233,6 +238,7 @@ class ReplicaKeeper:
             reason = await self._watch(replica, link)
         finally:
             del self._links[replica]
+            self.sources.lost(replica)
             self.reports.pop(replica, None)
             self.pids.pop(replica, None)
         logger.warning("lost %s: %s", replica, reason)
@@ -287,8 +293,11 @@ class ReplicaKeeper:
         event: messages.Answer
         try:
             files = self._files(adapter)
-            async with asyncio.timeout(LOAD_TIMEOUT_S):
-                await link.load_adapter(files)
+            async with self.sources.turn(replica, version, adapter.size_bytes) as peers:
+                async with asyncio.timeout(LOAD_TIMEOUT_S):
+                    fetched = await link.load_adapter(files, peers)
+                if self._links.get(replica) is link:
+                    self.sources.has(replica, version, fetched)
             event = messages.AdapterLoaded(replica, version)
             if files.slo != self._slo(adapter):
                 self.tell_targets(replica, adapter)  # They have changed since.
@@ -324,6 +333,8 @@ class ReplicaKeeper:
             rank=adapter.rank,
             size_bytes=adapter.size_bytes,
             slo=self._slo(adapter),
+            digest=adapter.sha256,
+            head_sha256=self._heads.sha256_of(adapter),
         )
 
     def _slo(self, adapter: AdapterVersion) -> Slo | None:
@@ -335,6 +346,7 @@ class ReplicaKeeper:
                 await link.unload_adapter(version)
 
     async def _unload(self, replica: ReplicaId, link: ReplicaLink, version: VersionId) -> None:
+        self.sources.has_not(replica, version)
         try:
             async with asyncio.timeout(self._unload_timeout_s):
                 await link.unload_adapter(version)

@@ -10,6 +10,7 @@ import grpc
 
 from loraserve.controller import drains, plans, terms
 from loraserve.controller.controller import Controller
+from loraserve.engines.description import FabricTotals
 from loraserve.errors import LoraServeError, WorkFailedError
 from loraserve.rpc import server as rpc_server
 from loraserve.rpc.codec import check_protocol
@@ -298,7 +299,25 @@ class ManagementService(management_pb2_grpc.ManagementServicer):
             message.slot_allocated_bytes = report.slots.allocated_bytes
             message.slot_used_bytes = report.slots.used_bytes
             message.slot_padded_bytes = report.slots.padded_bytes
+            message.fabric.CopyFrom(_fabric(report.fabric))
         return message
+
+
+def _fabric(totals: FabricTotals) -> management_pb2.Fabric:
+    return management_pb2.Fabric(
+        sources=[
+            management_pb2.FabricSource(
+                source=source,
+                loads=loads,
+                bytes=totals.bytes.get(source, 0),
+                seconds=totals.seconds.get(source, 0.0),
+            )
+            for source, loads in sorted(totals.loads.items())
+        ],
+        failures=totals.failures,
+        cached_bytes=totals.cached_bytes,
+        open_breakers=totals.open_breakers,
+    )
 
 
 def _log_outcome(work: "asyncio.Future[VersionId]") -> None:

@@ -17,6 +17,17 @@ class FabricPlace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """Where a load's bytes came from: `cache`, `origin` or a transport's scheme; from a peer, how many they
+    were and how long they took on the link."""
+
+    source: str
+    peer: str = ""
+    size_bytes: int = 0
+    transfer_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FabricTotals:
     """What a replica's fabric has done since it began: loads, bytes and seconds by where they came from
     (`cache`, `origin`, or a transport's scheme), failed attempts by kind, and bytes that are here now."""

@@ -16,18 +16,25 @@ import grpc
 from loraserve.clock import Clock, WallClock
 from loraserve.config import Config
 from loraserve.engines.base import AdapterFiles, Engine, EngineInfo
-from loraserve.engines.description import ReplicaDescription, ReplicaReport, RequestReport
+from loraserve.engines.description import (
+    Fetched,
+    ReplicaDescription,
+    ReplicaReport,
+    RequestReport,
+)
 from loraserve.errors import (
     AlreadyExistsError,
-    LoraServeError,
     OverloadedError,
     SupersededError,
     UnavailableError,
-    WorkFailedError,
 )
+from loraserve.fabric.fabric import Fabric
+from loraserve.fabric.wanted import PeerAddress
+from loraserve.replica.fabric_view import place_of, totals_of
 from loraserve.replica.in_flight import FIRST_TURN, InFlight, Turn
 from loraserve.replica.leases import LeaseBook
 from loraserve.replica.listing import listed
+from loraserve.replica.loading import Copies
 from loraserve.replica.meter import Meter
 from loraserve.replica.pool import AdapterPool, Residency
 from loraserve.replica.served import RequestService, ServiceCounts
@@ -64,11 +71,13 @@ class ReplicaServer:
         node_id: str = "local",
         insecure_listen: bool = False,
         clock: Clock | None = None,
+        fabric: Fabric | None = None,
     ) -> None:
         self.replica_id = replica_id
         self.incarnation = uuid.uuid4().hex
         self.config = config
         self.engine = engine
+        self.fabric = fabric
         self.pool = AdapterPool(
             max_adapters=config.engine.max_held_adapters, capacity_bytes=config.engine.pool_bytes
         )
@@ -87,9 +96,17 @@ class ReplicaServer:
         self._sequence = 0
         self._num_reports = 0
         self._server: grpc.aio.Server | None = None
-        self._changing = asyncio.Lock()
-        self._drops: dict[VersionId, asyncio.Task[None]] = {}
         self._draining = False
+        self.copies = Copies(
+            replica_id,
+            pool=self.pool,
+            engine=engine,
+            fabric=fabric,
+            max_lora_rank=config.engine.max_lora_rank,
+            max_bytes=config.adapters.max_size_bytes,
+            drain_timeout_s=config.replica.drain_timeout_s,
+            end_running=self._end_running,
+        )
 
     async def start(self) -> ReplicaDescription:
         """Bring the engine up, then listen on a port that the system picks."""
@@ -129,81 +146,18 @@ class ReplicaServer:
             dropping=self.pool.versions(Residency.DRAINING),
             draining=self._draining,
             tokens=self.tokens.totals(resident),
+            fabric=place_of(self.fabric),
         )
 
-    async def load_adapter(self, files: AdapterFiles) -> None:
-        """Make the version usable; a resident one is no error, a refusal or a cancellation leaves nothing
-        behind."""
-        async with self._changing:
-            self.service.set_slo(files.version_id, files.slo)
-            if not self.pool.begin_load(files):
-                return
-            try:
-                await self.engine.load_adapter(files)
-            except asyncio.CancelledError:
-                # A second cancellation must not keep it from being taken back.
-                await asyncio.shield(asyncio.ensure_future(self._take_back(files.version_id)))
-                raise
-            except BaseException:
-                self.pool.abandon_load(files.version_id)
-                raise
-            self.pool.finish_load(files.version_id)
-        logger.info("loaded %s (rank %d, %d bytes)", files.version_id, files.rank, files.size_bytes)
-
-    async def _take_back(self, version: VersionId) -> None:
-        """Undo a load that nobody waits for any more: an engine may finish what it began."""
-        try:
-            await self.engine.unload_adapter(version)
-        except LoraServeError as error:
-            logger.warning("%s: its load was cancelled and cannot be taken back: %s", version, error)
-        finally:
-            self.pool.abandon_load(version)
+    async def load_adapter(self, files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> Fetched | None:
+        """Make the version usable, with its bytes from one of the peers if they come from there; a resident
+        one is no error, a refusal or a cancellation leaves nothing behind."""
+        self.service.set_slo(files.version_id, files.slo)
+        return await self.copies.load(files, peers)
 
     async def unload_adapter(self, version: VersionId) -> None:
-        """Take no new requests for the version, let running ones end (aborting those that outlast the
-        drain timeout), then free it; a version that is not here is no error.
-
-        WorkFailedError if requests outlast their abort by another drain timeout: the copy stays, takes no
-        requests, and goes when they end, whether or not somebody asks again.
-        """
-        drop = self._drops.get(version)
-        if drop is None:
-            drop = self._drops[version] = asyncio.create_task(self._drop(version), name=f"drop-{version}")
-            drop.add_done_callback(lambda done: self._forget_drop(version, done))
-        # Neither the timeout nor a caller that goes away ends the drop.
-        timeout_s = 2 * self.config.replica.drain_timeout_s
-        done, _ = await asyncio.wait({drop}, timeout=timeout_s)
-        if not done:
-            raise WorkFailedError(
-                f"{version} is still on replica {self.replica_id} after {timeout_s:g} s: its requests, or a"
-                " load before it, have not ended; it takes no requests and goes when they have"
-            )
-        drop.result()
-
-    async def _drop(self, version: VersionId) -> None:
-        if self.pool.residency(version) is Residency.LOADING:
-            async with self._changing:
-                entry = self.pool.begin_drop(version)
-        else:
-            entry = self.pool.begin_drop(version)
-        if entry is None:
-            return
-        while not entry.unpinned.is_set():
-            try:
-                async with asyncio.timeout(self.config.replica.drain_timeout_s):
-                    await entry.unpinned.wait()
-            except TimeoutError:
-                logger.warning("%s: %d requests outlast the drain", version, len(entry.pinned_by))
-                await self._end_running(entry.pinned_by)
-        async with self._changing:
-            await self.engine.unload_adapter(version)
-            self.pool.finish_drop(version)
-        logger.info("dropped %s", version)
-
-    def _forget_drop(self, version: VersionId, drop: "asyncio.Task[None]") -> None:
-        del self._drops[version]
-        if not drop.cancelled() and (error := drop.exception()) is not None:
-            logger.warning("%s was not dropped: %s", version, error)
+        """Take no new requests for the version, let running ones end, then free it: see `Copies.unload`."""
+        await self.copies.unload(version)
 
     async def report(self) -> ReplicaReport:
         """The state for operators; EngineDeadError if the engine is gone."""
@@ -222,6 +176,7 @@ class ReplicaServer:
             sequence=self._num_reports,
             tokens=self.tokens.totals(resident),
             service=self.service.totals(resident),
+            fabric=totals_of(self.fabric),
         )
 
     def load_report(self) -> LoadReport:
@@ -381,11 +336,14 @@ class ReplicaServer:
         """Stop listening, give running requests `grace_s`, end the engine."""
         if self._server is not None:
             await self._server.stop(grace_s)
-        drops = list(self._drops.values())
-        for drop in drops:
-            drop.cancel()
-        await asyncio.gather(*drops, return_exceptions=True)
+        await self.close()
+
+    async def close(self) -> None:
+        """End the engine, then what its adapters lie in."""
+        await self.copies.stop()
         await self.engine.close()
+        if self.fabric is not None:
+            await self.fabric.close()
 
 
 def _drained(request_id: str, replica_id: ReplicaId) -> UnavailableError:

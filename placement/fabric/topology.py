@@ -35,7 +35,7 @@ class LinkSpeeds:
     same_process_bytes_per_s: float = 8e9
     same_host_bytes_per_s: float = 4e9
     rack_bytes_per_s: float = 1.25e9
-    beyond_bytes_per_s: float = 1.25e9
+    beyond_bytes_per_s: float = 6.25e8
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

@@ -478,6 +478,7 @@ class Replica(_message.Message):
     UTILISATION_FIELD_NUMBER: _builtins.int
     POOL_BYTES_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    FABRIC_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     state: _builtins.str
     address: _builtins.str
@@ -516,6 +517,8 @@ class Replica(_message.Message):
     """The profile that its operating points come from; empty for none."""
     @_builtins.property
     def resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def fabric(self) -> Global___Fabric: ...
     def __init__(
         self,
         *,
@@ -545,14 +548,102 @@ class Replica(_message.Message):
         utilisation: _builtins.float = ...,
         pool_bytes: _builtins.int = ...,
         profile: _builtins.str = ...,
+        fabric: Global___Fabric | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fabric", b"fabric"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_adapters", b"active_adapters", "adapter_slots", b"adapter_slots", "address", b"address", "demand_tokens_per_s", b"demand_tokens_per_s", "engine", b"engine", "highest_resident_rank", b"highest_resident_rank", "kv_cache_usage", b"kv_cache_usage", "max_lora_rank", b"max_lora_rank", "node_id", b"node_id", "operating_point_tokens_per_s", b"operating_point_tokens_per_s", "pid", b"pid", "pool_adapters", b"pool_adapters", "pool_bytes", b"pool_bytes", "profile", b"profile", "reason", b"reason", "replica_id", b"replica_id", "resident", b"resident", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "running", b"running", "slot_allocated_bytes", b"slot_allocated_bytes", "slot_padded_bytes", b"slot_padded_bytes", "slot_used_bytes", b"slot_used_bytes", "state", b"state", "utilisation", b"utilisation", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_adapters", b"active_adapters", "adapter_slots", b"adapter_slots", "address", b"address", "demand_tokens_per_s", b"demand_tokens_per_s", "engine", b"engine", "fabric", b"fabric", "highest_resident_rank", b"highest_resident_rank", "kv_cache_usage", b"kv_cache_usage", "max_lora_rank", b"max_lora_rank", "node_id", b"node_id", "operating_point_tokens_per_s", b"operating_point_tokens_per_s", "pid", b"pid", "pool_adapters", b"pool_adapters", "pool_bytes", b"pool_bytes", "profile", b"profile", "reason", b"reason", "replica_id", b"replica_id", "resident", b"resident", "resident_bytes", b"resident_bytes", "restarts", b"restarts", "running", b"running", "slot_allocated_bytes", b"slot_allocated_bytes", "slot_padded_bytes", b"slot_padded_bytes", "slot_used_bytes", b"slot_used_bytes", "state", b"state", "utilisation", b"utilisation", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
+class Fabric(_message.Message):
+    """What a replica's adapter fabric has done since the replica began."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FailuresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SOURCES_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    CACHED_BYTES_FIELD_NUMBER: _builtins.int
+    OPEN_BREAKERS_FIELD_NUMBER: _builtins.int
+    cached_bytes: _builtins.int
+    """Adapters that no copy needs, kept for the next one that does."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___FabricSource]: ...
+    @_builtins.property
+    def failures(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Attempts that failed, by kind."""
+
+    @_builtins.property
+    def open_breakers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Peers and transports that are not tried at the moment."""
+
+    def __init__(
+        self,
+        *,
+        sources: _abc.Iterable[Global___FabricSource] | None = ...,
+        failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        cached_bytes: _builtins.int = ...,
+        open_breakers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_bytes", b"cached_bytes", "failures", b"failures", "open_breakers", b"open_breakers", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fabric: _TypeAlias = Fabric  # noqa: Y015
+
+@_typing.final
+class FabricSource(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """"cache", "origin" (the controller's store), or the transport that a peer was asked over."""
+    loads: _builtins.int
+    bytes: _builtins.int
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        loads: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "loads", b"loads", "seconds", b"seconds", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FabricSource: _TypeAlias = FabricSource  # noqa: Y015
 
 @_typing.final
 class RouterStats(_message.Message):

@@ -44,6 +44,7 @@ MISTAKES = [
     ("model.path = 1979-05-27", 'model.path: "1979-05-27"; expected a string'),
     ('adapters.allow_urls = ["a", 1]', "adapters.allow_urls[1]: 1; expected a string"),
     ('adapters.allow_urls = "a"', 'adapters.allow_urls: "a"; expected a list, each item a string'),
+    ('fabric.transports = ["rdma"]', 'fabric.transports[0]: "rdma"; expected one of tcp, ucx'),
     ("emulated.engine_process = 1", "emulated.engine_process: 1; expected true or false"),
     ("router = 1", "router: 1; expected a table"),
     ("engine.extra = 1", "engine.extra: 1; expected a table"),
@@ -61,8 +62,8 @@ MISTAKES = [
     ),
     (
         "routers.port = 1",
-        "routers: unknown key; allowed: adapters, cluster, emulated, engine, model, placement, replica,"
-        " router, slo",
+        "routers: unknown key; allowed: adapters, cluster, emulated, engine, fabric, model, placement,"
+        " replica, router, slo",
     ),
     ("slo.ttft_s = 1", "slo.ttft_s: unknown key; allowed: tbt_ms, ttft_ms"),
     ('slo."a\\nb" = 1', "slo.'a\\nb': unknown key; allowed: tbt_ms, ttft_ms"),

@@ -14,7 +14,9 @@ from loraserve.controller.controller import Controller
 from loraserve.controller.store import Changes, Store, StoredRegistration
 from loraserve.controller.terms import set_terms
 from loraserve.engines.base import AdapterFiles
+from loraserve.engines.description import Fetched
 from loraserve.errors import BadInputError, NotFoundError
+from loraserve.fabric.wanted import PeerAddress
 from loraserve.request import SamplingParams
 from loraserve.rpc.v1 import management_pb2
 from loraserve.samples import SampleSet
@@ -109,12 +111,12 @@ class SlowLoads:
             monkeypatch.setattr(server, "load_adapter", self._late(server.load_adapter))
 
     def _late(
-        self, load: Callable[[AdapterFiles], Coroutine[Any, Any, None]]
-    ) -> Callable[[AdapterFiles], Coroutine[Any, Any, None]]:
-        async def late(files: AdapterFiles) -> None:
+        self, load: Callable[..., Coroutine[Any, Any, Fetched | None]]
+    ) -> Callable[..., Coroutine[Any, Any, Fetched | None]]:
+        async def late(files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> Fetched | None:
             self.num_begun += 1
             await self.may_go_on.wait()
-            await load(files)
+            return await load(files, peers)
 
         return late
 

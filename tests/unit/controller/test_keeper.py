@@ -11,6 +11,7 @@ from loraserve.controller.keeper import MAX_KILLS
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.description import ReplicaReport
 from loraserve.errors import ReplicaStartError
+from loraserve.fabric.wanted import PeerAddress
 from loraserve.samples import SampleSet
 from placement.cluster import messages
 from placement.cluster.records import DrainOrder, ReplicaPhase
@@ -81,7 +82,7 @@ async def test_a_load_that_fails_as_nobody_expects_is_refused_and_tried_again(
     one = setup()
     controller = await one.start()
 
-    async def load_adapter(files: AdapterFiles) -> None:
+    async def load_adapter(files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> None:
         raise RuntimeError("a field is missing")
 
     with monkeypatch.context() as patched:

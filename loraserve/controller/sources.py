@@ -1,0 +1,138 @@
+"""From whom a replica that is to load a version gets its bytes.
+
+Whoever holds it is a source, the nearest and least busy first. While nobody holds it, one replica reads the
+origin and the others wait for it, so that the origin is read once per version.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from loraserve.engines.description import FabricPlace, Fetched
+from loraserve.fabric.wanted import PeerAddress
+from placement.fabric.topology import Place, Transfer, make_topology
+from placement.types import NodeId, ReplicaId, VersionId
+
+MIN_MEASURED_BYTES = 1024**2
+"""What a smaller transfer takes says more about its beginning than about the link."""
+
+NEW_WEIGHT = 0.25
+"""How much one transfer counts in the speed that a pair of replicas was seen at."""
+
+
+@dataclass(slots=True)
+class _Version:
+    """Who has it now, and, while nobody has, the load that the others wait for."""
+
+    holders: set[ReplicaId] = field(default_factory=set)
+    first: asyncio.Event | None = None
+
+
+class AdapterSources:
+    """`met`, `lost`, `has` and `has_not` keep it true; `turn` surrounds every load."""
+
+    def __init__(self, racks: Sequence[Sequence[str]]) -> None:
+        self._racks = {host: f"rack-{number}" for number, hosts in enumerate(racks, 1) for host in hosts}
+        self._places: dict[ReplicaId, FabricPlace] = {}
+        self._topology = make_topology({})
+        self._measured: dict[tuple[ReplicaId, ReplicaId], float] = {}
+        self._versions: defaultdict[VersionId, _Version] = defaultdict(_Version)
+        self._running: list[Transfer] = []
+
+    def met(self, replica: ReplicaId, place: FabricPlace, resident: Sequence[VersionId]) -> None:
+        """A replica is ready: where its fabric is, and what it holds."""
+        self._places[replica] = place
+        self._rebuild()
+        for version in resident:
+            self.has(replica, version)
+
+    def lost(self, replica: ReplicaId) -> None:
+        """It is gone, and its copies with it."""
+        self._places.pop(replica, None)
+        for pair in [pair for pair in self._measured if replica in pair]:
+            del self._measured[pair]
+        self._rebuild()
+        for version in list(self._versions):
+            self.has_not(replica, version)
+
+    def has(self, replica: ReplicaId, version: VersionId, fetched: Fetched | None = None) -> None:
+        """It has acknowledged the version, whose bytes came from there."""
+        if replica not in self._places:
+            return
+        self._versions[version].holders.add(replica)
+        if fetched is not None and fetched.peer:
+            self._measure(replica, fetched)
+
+    def has_not(self, replica: ReplicaId, version: VersionId) -> None:
+        """It is to drop the version, or has never got it."""
+        known = self._versions[version]
+        known.holders.discard(replica)
+        if not known.holders and known.first is None:
+            del self._versions[version]
+
+    def holders(self, version: VersionId) -> frozenset[ReplicaId]:
+        """Who has it."""
+        known = self._versions.get(version)
+        return frozenset() if known is None else frozenset(known.holders)
+
+    def _measure(self, replica: ReplicaId, fetched: Fetched) -> None:
+        """What a transfer has shown of the link that it came over."""
+        pair = ReplicaId(fetched.peer), replica
+        if fetched.size_bytes < MIN_MEASURED_BYTES or fetched.transfer_s <= 0 or pair[0] not in self._places:
+            return
+        seen = fetched.size_bytes / fetched.transfer_s
+        self._measured[pair] = seen + (1 - NEW_WEIGHT) * (self._measured.get(pair, seen) - seen)
+        self._rebuild()
+
+    @asynccontextmanager
+    async def turn(
+        self, replica: ReplicaId, version: VersionId, size_bytes: int
+    ) -> AsyncIterator[tuple[PeerAddress, ...]]:
+        """While the block runs the replica loads: the peers to ask, in order, none for the origin alone.
+
+        Waits while another replica is the first to load the version, as long as that takes; `has` within the
+        block lets those that wait go on to the new holder.
+        """
+        if replica not in self._places or not self._places[replica].addresses:
+            yield ()  # It can reach nobody, so that it need not wait for anybody.
+            return
+        while not (peers := self._peers(replica, version, size_bytes)):
+            known = self._versions[version]
+            if known.first is None:
+                known.first = asyncio.Event()
+                try:
+                    yield ()
+                finally:
+                    done, known.first = known.first, None
+                    done.set()
+                    if not known.holders and self._versions.get(version) is known:
+                        del self._versions[version]
+                return
+            await known.first.wait()
+        transfer = Transfer(source=ReplicaId(peers[0].replica_id), destination=replica)
+        self._running.append(transfer)
+        try:
+            yield peers
+        finally:
+            self._running.remove(transfer)
+
+    def _peers(self, replica: ReplicaId, version: VersionId, size_bytes: int) -> tuple[PeerAddress, ...]:
+        """Holders with an address, the best first."""
+        known = self._versions.get(version)
+        if known is None:
+            return ()
+        holders = [one for one in known.holders if self._places[one].addresses]
+        ordered = self._topology.order(replica, holders, busy=self._running, size_bytes=size_bytes)
+        return tuple(PeerAddress(replica_id=one, addresses=self._places[one].addresses) for one in ordered)
+
+    def _rebuild(self) -> None:
+        places = {
+            # Each replica is a process of its own.
+            replica: Place(
+                process=str(replica), host=NodeId(place.host), rack=self._racks.get(place.host, "")
+            )
+            for replica, place in self._places.items()
+        }
+        self._topology = make_topology(places, measured=self._measured)
