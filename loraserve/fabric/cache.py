@@ -181,6 +181,18 @@ class SegmentCache:
         self._publish(version, entry)
         return entry
 
+    def drop_unpinned(self, version: VersionId) -> bool:
+        """Drop one version; False if it is pinned."""
+        entry = self._entries.get(version)
+        if entry is None:
+            return True
+        if entry.pins:
+            return False
+        del entry
+        self._drop(version)
+        self.on_room()
+        return True
+
     def clear(self) -> None:
         """Drop everything, pinned or not."""
         for version in self.versions():

@@ -122,6 +122,11 @@ class Fabric:
             self._tally.prefetches += 1
             await self._wait_for(self._join(wanted, is_prefetch=True), is_pinning=False)
 
+    def forget(self, version: VersionId) -> bool:
+        """Drop the version now, rather than when room is needed; False if it is in use. One that is not here
+        is no error."""
+        return self._cache.drop_unpinned(version)
+
     def mark_last(self, version: VersionId, is_last: bool) -> None:
         """Whether no other replica keeps the version: then it is not evicted."""
         self._cache.mark_last(version, is_last)
