@@ -55,10 +55,11 @@ class Setup:
         on_step: Checkpoint | None = None,
         clock: Clock | None = None,
         profile: Profile | None = None,
+        with_fabric: bool = False,
     ) -> None:
         self.folder = folder
         self.config = config
-        self.fleet = LocalFleet(make_engine)
+        self.fleet = LocalFleet(make_engine, with_fabric=with_fabric)
         self.on_step = on_step
         self.clock = clock
         self.profile = profile

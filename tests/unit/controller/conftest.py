@@ -19,7 +19,13 @@ from tests.support.controller_kit import RefusingEngine, Setup, small_config
 async def setup(tmp_path: Path, samples: SampleSet) -> AsyncIterator[Callable[..., Setup]]:
     made: list[Setup] = []
 
-    def make(*, refused_rank: int = 0, profile: Profile | None = None, **options: object) -> Setup:
+    def make(
+        *,
+        refused_rank: int = 0,
+        profile: Profile | None = None,
+        with_fabric: bool = False,
+        **options: object,
+    ) -> Setup:
         config = small_config(samples.model, **options)  # type: ignore[arg-type]
 
         def engine(replica: ReplicaId, config: Config) -> Engine:
@@ -27,7 +33,8 @@ async def setup(tmp_path: Path, samples: SampleSet) -> AsyncIterator[Callable[..
             one.refused_rank = refused_rank
             return one
 
-        made.append(Setup(tmp_path / str(len(made)), config, engine, profile=profile))
+        folder = tmp_path / str(len(made))
+        made.append(Setup(folder, config, engine, profile=profile, with_fabric=with_fabric))
         return made[-1]
 
     yield make
