@@ -88,6 +88,11 @@ class Fabric:
         """The room for all segments together."""
         return self._cache.capacity_bytes
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no fetch runs, waits, or is still ending."""
+        return not self._tasks
+
     # -- what a replica asks for -----------------------------------------------------------------
 
     async def acquire(

@@ -27,6 +27,13 @@ PLENTY = 2**30
 PIECE_BYTES = 256 * 1024
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Give the other tasks and threads turns until the condition holds, which nobody announces."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
 class Stage:
     """A place in a fetch where it stands still until the test lets it go on."""
 
@@ -135,6 +142,17 @@ class Node:
     def inject(self, kind: FaultKind, at_byte: int = 0, *, scheme: int = 0) -> Fault:
         """Let this happen to those who fetch from here over its first transport, or another."""
         return self.transports[scheme].inner.inject(Fault(kind=kind, at_byte=at_byte))
+
+    def stop_before_the_body(self, *wanted: Wanted) -> Stage:
+        """Have the fetches of these versions stand still between head and body."""
+        stage, keys = Stage(), {one.version_id for one in wanted}
+
+        def before_body(key: str, stop: Callable[[], bool]) -> None:
+            if key in keys:
+                stage.stand()
+
+        self.hooks.before_body = before_body
+        return stage
 
     def die(self) -> None:
         """As a process that is killed: what others fetch from it ends."""
