@@ -92,6 +92,10 @@ class SegmentCache:
         """All versions that are here and published."""
         return tuple(sorted(self._entries))
 
+    def unpinned(self) -> tuple[VersionId, ...]:
+        """Those of them that could be evicted."""
+        return tuple(version for version, one in sorted(self._entries.items()) if not one.pins)
+
     def unpin(self, version: VersionId) -> None:
         """One acquisition lets go; a version that is not here, or not pinned, is no error."""
         entry = self._entries.get(version)

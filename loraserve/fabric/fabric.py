@@ -18,6 +18,7 @@ from loraserve.errors import (
     OverloadedError,
     UnavailableError,
 )
+from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.cache import Entry, SegmentCache
 from loraserve.fabric.counts import FabricCounts, Tally
 from loraserve.fabric.flight import Crash, Flight, Landing, OnProgress
@@ -132,6 +133,14 @@ class Fabric:
         is no error."""
         return self._cache.drop_unpinned(version)
 
+    def advise(self, advice: CacheAdvice) -> None:
+        """Take in what the controller knows of cached segments; what is to come soon is `prefetch`'s."""
+        self.set_demand(advice.demand_tokens_per_s)
+        for version in self.published():
+            self.mark_last(version, version in advice.last)
+        for version in advice.gone:
+            self._cache.drop_unpinned(version)
+
     def mark_last(self, version: VersionId, is_last: bool) -> None:
         """Whether no other replica keeps the version: then it is not evicted."""
         self._cache.mark_last(version, is_last)
@@ -143,6 +152,10 @@ class Fabric:
     def published(self) -> tuple[VersionId, ...]:
         """The versions that peers can fetch from here."""
         return self._cache.versions()
+
+    def cached(self) -> tuple[VersionId, ...]:
+        """Those of them that nobody has acquired."""
+        return self._cache.unpinned()
 
     def counts(self) -> FabricCounts:
         """What it has done, and what is here now."""
