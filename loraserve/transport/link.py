@@ -69,6 +69,14 @@ class Link:
         flags = socket.MSG_MORE if bytes_follow else 0
         self.send_bytes(memoryview(frame.encode()), patience, flags)
 
+    def say(self, words: bytes, patience: Patience) -> None:
+        """Send what is to be answered; a peer that has closed may have said why, and that is read next."""
+        try:
+            self.send_bytes(memoryview(words), patience)
+        except PeerGoneError:
+            if not self.has_unread():
+                raise
+
     def send_bytes(self, data: memoryview, patience: Patience, flags: int = 0) -> None:
         """Send all of a view of bytes."""
         sent = 0
@@ -77,7 +85,7 @@ class Link:
                 sent += self._wait(lambda rest=rest: self.sock.send(rest, flags), patience)  # type: ignore[misc]
 
     def send_file(self, fd: int, offset: int, count: int, patience: Patience) -> None:
-        """Send `count` bytes of a file, without copying them through this process."""
+        """Send `count` bytes of a file, not copied through this process; ValueError if it has fewer."""
         end = offset + count
         while offset < end:
             sent = self._wait(
@@ -87,7 +95,7 @@ class Link:
                 patience,
             )
             if sent == 0:
-                raise PeerGoneError(f"a region's file ends at {offset}, {end - offset} bytes too early")
+                raise ValueError(f"a region's file ends at {offset}, {end - offset} bytes too early")
             offset += sent
 
     def receive_some(self, into: memoryview, patience: Patience) -> int:
@@ -125,7 +133,7 @@ class Link:
         the caller sets `settled` once it has read all that belongs to it.
         """
         self.settled = False
-        self.send(request, patience)
+        self.say(request.encode(), patience)
         while True:
             answer = self.receive(patience, max_payload_bytes)
             if answer.request_id not in (request.request_id, 0):

@@ -288,7 +288,7 @@ class Listener:
         except TransportError as error:
             connection.send(error_frame(request.request_id, _code_of(error), str(error)))
         except Exception as error:
-            logger.exception("a request for %s of the fabric failed", request.key)
+            logger.exception("a request for %r of the fabric failed", request.key)
             connection.send(error_frame(request.request_id, ErrorCode.FAILED, f"it failed: {error}"))
         finally:
             connection.scheme = ""

@@ -52,7 +52,10 @@ class _Lane:
 
 
 class PeerPool:
-    """Thread-safe. An exchange has a connection for itself; one that did not end in step is closed."""
+    """Thread-safe. An exchange has a connection for itself; one that did not end in step is closed.
+
+    `num_opened` counts the connections that were made, ever.
+    """
 
     def __init__(
         self, *, max_bodies: int = MAX_BODIES, max_short: int = MAX_SHORT, keep_idle_s: float = KEEP_IDLE_S
@@ -63,6 +66,7 @@ class PeerPool:
         self._lanes: dict[tuple[Address, bool], _Lane] = {}
         self._numbers = itertools.count(1)
         self._closed = False
+        self.num_opened = 0
 
     @property
     def num_connections(self) -> int:
@@ -152,7 +156,7 @@ class PeerPool:
     def _connect(self, lane: _Lane, patience: Patience) -> Link:
         link = connect(lane.address.host, lane.address.port, patience)
         try:
-            link.send_bytes(memoryview(encode_hello(lane.address.token)), patience)
+            link.say(encode_hello(lane.address.token), patience)
             check_welcome(link.receive_exactly(WELCOME_BYTES, patience))
         except BaseException:
             link.close()
@@ -162,6 +166,7 @@ class PeerPool:
                 link.close()
                 raise FetchStoppedError("this transport is closed")
             lane.busy.add(link)
+            self.num_opened += 1
         return link
 
     def _put_back(self, lane: _Lane, link: Link) -> None:

@@ -34,29 +34,29 @@ class TcpTransport:
     takes_device_memory = False
 
     def __init__(self, listener: Listener, pool: PeerPool | None = None) -> None:
-        self._listener = listener
-        self._pool = pool or PeerPool()
+        self.listener = listener
+        self.pool = pool or PeerPool()
         self._in_use = InUse()
         listener.join(SCHEME, {Op.BODY: self._answer_body})
 
     @property
     def address(self) -> bytes:
         """Host, port and token of the listener."""
-        return self._listener.address
+        return self.listener.address
 
     def publish(self, key: str, region: Region) -> None:
         """Serve a region of host memory under this key; BadInputError, AlreadyExistsError."""
         if hasattr(region.body, "__cuda_array_interface__"):
             raise BadInputError(f"{key}: scheme {SCHEME} serves host memory only")
-        self._listener.publish(SCHEME, key, region)
+        self.listener.publish(SCHEME, key, region)
 
     def withdraw(self, key: str) -> None:
         """Serve it no more; transfers that run go on to their end."""
-        self._listener.withdraw(SCHEME, key)
+        self.listener.withdraw(SCHEME, key)
 
     def read_head(self, address: bytes, key: str, *, idle_timeout_s: float) -> tuple[bytes, int]:
         """The region's head, and how many bytes its body has. TransportError."""
-        return read_head(self._pool, address, key, scheme=SCHEME, patience=Patience(idle_s=idle_timeout_s))
+        return read_head(self.pool, address, key, scheme=SCHEME, patience=Patience(idle_s=idle_timeout_s))
 
     def fetch(
         self,
@@ -75,7 +75,7 @@ class TcpTransport:
                 raise ValueError("the destination of a fetch cannot be written")
             size_bytes = len(body)
             request = range_frame(Op.BODY, 0, 0, size_bytes, of_bytes=size_bytes, key=key)
-            with self._pool.exchange(address, request, patience, is_body=True) as (link, answer):
+            with self.pool.exchange(address, request, patience, is_body=True) as (link, answer):
                 if answer.op != Op.DATA or range_of(answer) != (0, size_bytes, size_bytes):
                     raise BadPeerError(f"{link.peer} answers something else than the body of {key}")
                 _receive_body(link, body, on_bytes, patience)
@@ -86,8 +86,8 @@ class TcpTransport:
 
     def close(self) -> None:
         """Serve nothing and end every transfer; safe to call twice."""
-        self._pool.close()
-        self._listener.leave(SCHEME)
+        self.pool.close()
+        self.listener.leave(SCHEME)
 
     def _answer_body(self, connection: Connection, request: Frame) -> None:
         begin, end, of_bytes = range_of(request)
@@ -103,7 +103,7 @@ class TcpTransport:
                 raise
             except Exception as error:
                 # No ERROR frame may come among a body's bytes: the connection must end here.
-                logger.exception("the body of %s could not be sent", request.key)
+                logger.error("the body of %r could not be sent: %s", request.key, str(error))
                 raise PeerGoneError(f"the body of {request.key} could not be sent") from error
 
 

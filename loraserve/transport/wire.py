@@ -188,15 +188,18 @@ def _check_version(magic: bytes, version: int) -> None:
 
 def error_frame(request_id: int, code: ErrorCode, message: str) -> Frame:
     """The answer that says why there is no answer."""
-    line = " ".join(message.split())[:MAX_MESSAGE_CHARS]
-    return Frame(op=Op.ERROR, request_id=request_id, begin=code, payload=line.encode(errors="replace"))
+    return Frame(op=Op.ERROR, request_id=request_id, begin=code, payload=_one_line(message).encode())
 
 
 def error_of(frame: Frame) -> TransportError:
     """The error that an ERROR frame stands for."""
-    text = frame.payload[: 4 * MAX_MESSAGE_CHARS].decode(errors="replace")
-    line = " ".join(text.split())[:MAX_MESSAGE_CHARS]
+    line = _one_line(frame.payload[: 4 * MAX_MESSAGE_CHARS].decode(errors="replace"))
     return _ERRORS.get(frame.begin, BadPeerError)(line or f"the peer refused, with code {frame.begin}")
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())[:MAX_MESSAGE_CHARS]
+    return "".join(each if each.isprintable() else "?" for each in line)
 
 
 def range_frame(op: Op, request_id: int, begin: int, end: int, *, of_bytes: int, key: str = "") -> Frame:
