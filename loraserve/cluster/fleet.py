@@ -20,6 +20,7 @@ from loraserve.controller.fleet import ReplicaLink
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.description import Fetched, ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError, WorkFailedError
+from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.wanted import PeerAddress
 from placement.types import ReplicaId, VersionId
 
@@ -68,6 +69,10 @@ class RayLink:
         """Load and acknowledge."""
         fetched: Fetched | None = await answer(self._actor.load_adapter.remote(files, peers))
         return fetched
+
+    async def advise(self, advice: CacheAdvice) -> None:
+        """Tell its fabric what the controller knows of what it caches."""
+        await answer(self._actor.advise.remote(advice))
 
     async def unload_adapter(self, version: VersionId) -> None:
         """Drain and drop."""

@@ -13,6 +13,7 @@ from loraserve.controller.fleet import ReplicaLink
 from loraserve.engines.base import AdapterFiles, Engine
 from loraserve.engines.description import Fetched, ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError
+from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.wanted import PeerAddress
 from loraserve.replica.fabric_start import open_fabric
 from loraserve.replica.server import ReplicaServer
@@ -42,6 +43,11 @@ class LocalLink:
     async def load_adapter(self, files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> Fetched | None:
         """Load and acknowledge."""
         return await self._call(self.server.load_adapter(files, peers))
+
+    async def advise(self, advice: CacheAdvice) -> None:
+        """Tell its fabric what the controller knows of what it caches."""
+        self._check()
+        self.server.copies.advise(advice)
 
     async def unload_adapter(self, version: VersionId) -> None:
         """Drain and drop."""

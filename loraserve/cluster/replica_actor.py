@@ -14,6 +14,7 @@ from loraserve.config import parse_config
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.description import Fetched, ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError
+from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.wanted import PeerAddress
 from placement.types import ReplicaId, VersionId
 
@@ -70,6 +71,10 @@ class ReplicaActor:
     async def load_adapter(self, files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> Fetched | None:
         """Load and acknowledge."""
         return await self._server.load_adapter(files, peers)
+
+    async def advise(self, advice: CacheAdvice) -> None:
+        """Tell its fabric what the controller knows of what it caches."""
+        self._server.copies.advise(advice)
 
     async def unload_adapter(self, version: VersionId) -> None:
         """Drain and drop."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from loraserve.adapters import AdapterStore
 from loraserve.clock import Clock, WallClock
 from loraserve.config import Config
+from loraserve.controller.advice import advise_replicas
 from loraserve.controller.demand import DemandBook
 from loraserve.controller.fleet import Fleet
 from loraserve.controller.journal import Dependent, Journal
@@ -397,3 +398,4 @@ class Controller:
     async def _epoch(self) -> None:
         await self.refresh_reports()
         self.end_epoch()
+        advise_replicas(self)

@@ -5,6 +5,7 @@ from typing import Protocol
 from loraserve.config import Config
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.description import Fetched, ReplicaDescription, ReplicaReport, RequestReport
+from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.wanted import PeerAddress
 from placement.types import ReplicaId, VersionId
 
@@ -27,6 +28,10 @@ class ReplicaLink(Protocol):
     async def load_adapter(self, files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> Fetched | None:
         """Returns, with where the bytes came from, when the engine has acknowledged; AdapterRejectedError or
         OverloadedError if not. `peers` hold it already, the best first."""
+        ...
+
+    async def advise(self, advice: CacheAdvice) -> None:
+        """Tell its fabric what the controller knows of what it caches."""
         ...
 
     async def unload_adapter(self, version: VersionId) -> None:

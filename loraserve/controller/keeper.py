@@ -20,6 +20,7 @@ from loraserve.controller.sources import AdapterSources
 from loraserve.engines.base import AdapterFiles, EngineInfo
 from loraserve.engines.description import ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError
+from loraserve.fabric.advice import CacheAdvice
 from placement.cluster import messages
 from placement.profile import Slo
 from placement.types import AdapterName, AdapterTerms, AdapterVersion, ReplicaId, VersionId
@@ -136,6 +137,11 @@ class ReplicaKeeper:
         except (LoraServeError, TimeoutError) as error:
             logger.warning("%s did not let all requests go: %s", replica, error)
             return 0
+
+    def advise(self, replica: ReplicaId, advice: CacheAdvice) -> None:
+        """Tell the replica's fabric what is known here of what it caches."""
+        if (link := self._links.get(replica)) is not None:
+            self.spawn(self._advise(replica, link, advice))
 
     async def refresh_reports(self) -> None:
         """Ask every replica for its report now; one that is slow keeps its last one."""
@@ -284,6 +290,7 @@ class ReplicaKeeper:
 
     def _keep(self, replica: ReplicaId, report: ReplicaReport) -> None:
         self.reports[replica] = report
+        self.sources.caches(replica, report.fabric.cached)
         self._demand.heard(replica, report)
 
     # -- commands ------------------------------------------------------------------------------
@@ -292,7 +299,7 @@ class ReplicaKeeper:
         version = adapter.version_id
         event: messages.Answer
         try:
-            files = self._files(adapter)
+            files = self.files_of(adapter)
             async with self.sources.turn(replica, version, adapter.size_bytes) as peers:
                 async with asyncio.timeout(LOAD_TIMEOUT_S):
                     fetched = await link.load_adapter(files, peers)
@@ -322,11 +329,12 @@ class ReplicaKeeper:
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 # Of what it has it takes in the targets alone. If it is late the copy stays, as requests
                 # are sent there.
-                await link.load_adapter(self._files(adapter))
+                await link.load_adapter(self.files_of(adapter))
         except (LoraServeError, TimeoutError) as error:
             logger.warning("%s has not heard of the targets of %s: %s", replica, adapter.name, error)
 
-    def _files(self, adapter: AdapterVersion) -> AdapterFiles:
+    def files_of(self, adapter: AdapterVersion) -> AdapterFiles:
+        """What a replica must know to load it; NotFoundError for content that the store does not hold."""
         return AdapterFiles(
             version_id=adapter.version_id,
             directory=self._library.directory_of(adapter.sha256),
@@ -344,6 +352,13 @@ class ReplicaKeeper:
         with contextlib.suppress(LoraServeError, TimeoutError):
             async with asyncio.timeout(self._unload_timeout_s):
                 await link.unload_adapter(version)
+
+    async def _advise(self, replica: ReplicaId, link: ReplicaLink, advice: CacheAdvice) -> None:
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                await link.advise(advice)
+        except (LoraServeError, TimeoutError) as error:
+            logger.info("%s was not advised: %s", replica, error)
 
     async def _unload(self, replica: ReplicaId, link: ReplicaLink, version: VersionId) -> None:
         self.sources.has_not(replica, version)

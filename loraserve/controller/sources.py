@@ -40,6 +40,7 @@ class AdapterSources:
         self._measured: dict[tuple[ReplicaId, ReplicaId], float] = {}
         self._versions: defaultdict[VersionId, _Version] = defaultdict(_Version)
         self._running: list[Transfer] = []
+        self._cached: dict[ReplicaId, frozenset[VersionId]] = {}
 
     def met(self, replica: ReplicaId, place: FabricPlace, resident: Sequence[VersionId]) -> None:
         """A replica is ready: where its fabric is, and what it holds."""
@@ -51,6 +52,7 @@ class AdapterSources:
     def lost(self, replica: ReplicaId) -> None:
         """It is gone, and its copies with it."""
         self._places.pop(replica, None)
+        self._cached.pop(replica, None)
         for pair in [pair for pair in self._measured if replica in pair]:
             del self._measured[pair]
         self._rebuild()
@@ -71,6 +73,16 @@ class AdapterSources:
         known.holders.discard(replica)
         if not known.holders and known.first is None:
             del self._versions[version]
+
+    def caches(self, replica: ReplicaId, versions: Sequence[VersionId]) -> None:
+        """It keeps these, though no copy of it needs them: it can give them as long as it does."""
+        if replica in self._places:
+            self._cached[replica] = frozenset(versions)
+
+    def keepers(self, version: VersionId) -> frozenset[ReplicaId]:
+        """Who has it or caches it."""
+        cached = (replica for replica, versions in self._cached.items() if version in versions)
+        return self.holders(version).union(cached)
 
     def holders(self, version: VersionId) -> frozenset[ReplicaId]:
         """Who has it."""
@@ -98,7 +110,7 @@ class AdapterSources:
         if replica not in self._places or not self._places[replica].addresses:
             yield ()  # It can reach nobody, so that it need not wait for anybody.
             return
-        while not (peers := self._peers(replica, version, size_bytes)):
+        while not (peers := self.peers(replica, version, size_bytes)):
             known = self._versions[version]
             if known.first is None:
                 known.first = asyncio.Event()
@@ -118,12 +130,9 @@ class AdapterSources:
         finally:
             self._running.remove(transfer)
 
-    def _peers(self, replica: ReplicaId, version: VersionId, size_bytes: int) -> tuple[PeerAddress, ...]:
-        """Holders with an address, the best first."""
-        known = self._versions.get(version)
-        if known is None:
-            return ()
-        holders = [one for one in known.holders if self._places[one].addresses]
+    def peers(self, replica: ReplicaId, version: VersionId, size_bytes: int) -> tuple[PeerAddress, ...]:
+        """Those that keep it and have an address, the best first."""
+        holders = [one for one in self.keepers(version) if self._places[one].addresses]
         ordered = self._topology.order(replica, holders, busy=self._running, size_bytes=size_bytes)
         return tuple(PeerAddress(replica_id=one, addresses=self._places[one].addresses) for one in ordered)
 

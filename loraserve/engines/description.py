@@ -30,7 +30,8 @@ class Fetched:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FabricTotals:
     """What a replica's fabric has done since it began: loads, bytes and seconds by where they came from
-    (`cache`, `origin`, or a transport's scheme), failed attempts by kind, and bytes that are here now."""
+    (`cache`, `origin`, or a transport's scheme), failed attempts by kind, and bytes that are here now;
+    `cached` are the versions that no copy needs."""
 
     loads: Mapping[str, int] = field(default_factory=dict)
     bytes: Mapping[str, int] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class FabricTotals:
     held_bytes: int = 0
     cached_bytes: int = 0
     open_breakers: tuple[str, ...] = ()
+    cached: tuple[VersionId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

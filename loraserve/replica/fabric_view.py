@@ -26,6 +26,7 @@ def totals_of(fabric: Fabric | None) -> FabricTotals:
         failures=counts.failures,
         held_bytes=counts.held_bytes,
         cached_bytes=counts.cached_bytes,
+        cached=fabric.cached(),
         open_breakers=tuple(sorted(name for name, state in counts.breakers.items() if state == "open")),
     )
 

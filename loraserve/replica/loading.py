@@ -9,6 +9,7 @@ from dataclasses import replace
 from loraserve.engines.base import AdapterFiles, Engine
 from loraserve.engines.description import Fetched
 from loraserve.errors import LoraServeError, WorkFailedError
+from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.fabric import Fabric
 from loraserve.fabric.wanted import PeerAddress, Wanted
 from loraserve.replica.fabric_view import fetched_of
@@ -68,6 +69,7 @@ class Copies:
         self._turns = _Turns()
         self._acquired: set[VersionId] = set()
         self._drops: dict[VersionId, asyncio.Task[None]] = {}
+        self._prefetch: asyncio.Task[None] | None = None
 
     async def load(self, files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> Fetched | None:
         """Make the version usable, and say where its bytes came from; a resident one is no error (None), a
@@ -114,12 +116,29 @@ class Copies:
             )
         drop.result()
 
+    def advise(self, advice: CacheAdvice) -> None:
+        """Take in what the controller knows, and begin to fetch what will be wanted here soon, instead of
+        what was said before."""
+        if self._fabric is None:
+            return
+        self._fabric.advise(advice)
+        if self._prefetch is not None:
+            self._prefetch.cancel()
+        self._prefetch = asyncio.create_task(self._fetch_ahead(self._fabric, advice.soon))
+
+    async def _fetch_ahead(self, fabric: Fabric, soon: tuple[Wanted, ...]) -> None:
+        for wanted in soon:
+            try:
+                await fabric.prefetch(replace(wanted, max_lora_rank=self._max_lora_rank))
+            except LoraServeError as error:
+                logger.info("%s is not fetched ahead: %s", wanted.version_id, error)
+
     async def stop(self) -> None:
-        """End what is being dropped; the engine is closed next."""
-        drops = list(self._drops.values())
-        for drop in drops:
-            drop.cancel()
-        await asyncio.gather(*drops, return_exceptions=True)
+        """End what is being dropped or fetched ahead; the engine is closed next."""
+        ending = [*self._drops.values(), *filter(None, (self._prefetch,))]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
 
     async def _fetched(
         self, files: AdapterFiles, peers: tuple[PeerAddress, ...]
