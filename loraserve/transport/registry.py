@@ -27,16 +27,20 @@ class OpenTransports:
             transport.close()
 
 
+Opener = Callable[[Listener], Transport]
+"""Opens one scheme on a listener; ImportError or UnavailableError if it cannot be had here."""
+
+
 def _open_tcp(listener: Listener) -> Transport:
     return TcpTransport(listener)
 
 
 def _open_ucx(listener: Listener) -> Transport:
-    opener: Callable[[Listener], Transport] = import_module("loraserve.transport.ucx").open_ucx
+    opener: Opener = import_module("loraserve.transport.ucx").open_ucx
     return opener(listener)
 
 
-SCHEMES: Mapping[str, Callable[[Listener], Transport]] = {"tcp": _open_tcp, "ucx": _open_ucx}
+SCHEMES: Mapping[str, Opener] = {"tcp": _open_tcp, "ucx": _open_ucx}
 
 
 def check_schemes(schemes: Sequence[str]) -> None:
@@ -56,12 +60,13 @@ def open_transports(
     advertised_host: str | None = None,
     on_missing: OnMissing | None = None,
     limits: ListenerLimits | None = None,
+    openers: Mapping[str, Opener] | None = None,
 ) -> OpenTransports:
     """Listen on one socket and open these schemes on it.
 
     A scheme whose library is missing or does not work is left out, with one warning. BadInputError for an
     unknown scheme, or a host and port that cannot be listened on. `advertised_host` is what peers are told,
-    for a host that means all interfaces.
+    for a host that means all interfaces. `openers` replaces `SCHEMES` in tests.
     """
     check_schemes(schemes)
     if not schemes:
@@ -72,7 +77,7 @@ def open_transports(
     try:
         for scheme in schemes:
             try:
-                opened.append(SCHEMES[scheme](listener))
+                opened.append((openers or SCHEMES)[scheme](listener))
             except (ImportError, UnavailableError) as error:
                 left_out[scheme] = str(error)
                 logger.warning("transport %s is left out: %s", scheme, error)
