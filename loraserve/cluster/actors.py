@@ -59,6 +59,8 @@ class ControllerActor:
         self._port = rpc_server.bind(self._server, host, port, insecure_listen=insecure)
         await self._server.start()
         await health.set_serving(True)
+        if self._config.fabric.transports:
+            self._controller.origin.open(home if insecure else "127.0.0.1")
         self._controller.start()
 
     async def port(self) -> int:

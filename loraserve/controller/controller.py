@@ -18,6 +18,7 @@ from loraserve.controller.journal import Dependent, Journal
 from loraserve.controller.keeper import LOAD_TIMEOUT_S, ReplicaKeeper
 from loraserve.controller.library import is_removed
 from loraserve.controller.migration import Migrator
+from loraserve.controller.origin import Origin
 from loraserve.controller.periodic import every
 from loraserve.controller.ranks import resizer_of, with_max_lora_rank
 from loraserve.controller.sizing import sized
@@ -120,6 +121,8 @@ class Controller:
         )
         self.state.demand_tokens_per_s = self.demand.forecast
         self.keeper.terms = self.state.terms
+        self.origin = Origin(library, lambda: self.state.adapters)
+        self.keeper.sources.origin = lambda: self.origin.peer
         self.migrator = Migrator(self)
 
     def _starting(self, replica: ReplicaId) -> Config:
@@ -146,6 +149,7 @@ class Controller:
     async def stop(self) -> None:
         """End the tasks; replicas stay for whoever comes next."""
         await self.keeper.close()
+        await asyncio.to_thread(self.origin.close)
         self._store.close()
 
     async def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> None:

@@ -302,7 +302,7 @@ class ReplicaKeeper:
             files = self.files_of(adapter)
             async with self.sources.turn(replica, version, adapter.size_bytes) as peers:
                 async with asyncio.timeout(LOAD_TIMEOUT_S):
-                    fetched = await link.load_adapter(files, peers)
+                    fetched = await link.load_adapter(files, self.sources.with_origin(peers))
                 if self._links.get(replica) is link:
                     self.sources.has(replica, version, fetched)
             event = messages.AdapterLoaded(replica, version)

@@ -6,7 +6,7 @@ origin and the others wait for it, so that the origin is read once per version.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -41,6 +41,7 @@ class AdapterSources:
         self._versions: defaultdict[VersionId, _Version] = defaultdict(_Version)
         self._running: list[Transfer] = []
         self._cached: dict[ReplicaId, frozenset[VersionId]] = {}
+        self.origin: Callable[[], PeerAddress | None] = lambda: None
 
     def met(self, replica: ReplicaId, place: FabricPlace, resident: Sequence[VersionId]) -> None:
         """A replica is ready: where its fabric is, and what it holds."""
@@ -97,6 +98,11 @@ class AdapterSources:
         seen = fetched.size_bytes / fetched.transfer_s
         self._measured[pair] = seen + (1 - NEW_WEIGHT) * (self._measured.get(pair, seen) - seen)
         self._rebuild()
+
+    def with_origin(self, peers: tuple[PeerAddress, ...]) -> tuple[PeerAddress, ...]:
+        """The peers, and last the controller itself, for a replica that does not see its store's folder."""
+        origin = self.origin()
+        return peers if origin is None else (*peers, origin)
 
     @asynccontextmanager
     async def turn(

@@ -11,6 +11,9 @@ from placement.fabric.attempts import DEFAULT_MAX_ATTEMPTS
 from placement.fabric.breaker import BreakerRules
 from placement.types import VersionId
 
+ORIGIN = "the controller"
+"""What the controller's store is called where it is asked like a peer."""
+
 Source = Literal["cache", "peer", "origin"]
 
 

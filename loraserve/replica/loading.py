@@ -11,7 +11,7 @@ from loraserve.engines.description import Fetched
 from loraserve.errors import LoraServeError, WorkFailedError
 from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.fabric import Fabric
-from loraserve.fabric.wanted import PeerAddress, Wanted
+from loraserve.fabric.wanted import ORIGIN, PeerAddress, Wanted
 from loraserve.replica.fabric_view import fetched_of
 from loraserve.replica.pool import AdapterPool, Residency
 from placement.types import ReplicaId, VersionId
@@ -146,6 +146,8 @@ class Copies:
         """The files with their segment, where there is a fabric to bring it."""
         if self._fabric is None:
             return files, None
+        # What is not seen here, another machine's folder, comes from the controller.
+        has_files = files.directory.is_dir()
         acquired = await self._fabric.acquire(
             Wanted(
                 version_id=files.version_id,
@@ -153,8 +155,8 @@ class Copies:
                 rank=files.rank,
                 size_bytes=files.size_bytes,
                 head_sha256=files.head_sha256,
-                directory=files.directory,
-                peers=peers,
+                directory=files.directory if has_files else None,
+                peers=tuple(one for one in peers if not (has_files and one.replica_id == ORIGIN)),
                 max_lora_rank=self._max_lora_rank,
                 max_bytes=self._max_bytes,
             )
