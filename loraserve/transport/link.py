@@ -100,7 +100,10 @@ class Link:
 
     def receive_some(self, into: memoryview, patience: Patience) -> int:
         """Fill `into` as far as bytes come without a pause; at least one byte."""
-        count = self._wait(lambda: self.sock.recv_into(into, 0, socket.MSG_WAITALL), patience)
+        try:
+            count = self.sock.recv_into(into, 0, socket.MSG_WAITALL)
+        except OSError:  # not now, or not any more
+            count = self._wait(lambda: self.sock.recv_into(into, 0, socket.MSG_WAITALL), patience)
         if count == 0:
             raise PeerGoneError(f"{self.peer} closed the connection")
         self.received_bytes += count
@@ -108,6 +111,8 @@ class Link:
 
     def receive_exactly(self, count: int, patience: Patience) -> bytes:
         """So many bytes, which must be few enough to allocate."""
+        if count == 0:
+            return b""
         buffer = bytearray(count)
         give_up_at = None if patience.finish_s is None else time.monotonic() + patience.finish_s
         with memoryview(buffer) as view:
@@ -163,6 +168,16 @@ class Link:
             return False
         except OSError:
             return True
+
+    def is_quiet(self) -> bool:
+        """Whether the link is whole and nothing waits on it that nobody asked for."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def has_unread(self) -> bool:
         """Whether bytes wait that nobody asked for."""

@@ -63,7 +63,7 @@ class PeerPool:
         self._limits = {True: max_bodies, False: max_short}
         self._keep_idle_s = keep_idle_s
         self._lock = threading.Lock()
-        self._lanes: dict[tuple[Address, bool], _Lane] = {}
+        self._lanes: dict[tuple[bytes, bool], _Lane] = {}
         self._numbers = itertools.count(1)
         self._closed = False
         self.num_opened = 0
@@ -84,9 +84,9 @@ class PeerPool:
         not used again. What takes long is a body, and has connections apart. TransportError.
         """
         stop = patience.stop
-        patience = replace(patience, stop=lambda: self._closed or stop())
+        patience = Patience(idle_s=patience.idle_s, stop=lambda: self._closed or stop())
         request = replace(request, request_id=(next(self._numbers) & 0xFFFFFFFF) or 1)
-        with self._place(Address.decode(address), patience, is_body) as lane:
+        with self._place(address, patience, is_body) as lane:
             link: Link | None = None
             try:
                 link = self._take_idle(lane) or self._connect(lane, patience)
@@ -119,12 +119,12 @@ class PeerPool:
             self._tidy(lambda since_s: True)
 
     @contextmanager
-    def _place(self, address: Address, patience: Patience, is_body: bool) -> Iterator[_Lane]:
+    def _place(self, address: bytes, patience: Patience, is_body: bool) -> Iterator[_Lane]:
         """One of the connections that a peer may have, for the length of a `with`."""
         with self._lock:
             lane = self._lanes.get((address, is_body))
             if lane is None:
-                lane = _Lane(address, self._limits[is_body], self._lock)
+                lane = _Lane(Address.decode(address), self._limits[is_body], self._lock)
                 self._lanes[address, is_body] = lane
             lane.waiting += 1
             try:
@@ -145,12 +145,11 @@ class PeerPool:
         with self._lock:
             while lane.idle:
                 _, link = lane.idle.pop()
-                if link.is_broken() or link.has_unread():
-                    link.close()
-                    continue
-                link.is_new = False
-                lane.busy.add(link)
-                return link
+                if link.is_quiet():
+                    link.is_new = False
+                    lane.busy.add(link)
+                    return link
+                link.close()
         return None
 
     def _connect(self, lane: _Lane, patience: Patience) -> Link:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 SCHEME = "tcp"
 
-PIECE_BYTES = 1024**2
+PIECE_BYTES = 2 * 1024**2
 """Progress is told, and `stop` asked, after so many bytes."""
 
 
