@@ -14,7 +14,7 @@ from loraserve.clock import Clock
 from loraserve.fabric.counts import FabricCounts
 from loraserve.fabric.fabric import Fabric
 from loraserve.fabric.wanted import FabricOptions, PeerAddress, Wanted
-from loraserve.transport.base import Buffer, Progress, Region
+from loraserve.transport.base import Buffer, Progress, Region, Transport
 from loraserve.transport.memory import Fault, FaultKind, MemoryNet, MemoryTransport
 from placement.types import AdapterName, version_id
 from tests.support.adapter_maker import PREFIX, AdapterMaker
@@ -69,9 +69,9 @@ class Hooks:
 
 @dataclass
 class StagedTransport:
-    """A memory transport with hooks; `asked` lists (what, key) of what it was asked to fetch."""
+    """Another transport with hooks; `asked` lists (what, key) of what it was asked to fetch."""
 
-    inner: MemoryTransport
+    inner: Transport
     hooks: Hooks = field(default_factory=Hooks)
     asked: list[tuple[str, str]] = field(default_factory=list)
     scheme: str = field(init=False)
@@ -141,7 +141,7 @@ class Node:
 
     def inject(self, kind: FaultKind, at_byte: int = 0, *, scheme: int = 0) -> Fault:
         """Let this happen to those who fetch from here over its first transport, or another."""
-        return self.transports[scheme].inner.inject(Fault(kind=kind, at_byte=at_byte))
+        return self.memory(scheme).inject(Fault(kind=kind, at_byte=at_byte))
 
     def stop_before_the_body(self, *wanted: Wanted) -> Stage:
         """Have the fetches of these versions stand still between head and body."""
@@ -158,6 +158,12 @@ class Node:
         """As a process that is killed: what others fetch from it ends."""
         for transport in self.transports:
             transport.inner.close()
+
+    def memory(self, scheme: int = 0) -> MemoryTransport:
+        """What is below its first transport, or another."""
+        inner = self.transports[scheme].inner
+        assert isinstance(inner, MemoryTransport)
+        return inner
 
     @property
     def counts(self) -> FabricCounts:

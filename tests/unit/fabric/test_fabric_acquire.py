@@ -86,7 +86,7 @@ async def test_those_who_want_the_same_share_one_fetch(town: Town, library: Libr
     ]
     everywhere = await asyncio.gather(*acquisitions)
     assert len({id(one.segment) for one in everywhere}) == 1
-    assert holder.transports[0].inner.bodies_read == {wanted.version_id: 1}
+    assert holder.memory().bodies_read == {wanted.version_id: 1}
     assert node.counts.shared_waits == 19
     body_bytes = everywhere[0].segment.body_bytes
     assert all(0 < done <= size == body_bytes for done, size in told)
@@ -120,7 +120,7 @@ async def test_200_acquisitions_of_50_versions_fetch_each_once(town: Town, libra
 
     await asyncio.gather(*[acquire(number) for number in range(200)])
     node.check(idle=True)
-    read = holders[0].transports[0].inner.bodies_read + holders[1].transports[0].inner.bodies_read
+    read = holders[0].memory().bodies_read + holders[1].memory().bodies_read
     assert read == {one.version_id: 1 for one in versions}
     assert node.counts.shared_waits == 150
     assert node.counts.failures == {"not published": 20}, "those that only the second holder has"

@@ -214,7 +214,7 @@ async def test_an_address_that_keeps_failing_is_left_alone_and_tried_again_later
     assert await taken(node, from_peers(versions[2], bad, origin=True)) == ("origin", "")
     assert node.counts.failures == {"unreachable": 2, "refused": 1}
     clock.advance(1)
-    bad.transports[0].inner.heal()
+    bad.memory().heal()
     assert fault.release.is_set()
     assert await taken(node, from_peers(versions[3], bad, origin=True)) == ("peer", "bad")
     assert node.counts.breakers == {}
@@ -276,6 +276,6 @@ async def test_random_flips_never_get_through(town: Town, library: Library) -> N
     body_bytes = (await holder.fabric.acquire(wanted)).segment.body_bytes
     node = town("node", max_attempts=1)
     for _ in range(20):
-        holder.transports[0].inner.heal()
+        holder.memory().heal()
         holder.inject(FaultKind.FLIP, rng.randrange(body_bytes))
         await refused(node, from_peers(wanted, holder))

@@ -220,6 +220,8 @@ class FabricMachine(RuleBasedStateMachine):
         assert counts.held_bytes == counts.cached_bytes == counts.leaving_bytes == 0
         self.loop.close()
         self.tasks.clear()
+        for end in (end for ends in self.ends for end in ends):
+            end.close()
         assert (own_segments(), segments_mapped()) == self.shelf.memory
 
 
