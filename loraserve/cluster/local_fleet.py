@@ -14,12 +14,20 @@ from loraserve.engines.base import AdapterFiles, Engine
 from loraserve.engines.description import Fetched, ReplicaDescription, ReplicaReport, RequestReport
 from loraserve.errors import LoraServeError, ReplicaStartError, UnavailableError
 from loraserve.fabric.advice import CacheAdvice
+from loraserve.fabric.fabric import Fabric
 from loraserve.fabric.wanted import PeerAddress
 from loraserve.replica.fabric_start import open_fabric
 from loraserve.replica.server import ReplicaServer
 from placement.types import ReplicaId, VersionId
 
 T = TypeVar("T")
+
+MakeFabric = Callable[[ReplicaId, Config], Fabric | None]
+
+
+def local_fabric(replica_id: ReplicaId, config: Config) -> Fabric | None:
+    """The fabric that the configuration wants, on this machine alone."""
+    return open_fabric(config, "127.0.0.1")
 
 
 class LocalLink:
@@ -102,12 +110,16 @@ class LocalLink:
 
 
 class LocalFleet:
-    """Starts replica servers with engines from `make_engine`; the links outlive a controller."""
+    """Starts replica servers with engines from `make_engine` and fabrics from `make_fabric`, which end with
+    them; the links outlive a controller."""
 
     def __init__(
-        self, make_engine: Callable[[ReplicaId, Config], Engine], *, with_fabric: bool = False
+        self,
+        make_engine: Callable[[ReplicaId, Config], Engine],
+        *,
+        make_fabric: MakeFabric | None = None,
     ) -> None:
-        self._with_fabric = with_fabric
+        self._make_fabric = make_fabric
         self.links: dict[ReplicaId, LocalLink] = {}
         self.starts: list[ReplicaId] = []
         self._starting: dict[ReplicaId, asyncio.Task[LocalLink]] = {}
@@ -124,7 +136,7 @@ class LocalFleet:
         return start.result()
 
     async def _start(self, replica_id: ReplicaId, config: Config) -> LocalLink:
-        fabric = open_fabric(config, "127.0.0.1") if self._with_fabric else None
+        fabric = None if self._make_fabric is None else self._make_fabric(replica_id, config)
         server = ReplicaServer(replica_id, config, self._make_engine(replica_id, config), fabric=fabric)
         try:
             await server.start()

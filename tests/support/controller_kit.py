@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loraserve.clock import Clock
-from loraserve.cluster.local_fleet import LocalFleet
+from loraserve.cluster.local_fleet import LocalFleet, MakeFabric
 from loraserve.config import Config, parse_config
 from loraserve.controller.controller import Checkpoint, Controller
 from loraserve.controller.library import open_library
@@ -55,11 +55,11 @@ class Setup:
         on_step: Checkpoint | None = None,
         clock: Clock | None = None,
         profile: Profile | None = None,
-        with_fabric: bool = False,
+        make_fabric: MakeFabric | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
-        self.fleet = LocalFleet(make_engine, with_fabric=with_fabric)
+        self.fleet = LocalFleet(make_engine, make_fabric=make_fabric)
         self.on_step = on_step
         self.clock = clock
         self.profile = profile

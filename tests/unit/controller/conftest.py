@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from loraserve.clock import WallClock
+from loraserve.cluster.local_fleet import MakeFabric, local_fabric
 from loraserve.config import Config
 from loraserve.engines.base import Engine
 from loraserve.samples import SampleSet
@@ -24,6 +25,7 @@ async def setup(tmp_path: Path, samples: SampleSet) -> AsyncIterator[Callable[..
         refused_rank: int = 0,
         profile: Profile | None = None,
         with_fabric: bool = False,
+        make_fabric: MakeFabric | None = None,
         **options: object,
     ) -> Setup:
         config = small_config(samples.model, **options)  # type: ignore[arg-type]
@@ -34,7 +36,8 @@ async def setup(tmp_path: Path, samples: SampleSet) -> AsyncIterator[Callable[..
             return one
 
         folder = tmp_path / str(len(made))
-        made.append(Setup(folder, config, engine, profile=profile, with_fabric=with_fabric))
+        fabric = local_fabric if with_fabric else make_fabric
+        made.append(Setup(folder, config, engine, profile=profile, make_fabric=fabric))
         return made[-1]
 
     yield make
