@@ -1,0 +1,360 @@
+"""Scheme `ucx`: bodies over UCX, which takes shared memory, RDMA, CUDA IPC or TCP, whichever serves best.
+
+What is wanted, and whether the peer lives, goes over the listener's connections (`wire.py`, ops from 16):
+
+    UCX_BODY  payload: `_ASK`, then the UCX address of the lane that receives
+    UCX_GO    the peer has the region and a lane; from now on it sends
+    UCX_STOP  from the receiver: send no more
+    UCX_STOPPED  begin: so many chunks were sent
+
+A connection that breaks means that the peer is dead or has given up, whatever UCX knows of it. UCX's own
+error handling rules out shared memory, so it is off where both ends may share memory, and on elsewhere.
+"""
+
+import struct
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraserve.transport.base import (
+    BadPeerError,
+    Buffer,
+    FetchStoppedError,
+    NotPublishedError,
+    PeerBusyError,
+    PeerGoneError,
+    PeerSlowError,
+    Progress,
+    Region,
+    TransportError,
+)
+from loraserve.transport.link import Link, Patience
+from loraserve.transport.listener import Connection, Listener
+from loraserve.transport.peers import PeerPool
+from loraserve.transport.published import InUse
+from loraserve.transport.tcp import read_head
+from loraserve.transport.ucx_buffers import as_bytes, cut
+from loraserve.transport.ucx_lane import CHUNK_BYTES, Lane
+from loraserve.transport.ucx_library import UcxLibrary
+from loraserve.transport.ucx_pool import LanePool
+from loraserve.transport.wire import FIRST_SCHEME_OP, Frame, Op
+
+SCHEME = "ucx"
+
+UCX_BODY = FIRST_SCHEME_OP
+UCX_GO = FIRST_SCHEME_OP + 1
+UCX_STOP = FIRST_SCHEME_OP + 2
+UCX_STOPPED = FIRST_SCHEME_OP + 3
+
+MIN_CHUNK_BYTES = 64 * 1024
+MAX_WORKER_ADDRESS_BYTES = 16 * 1024
+CLOSE_S = 5.0
+
+WIND_UP_S = 1.0
+"""How long a fetch that is stopped may take to come to an end with its sender."""
+
+WAIT_S = 1.0
+"""How often who asks is told that its turn has not come."""
+
+
+class UcxTransport:
+    """Serves what is published through a listener and UCX. No thread of its own: each transfer is driven by
+    the thread that fetches, and by the one that answers it."""
+
+    scheme = SCHEME
+    takes_device_memory = True
+
+    def __init__(self, listener: Listener, library: UcxLibrary, pool: PeerPool | None = None) -> None:
+        self._listener = listener
+        self._library = library
+        self._pool = pool or PeerPool()
+        # Two pools: a process whose lanes all wait for others' would serve none of them.
+        self._receiving = LanePool(library)
+        self._sending = LanePool(library)
+        self._in_use = InUse()
+        self._closed = False
+        self._host = _this_host() if library.may_share_memory else b""
+        listener.join(SCHEME, {UCX_BODY: self._answer_body, UCX_STOP: _answer_late_stop})
+
+    @property
+    def address(self) -> bytes:
+        """Host, port and token of the listener; UCX's own addresses travel with each request."""
+        return self._listener.address
+
+    def publish(self, key: str, region: Region) -> None:
+        """Serve a region of host or device memory; BadInputError, AlreadyExistsError."""
+        self._listener.publish(SCHEME, key, region)
+
+    def withdraw(self, key: str) -> None:
+        """Serve it no more; transfers that run go on to their end."""
+        self._listener.withdraw(SCHEME, key)
+
+    def read_head(self, address: bytes, key: str, *, idle_timeout_s: float) -> tuple[bytes, int]:
+        """The region's head, and how many bytes its body has. TransportError."""
+        return read_head(self._pool, address, key, scheme=SCHEME, patience=Patience(idle_s=idle_timeout_s))
+
+    def fetch(
+        self,
+        address: bytes,
+        key: str,
+        into: Buffer,
+        *,
+        on_bytes: Progress,
+        idle_timeout_s: float,
+        stop: Callable[[], bool],
+    ) -> None:
+        """Fill `into` with the body. TransportError; ValueError if `into` cannot be written."""
+        patience = Patience(idle_s=idle_timeout_s, stop=lambda: self._closed or stop())
+
+        def check_stop() -> None:
+            if patience.stop():
+                raise FetchStoppedError(f"stopped waiting to fetch {key}")
+
+        with (
+            as_bytes(into, to_write=True) as body,
+            self._in_use.holding(body.nbytes),
+            self._receiving.lane(check_stop) as lane,
+        ):
+            check_stop()
+            ask = _Ask(
+                size_bytes=body.nbytes,
+                first_tag=lane.next_tags(),
+                chunk_bytes=CHUNK_BYTES,
+                host=self._host,
+                worker_address=lane.address,
+            )
+            lane.receive_into(cut(body, CHUNK_BYTES), ask.first_tag, address)
+            request = Frame(op=UCX_BODY, key=key, payload=ask.encode())
+            try:
+                with self._pool.exchange(address, request, patience, is_body=True) as (link, answer):
+                    if answer.op != UCX_GO:
+                        raise BadPeerError(f"{link.peer} answers something else than the body of {key}")
+                    _Receiving(lane, link, body.nbytes, patience).run(on_bytes)
+            except (NotPublishedError, PeerBusyError):
+                lane.take_back()  # the peer has refused, and so sends nothing
+                raise
+
+    def active_bytes(self) -> int:
+        """Bytes of regions that are being read by or from this process now."""
+        return self._in_use.bytes
+
+    def close(self) -> None:
+        """Serve nothing, end every transfer and give UCX's memory back; safe to call twice."""
+        self._closed = True
+        self._pool.close()
+        self._listener.leave(SCHEME)
+        self._receiving.close(CLOSE_S)
+        self._sending.close(CLOSE_S)
+
+    def _answer_body(self, connection: Connection, request: Frame) -> None:
+        ask = _Ask.decode(request.payload)
+        region = connection.find(SCHEME, request)
+        if ask.size_bytes != region.size_bytes:
+            raise BadPeerError(
+                f"the body of {request.key} has {region.size_bytes} bytes, not {ask.size_bytes}"
+            )
+        waiting = _Waiting(connection, request, lambda: self._closed)
+        with self._in_use.holding(region.size_bytes), self._sending.lane(waiting.check) as lane:
+            shared = ask.host != b"" and ask.host == self._host
+            lane.connect(ask.worker_address, error_handling=not shared)
+            connection.send(Frame(op=UCX_GO, request_id=request.request_id))
+            try:
+                watch = _ReaderWatch(connection, lambda: self._closed)
+                with as_bytes(region.body, to_write=False) as body:
+                    chunks = cut(body, ask.chunk_bytes)
+                    sent = lane.send(chunks, ask.first_tag, watch, lambda: not watch.stopped)
+                if watch.stopped:
+                    connection.send(Frame(op=UCX_STOPPED, request_id=request.request_id, begin=sent))
+            except PeerSlowError:
+                raise
+            except Exception as error:
+                # The answer has begun: that there is no more of it is said by closing the connection.
+                raise PeerGoneError(f"the body of {request.key} could not be sent: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ask:
+    """What the receiver of a body tells its sender; `host` is empty if it takes no shared memory."""
+
+    size_bytes: int
+    first_tag: int
+    chunk_bytes: int
+    host: bytes
+    worker_address: bytes
+
+    def encode(self) -> bytes:
+        return (
+            _ASK.pack(self.size_bytes, self.first_tag, self.chunk_bytes, len(self.host))
+            + self.host
+            + self.worker_address
+        )
+
+    @staticmethod
+    def decode(raw: bytes) -> "_Ask":
+        """What `encode` wrote; BadPeerError for what cannot be."""
+        if len(raw) < _ASK.size:
+            raise BadPeerError("a request for a body does not say enough")
+        size_bytes, first_tag, chunk_bytes, host_bytes = _ASK.unpack_from(raw)
+        rest = raw[_ASK.size :]
+        if chunk_bytes < MIN_CHUNK_BYTES or not 0 < len(rest) - host_bytes <= MAX_WORKER_ADDRESS_BYTES:
+            raise BadPeerError("a request for a body names no UCX worker, or too small a chunk")
+        return _Ask(
+            size_bytes=size_bytes,
+            first_tag=first_tag,
+            chunk_bytes=chunk_bytes,
+            host=rest[:host_bytes],
+            worker_address=rest[host_bytes:],
+        )
+
+
+_ASK = struct.Struct(">QQIB")
+
+
+class _SenderWatch:
+    """The receiver's eye on the peer that sends."""
+
+    def __init__(self, link: Link, patience: Patience) -> None:
+        self._link = link
+        self._patience = patience
+
+    def fileno(self) -> int:
+        return self._link.sock.fileno()
+
+    def look(self, quiet_s: float) -> None:
+        if self._patience.stop():
+            raise FetchStoppedError(f"stopped fetching from {self._link.peer}")
+        if self._link.is_broken():
+            raise PeerGoneError(f"{self._link.peer} closed the connection in the middle of a body")
+        if self._link.has_unread():
+            raise BadPeerError(f"{self._link.peer} says something in the middle of a body")
+        if quiet_s >= self._patience.idle_s:
+            raise PeerSlowError(f"{self._link.peer} sent nothing for {self._patience.idle_s:g} s")
+
+
+class _ReaderWatch:
+    """The sender's eye on the peer that receives."""
+
+    def __init__(self, connection: Connection, is_closed: Callable[[], bool]) -> None:
+        self._link = connection.link
+        self._stall_s = connection.patience.idle_s
+        self._is_closed = is_closed
+        self._connection = connection
+        self.stopped = False
+
+    def fileno(self) -> int:
+        return self._link.sock.fileno()
+
+    def look(self, quiet_s: float) -> None:
+        if self._is_closed() or self._link.is_broken():
+            raise PeerGoneError(f"{self._link.peer} takes no more")
+        if self._link.has_unread():
+            if self._connection.receive().op != UCX_STOP:
+                raise BadPeerError(f"{self._link.peer} asks again in the middle of a body")
+            self.stopped = True
+        if quiet_s >= self._stall_s:
+            raise PeerSlowError(f"{self._link.peer} took nothing for {self._stall_s:g} s")
+
+
+class _Waiting:
+    """Tells who asks that its turn comes."""
+
+    def __init__(self, connection: Connection, request: Frame, is_closed: Callable[[], bool]) -> None:
+        self._connection = connection
+        self._request = request
+        self._is_closed = is_closed
+        self._said_s = time.monotonic()
+
+    def check(self) -> None:
+        if self._is_closed() or self._connection.link.is_broken():
+            raise PeerGoneError(f"{self._connection.link.peer} waits no more")
+        if time.monotonic() - self._said_s >= WAIT_S:
+            self._said_s = time.monotonic()
+            self._connection.send(Frame(op=Op.WAIT, request_id=self._request.request_id))
+
+
+class _WindUpWatch:
+    """The receiver's eye on a peer that is to stop."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._give_up_at = time.monotonic() + WIND_UP_S
+        self.patience = Patience(idle_s=WIND_UP_S, finish_s=WIND_UP_S)
+
+    def fileno(self) -> int:
+        return self._link.sock.fileno()
+
+    def look(self, quiet_s: float) -> None:
+        if time.monotonic() >= self._give_up_at or self._link.is_broken():
+            raise PeerSlowError(f"{self._link.peer} does not stop")
+
+
+class _Receiving:
+    """One body on its way to its destination."""
+
+    def __init__(self, lane: Lane, link: Link, size_bytes: int, patience: Patience) -> None:
+        self._lane = lane
+        self._link = link
+        self._size_bytes = size_bytes
+        self._patience = patience
+
+    def run(self, on_bytes: Progress) -> None:
+        """Wait for all of it. Whoever stops in the middle stops the sender too, for the next one's sake."""
+
+        def on_chunk(index: int) -> None:
+            begin = index * CHUNK_BYTES
+            end = min(begin + CHUNK_BYTES, self._size_bytes)
+            self._link.received_bytes += end - begin
+            on_bytes(begin, end)
+            if end < self._size_bytes and self._patience.stop():
+                raise FetchStoppedError(f"stopped fetching from {self._link.peer}")
+
+        try:
+            self._lane.receive(on_chunk, _SenderWatch(self._link, self._patience))
+        except (PeerGoneError, PeerSlowError, BadPeerError):
+            raise
+        except Exception:
+            self._wind_up()
+            raise
+        self._link.settled = True
+
+    def _wind_up(self) -> None:
+        watch = _WindUpWatch(self._link)
+        try:
+            self._link.send(Frame(op=UCX_STOP), watch.patience)
+            while not self._link.has_unread():
+                watch.look(0.0)
+                self._lane.step(self._link.sock.fileno())
+            answer = self._link.receive(watch.patience, MIN_CHUNK_BYTES)
+            if answer.op == UCX_STOPPED:
+                self._lane.wind_up(answer.begin, watch)
+                self._link.settled = True
+        except TransportError:
+            return  # the lane and the link are thrown away
+
+
+def _answer_late_stop(connection: Connection, request: Frame) -> None:
+    """Who asks to stop what was sent already has all of it."""
+    connection.send(Frame(op=UCX_STOPPED, request_id=request.request_id, begin=2**32))
+
+
+def _this_host() -> bytes:
+    """The same for all processes of one machine, another one after it was started again; empty: unknown."""
+    try:
+        return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+    except (OSError, ValueError):
+        return b""
+
+
+def open_ucx(
+    listener: Listener, *, tls: str | None = None, options: Mapping[str, str] | None = None
+) -> UcxTransport:
+    """The scheme on this listener; UnavailableError where ucxx is missing or finds no transport.
+
+    `tls` is UCX_TLS (None: UCX chooses), `options` more of UCX's settings, without their `UCX_`; for tests
+    and measurements.
+    """
+    library = UcxLibrary(tls, options)
+    library.check()
+    return UcxTransport(listener, library)

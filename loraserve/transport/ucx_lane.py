@@ -1,0 +1,246 @@
+"""A lane: one UCX context and worker of its own, driven by the one thread that has it.
+
+A transfer has a lane for itself, on both sides, and its thread is the only one that makes it progress: no
+thread spins, none is there when nothing is open, waiting happens in the kernel without the GIL, and once
+that thread stops nothing of the transfer is written any more. So a transfer that fails takes nothing else
+with it: its lane is thrown away, not mended.
+
+That holds for all that UCX does while it progresses: shared memory (the receiver reads the sender's memory),
+TCP, and starting copies between GPUs. RDMA writes by itself until the worker is destroyed; `discard` destroys
+it, and keeps the destination's memory where it cannot.
+"""
+
+import ctypes
+import logging
+import os
+import select
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from loraserve.transport.base import Buffer, PeerGoneError, TransportError
+from loraserve.transport.ucx_library import UcxLibrary
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 2 * 1024**2
+WINDOW_CHUNKS = 4
+"""So many chunks are on their way at once: one is copied, the others are announced."""
+
+POSTED_CHUNKS = 32
+"""So many are ready to be received: no more than that is copied before `stop` is asked again."""
+
+WAIT_MS = 10
+LOOK_S = 0.01
+"""How long UCX may have the thread before its other duties come round."""
+
+DRAIN_S = 0.1
+CLOSE_NS = 50_000_000
+MAX_PEERS = 16
+
+
+class Watch(Protocol):
+    """What else a thread that drives a lane looks after: the connection to the peer at the other end."""
+
+    def fileno(self) -> int:
+        """Becomes readable when there is something to look at."""
+        ...
+
+    def look(self, quiet_s: float) -> None:
+        """Called often; no chunk was complete for so long. Ends the transfer with what it raises."""
+        ...
+
+
+class Lane:
+    """Used by one thread at a time; one that is not `clean` after a transfer can only be discarded."""
+
+    def __init__(self, library: UcxLibrary) -> None:
+        self._library = library
+        self._context = library.context()
+        self._worker = library.core.UCXWorker(self._context)
+        self._worker.init_blocking_progress_mode()
+        self.address = bytes(self._worker.address)
+        self._endpoints: dict[tuple[bytes, bool], Any] = {}
+        self._peers: set[bytes] = set()
+        self._serial = 0
+        self._open: list[Any] = []
+        self._buffers: list[Any] = []
+        self._into: list[Buffer] = []
+        self._first_tag = 0
+        self._to = (b"", False)
+        self._sends = False
+
+    @property
+    def clean(self) -> bool:
+        """Whether no transfer is open or was left in the middle."""
+        return not self._buffers
+
+    @property
+    def worn(self) -> bool:
+        """Whether it has met so many peers that what UCX keeps of each is to be given back."""
+        return len(self._peers) > MAX_PEERS
+
+    def next_tags(self) -> int:
+        """The first tag of a transfer that this lane receives; the chunks' tags follow it."""
+        self._serial += 1
+        return self._serial << 32
+
+    def receive_into(self, into: Sequence[Buffer], first_tag: int, peer: bytes) -> None:
+        """Say where the chunks are to lie, before their sender is asked for them."""
+        self._peers.add(peer)
+        self._into = list(into)
+        self._first_tag = first_tag
+        self._post(POSTED_CHUNKS)
+
+    def take_back(self) -> None:
+        """Forget receives that no sender was told of, so that the lane is clean again."""
+        # ucxx cancels a request when its last reference goes; one that met no message is then forgotten.
+        self._open.clear()
+        self._buffers.clear()
+        self._into.clear()
+
+    def receive(self, on_chunk: Callable[[int], None], watch: Watch) -> None:
+        """Wait for all chunks; `on_chunk` is told of each by its number."""
+        for index in range(len(self._into)):
+            self._finish(index, watch)
+            on_chunk(index)
+            self._post(index + 1 + POSTED_CHUNKS)
+        self._worker.progress_once()  # so that the sender hears of the last one
+        self.take_back()
+
+    def connect(self, to: bytes, *, error_handling: bool) -> None:
+        """Prepare to send to the lane with this address; TransportError if UCX finds no way to it."""
+        self._to, self._sends = (to, error_handling), True
+        if self._to in self._endpoints and self._endpoints[self._to].alive:
+            return
+        core = self._library.core
+        try:
+            self._endpoints[self._to] = self._worker.create_endpoint_from_worker_address(
+                core.UCXAddress.create_from_buffer(to), endpoint_error_handling=error_handling
+            )
+        except core.UCXError as error:
+            raise TransportError(f"UCX finds no way to the peer: {error}") from error
+        self._peers.add(to)
+
+    def step(self, watched: int) -> None:
+        """Do what UCX has to do, or wait a moment for it, or for a descriptor to become readable."""
+        # A step, not ucxx's `progress`: that one goes on as long as UCX says there is something to do, which
+        # it says for ever while it cannot tell a dead peer something.
+        if not self._worker.progress_once() and self._worker.arm():
+            poll = select.poll()
+            poll.register(self._worker.epoll_file_descriptor, select.POLLIN)
+            poll.register(watched, select.POLLIN)
+            poll.poll(WAIT_MS)
+
+    def wind_up(self, num_sent: int, watch: Watch) -> None:
+        """Wait for the chunks that the sender has sent before it stopped, and be clean again."""
+        self._post(num_sent)
+        for index in range(min(num_sent, len(self._into))):
+            self._finish(index, watch)
+        self._worker.progress_once()
+        self.take_back()
+
+    def send(
+        self, chunks: Sequence[Buffer], first_tag: int, watch: Watch, may_go_on: Callable[[], bool]
+    ) -> int:
+        """Send chunks to the lane that is connected, a window of them at a time, as long as `may_go_on`;
+        how many were sent."""
+        tag = self._library.core.UCXXTag
+        while len(self._open) < len(chunks) and may_go_on():
+            index = len(self._open)
+            self._buffers.append(self._library.array(chunks[index]))
+            send = self._endpoints[self._to].tag_send
+            self._open.append(send(self._buffers[-1], tag(first_tag + index)))
+            del send
+            if index >= WINDOW_CHUNKS:
+                self._finish(index - WINDOW_CHUNKS, watch)
+        num_sent = len(self._open)
+        for index in range(max(0, num_sent - WINDOW_CHUNKS), num_sent):
+            self._finish(index, watch)
+        self.take_back()
+        return num_sent
+
+    def discard(self) -> None:
+        """Give all of it back. What UCX does not let go is kept for ever, with its buffers."""
+        try:
+            self._close()
+        except self._library.core.UCXError as error:
+            self._keep(f"it does not close: {error}")
+
+    # A request, an endpoint or a bound method of one in a local variable would live on in the traceback of
+    # an error, and keep the worker from going: they are named by their index.
+
+    def _post(self, end: int) -> None:
+        tag = self._library.core.UCXXTag
+        for index in range(len(self._open), min(end, len(self._into))):
+            self._buffers.append(self._library.array(self._into[index]))
+            self._open.append(self._worker.tag_recv(self._buffers[-1], tag(self._first_tag + index)))
+
+    def _finish(self, index: int, watch: Watch) -> None:
+        if not self._open[index].completed:
+            self._await(index, watch)
+        try:
+            self._open[index].check_error()
+        except self._library.core.UCXError as error:
+            raise PeerGoneError(f"UCX lost the peer: {error}") from error
+
+    def _await(self, index: int, watch: Watch) -> None:
+        began_s = look_at_s = time.monotonic()
+        watched = watch.fileno()
+        while not self._open[index].completed:
+            self.step(watched)
+            now_s = time.monotonic()
+            if now_s >= look_at_s:
+                watch.look(now_s - began_s)
+                look_at_s = now_s + LOOK_S
+
+    def _close(self) -> None:
+        self._open.clear()  # cancels them
+        self._into.clear()
+        give_up_at = time.monotonic() + DRAIN_S
+        while self._worker.progress_once():
+            if time.monotonic() > give_up_at:
+                self._keep("it cannot tell a peer that is gone")
+                return
+        core = self._library.core
+        if self._worker.tag_probe(core.UCXXTag(0), core.UCXXTagMask(0), remove=False).matched:
+            # UCX's destructor would wait for the rest of it, which a dead sender never sends.
+            self._keep("a message of a peer that is gone waits in it")
+            return
+        self._close_endpoints()
+        descriptor = self._worker.epoll_file_descriptor
+        identity = _identity(descriptor)
+        del self._worker
+        if _identity(descriptor) == identity:
+            self._keep("a request of a peer that is gone does not end")
+            return
+        del self._context
+        self._buffers.clear()
+
+    def _close_endpoints(self) -> None:
+        if not self._endpoints:
+            return
+        # With its own thread UCX bounds the wait for a peer that is gone; without, it waits for ever.
+        self._worker.start_progress_thread(polling_mode=False, epoll_timeout=WAIT_MS)
+        try:
+            for endpoint in self._endpoints.values():
+                endpoint.close_blocking(period=CLOSE_NS, max_attempts=1)
+        finally:
+            self._worker.stop_progress_thread()
+        self._endpoints.clear()
+
+    def _keep(self, reason: str) -> None:
+        if self._sends:
+            self._buffers.clear()  # nobody reads them where nothing progresses; a destination is kept
+        logger.warning("a UCX worker and its buffers are kept until this process ends: %s", reason)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        self._library.count_kept()
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    """Which open file a descriptor means; (-1, -1) for none."""
+    try:
+        found = os.lstat(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return -1, -1
+    return found.st_ino, found.st_ctime_ns
