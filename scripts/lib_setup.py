@@ -4,10 +4,13 @@ usage: lib_setup.py cuda REPORT          names of the CUDA packages that pip wou
        lib_setup.py alone PROJECT        those of its requirements that are to be installed without their own
        lib_setup.py needs PROJECT...     the requirements of installed projects, less what is left out
        lib_setup.py resolved REPORT      the report as exact requirements, but for loraserve
+       lib_setup.py trim SITE_PACKAGES   removes what nothing reads of UCX, and prints the bytes given back
 """
 
+import filecmp
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import requires
@@ -20,6 +23,14 @@ TORCH_FAMILY = frozenset({"torch", "torchvision", "torchaudio", "torchcodec"})
 # It asks for triton, a gigabyte of GPU compiler that nothing uses on the CPU.
 ALONE = frozenset({"xgrammar"})
 LEFT_OUT = TORCH_FAMILY | ALONE | {"triton"}
+UCX_PACKAGES = ("libucx", "libucxx", "librmm", "ucxx")
+# Static libraries, headers and programs: most of what the wheels of UCX unpack.
+UNREAD = (
+    "libucx/lib/**/*.a",
+    "libucx/lib/**/*.la",
+    "libucx/bin/*",
+    *(f"{name}/include" for name in UCX_PACKAGES),
+)
 CUDA_NAMES = re.compile(r"^(nvidia-.*|cuda-.*|triton)$")
 
 
@@ -72,6 +83,32 @@ def resolved(path: Path) -> list[str]:
     return [f"{name}=={version}" for name, version in report_versions(path) if name != "loraserve"]
 
 
+def trim(site_packages: Path) -> int:
+    """Remove what only compilers read of UCX's packages, store equal libraries once; bytes given back."""
+    before = _disk_bytes(site_packages)
+    for pattern in UNREAD:
+        for path in list(site_packages.glob(pattern)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    # A wheel has no links: each library is there under three names.
+    for path in list(site_packages.glob("libucx/lib/**/*.so.*")):
+        plain = path.with_name(path.name.partition(".so")[0] + ".so")
+        if plain.exists() and not plain.samefile(path) and filecmp.cmp(plain, path, shallow=False):
+            spare = path.with_name(path.name + ".new")
+            spare.hardlink_to(plain)
+            spare.replace(path)
+    return before - _disk_bytes(site_packages)
+
+
+def _disk_bytes(site_packages: Path) -> int:
+    """What UCX's packages take, each file once however many names it has."""
+    paths = [path for name in UCX_PACKAGES for path in site_packages.glob(f"{name}/**/*")]
+    found = [path.stat() for path in paths if path.is_file()]
+    return sum({entry.st_ino: entry.st_size for entry in found}.values())
+
+
 def main(arguments: list[str]) -> int:
     """Print one line per entry of what was asked for."""
     match arguments:
@@ -83,6 +120,8 @@ def main(arguments: list[str]) -> int:
             lines = needs(projects)
         case ["resolved", report]:
             lines = resolved(Path(report))
+        case ["trim", site_packages]:
+            lines = [str(trim(Path(site_packages)))]
         case _:
             print(__doc__, file=sys.stderr)
             return 2

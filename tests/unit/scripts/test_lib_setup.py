@@ -83,3 +83,25 @@ def test_requirements_leave_out_the_torch_family_extras_and_other_machines(
 def test_another_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert lib_setup.main(["cuda"]) == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_ucx_is_left_with_what_is_loaded_and_each_library_once(tmp_path: Path) -> None:
+    kept = {
+        "libucx/lib/libucp.so": b"p" * 90,
+        "libucx/lib/ucx/libuct_cma.so": b"c" * 80,
+        "ucxx/core.py": b"pass",
+    }
+    copies = {"libucx/lib/libucp.so.0": b"p" * 90, "libucx/lib/ucx/libuct_cma.so.0.0.0": b"c" * 80}
+    unread = {
+        "libucx/lib/libucp.a": b"a" * 70,
+        "libucx/bin/ucx_info": b"b" * 60,
+        "librmm/include/rmm/x.hpp": b"h" * 50,
+    }
+    for name, content in {**kept, **copies, **unread, "libucx/lib/libucs.so.0": b"another"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert lib_setup.trim(tmp_path) == 90 + 80 + 70 + 60 + 50
+    for name, content in {**kept, **copies}.items():
+        assert (tmp_path / name).read_bytes() == content
+    assert not any((tmp_path / name).exists() for name in unread)
+    assert lib_setup.trim(tmp_path) == 0
