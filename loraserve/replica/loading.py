@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from loraserve.engines.base import AdapterFiles, Engine
 from loraserve.engines.description import Fetched
-from loraserve.errors import LoraServeError, WorkFailedError
+from loraserve.errors import LoraServeError, OverloadedError, WorkFailedError
 from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.fabric import Fabric
-from loraserve.fabric.wanted import ORIGIN, PeerAddress, Wanted
+from loraserve.fabric.wanted import ORIGIN, Acquired, PeerAddress, Wanted
 from loraserve.replica.fabric_view import fetched_of
 from loraserve.replica.pool import AdapterPool, Residency
 from placement.types import ReplicaId, VersionId
@@ -129,7 +129,9 @@ class Copies:
     async def _fetch_ahead(self, fabric: Fabric, soon: tuple[Wanted, ...]) -> None:
         for wanted in soon:
             try:
-                await fabric.prefetch(replace(wanted, max_lora_rank=self._max_lora_rank))
+                await fabric.prefetch(
+                    replace(wanted, max_lora_rank=self._max_lora_rank, max_bytes=self._max_bytes)
+                )
             except LoraServeError as error:
                 logger.info("%s is not fetched ahead: %s", wanted.version_id, error)
 
@@ -148,19 +150,18 @@ class Copies:
             return files, None
         # What is not seen here, another machine's folder, comes from the controller.
         has_files = files.directory.is_dir()
-        acquired = await self._fabric.acquire(
-            Wanted(
-                version_id=files.version_id,
-                digest=files.digest,
-                rank=files.rank,
-                size_bytes=files.size_bytes,
-                head_sha256=files.head_sha256,
-                directory=files.directory if has_files else None,
-                peers=tuple(one for one in peers if not (has_files and one.replica_id == ORIGIN)),
-                max_lora_rank=self._max_lora_rank,
-                max_bytes=self._max_bytes,
-            )
+        wanted = Wanted(
+            version_id=files.version_id,
+            digest=files.digest,
+            rank=files.rank,
+            size_bytes=files.size_bytes,
+            head_sha256=files.head_sha256,
+            directory=files.directory if has_files else None,
+            peers=tuple(one for one in peers if not (has_files and one.replica_id == ORIGIN)),
+            max_lora_rank=self._max_lora_rank,
+            max_bytes=self._max_bytes,
         )
+        acquired = await _acquire(self._fabric, wanted)
         self._acquired.add(files.version_id)
         return replace(files, segment=acquired.segment), fetched_of(acquired)
 
@@ -206,3 +207,18 @@ class Copies:
         del self._drops[version]
         if not drop.cancelled() and (error := drop.exception()) is not None:
             logger.warning("%s was not dropped: %s", version, error)
+
+
+async def _acquire(fabric: Fabric, wanted: Wanted) -> Acquired:
+    """As `Fabric.acquire`, of a version that the pool has room for: what is in its way is only kept, as the
+    last one that replicas have, and in the store too."""
+    try:
+        return await fabric.acquire(wanted)
+    except OverloadedError:
+        kept = fabric.cached()
+        if not kept:
+            raise
+    logger.warning("%s: room is made for it among the last copies that are cached here", wanted.version_id)
+    for version in kept:
+        fabric.mark_last(version, False)
+    return await fabric.acquire(wanted)

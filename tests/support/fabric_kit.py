@@ -1,9 +1,11 @@
 """Fabrics in one process: adapters made to order, and a transport whose every stage a test can reach into."""
 
 import asyncio
+import gc
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -273,3 +275,13 @@ class Town:
             assert left == 0, f"{left} bytes are left of {node.name}: {counts}"
         assert own_segments() == 0
         assert segments_mapped() == 0
+
+
+@asynccontextmanager
+async def a_town() -> AsyncIterator[Town]:
+    """Fabrics for one test; nothing of them may be left at its end."""
+    town = Town()
+    yield town
+    # A failed test's traceback may keep its segments.
+    gc.collect()
+    await town.close()

@@ -1,11 +1,10 @@
 """Fixtures of the fabric's tests."""
 
-import gc
 from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.support.fabric_kit import Library, Town
+from tests.support.fabric_kit import Library, Town, a_town
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +16,5 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 @pytest.fixture
 async def town() -> AsyncIterator[Town]:
     """Fabrics that reach each other; nothing of them may be left at the end."""
-    town = Town()
-    yield town
-    # A failed test's traceback may keep its segments.
-    gc.collect()
-    await town.close()
+    async with a_town() as town:
+        yield town

@@ -1,0 +1,348 @@
+"""Copies whose bytes a fabric brings: what is given back, what is fetched ahead, and what ends with it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from loraserve.config import Config, parse_config
+from loraserve.engines.base import AdapterFiles
+from loraserve.errors import AdapterRejectedError, OverloadedError
+from loraserve.fabric.advice import CacheAdvice
+from loraserve.fabric.wanted import Wanted
+from loraserve.replica.loading import Copies
+from loraserve.replica.pool import AdapterPool
+from placement.types import ReplicaId, VersionId
+from tests.support.fabric_kit import PLENTY, Library, Node, Town, a_town, from_peers, until
+from tests.support.replica_bench import HeldEngine
+
+RANK = 4
+"""Of the library's adapters."""
+
+
+class Engine(HeldEngine):
+    """Keeps what it was given, and refuses what the test says."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.engine, config.emulated, config.model)
+        self.given: dict[VersionId, AdapterFiles] = {}
+        self.refused: set[VersionId] = set()
+
+    async def load_adapter(self, adapter: AdapterFiles) -> None:
+        self.given[adapter.version_id] = adapter
+        if adapter.version_id in self.refused:
+            raise AdapterRejectedError(f"{adapter.version_id} is not to my taste")
+        await super().load_adapter(adapter)
+
+
+@dataclass
+class Replica:
+    """The copies of one replica, and what they are made of."""
+
+    copies: Copies
+    pool: AdapterPool
+    engine: Engine
+    node: Node
+
+    async def load(self, wanted: Wanted, *peers: Node) -> str:
+        """Load, from these peers alone or else from the folder; where the bytes came from."""
+        fetched = await self.copies.load(files_of(wanted, peers), tuple(peer.peer for peer in peers))
+        return "" if fetched is None else fetched.source
+
+    def check_idle(self) -> None:
+        """No copy is here, and none comes."""
+        self.node.check(idle=True)
+        assert self.node.counts.held_bytes == 0
+        assert self.pool.used_bytes == 0
+        self.engine.check_invariants()
+
+
+def files_of(wanted: Wanted, peers: tuple[Node, ...] = ()) -> AdapterFiles:
+    """As the controller tells it; with peers, without a folder that could be read instead."""
+    assert wanted.directory is not None
+    return AdapterFiles(
+        version_id=wanted.version_id,
+        directory=wanted.directory / "elsewhere" if peers else wanted.directory,
+        rank=wanted.rank,
+        size_bytes=wanted.size_bytes,
+        digest=wanted.digest,
+        head_sha256=wanted.head_sha256,
+    )
+
+
+MakeReplica = Callable[..., Awaitable[Replica]]
+
+
+@asynccontextmanager
+async def one_replica(
+    town: Town, *, capacity_bytes: int = PLENTY, max_bytes: int = PLENTY, max_lora_rank: int = RANK
+) -> AsyncIterator[Replica]:
+    """Copies with an emulated engine and a fabric in the town; at the end they are dropped."""
+    engine = Engine(parse_config({"engine": {"kind": "emulated"}}))
+    node = town("replica", capacity_bytes=capacity_bytes)
+    pool = AdapterPool(max_adapters=8, capacity_bytes=PLENTY)
+    await engine.start()
+
+    async def end_running(requests: object) -> None:
+        raise AssertionError(f"no request runs here: {requests}")
+
+    copies = Copies(
+        ReplicaId("replica"),
+        pool=pool,
+        engine=engine,
+        fabric=node.fabric,
+        max_lora_rank=max_lora_rank,
+        max_bytes=max_bytes,
+        drain_timeout_s=5.0,
+        end_running=end_running,
+    )
+    made = Replica(copies, pool, engine, node)
+    yield made
+    for version in pool.resident():
+        await copies.unload(version)
+    await copies.stop()
+    await until(lambda: node.fabric.is_idle)
+    made.check_idle()
+    engine.given.clear()
+    await engine.close()
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return Library(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture
+async def town() -> AsyncIterator[Town]:
+    async with a_town() as town:
+        yield town
+
+
+@pytest.fixture
+async def make_replica(town: Town) -> AsyncIterator[MakeReplica]:
+    async with AsyncExitStack() as stack:
+
+        async def make(**options: int) -> Replica:
+            return await stack.enter_async_context(one_replica(town, **options))
+
+        yield make
+
+
+@pytest.fixture
+async def replica(make_replica: MakeReplica) -> Replica:
+    return await make_replica()
+
+
+async def test_the_engine_gets_the_segment_and_what_it_drops_is_kept(
+    town: Town, library: Library, replica: Replica
+) -> None:
+    wanted = library()
+    holder = await town.holder("holder", wanted)
+    assert await replica.load(wanted, holder) == "memory"
+    segment = replica.engine.given[wanted.version_id].segment
+    assert segment is not None
+    assert segment.decoded.digest == wanted.digest
+    assert await replica.load(wanted, holder) == "", "it is there already"
+    assert replica.node.counts.held_bytes == segment.size_bytes
+    await replica.copies.unload(wanted.version_id)
+    replica.check_idle()
+    assert replica.node.fabric.cached() == (wanted.version_id,)
+    assert await replica.load(wanted) == "cache"
+    assert replica.node.counts.loads == {"memory": 1, "cache": 1}
+
+
+async def test_what_the_engine_refuses_is_let_go_of(library: Library, replica: Replica) -> None:
+    wanted = library()
+    replica.engine.refused.add(wanted.version_id)
+    with pytest.raises(AdapterRejectedError, match="not to my taste"):
+        await replica.load(wanted)
+    replica.check_idle()
+    assert replica.node.fabric.forget(wanted.version_id)
+
+
+async def test_a_load_that_is_cancelled_at_any_stage_leaves_nothing_behind(
+    town: Town, library: Library, replica: Replica
+) -> None:
+    first, second = library("first"), library("second")
+    holder = await town.holder("holder", first, second)
+    stage = replica.node.stop_before_the_body(first)
+    fetching = asyncio.ensure_future(replica.load(first, holder))
+    await stage.wait()
+    await replica.engine.allow(loads=0)
+    loading = asyncio.ensure_future(replica.load(second, holder))
+    await until(lambda: second.version_id in replica.engine.given)
+    for load in (fetching, loading):
+        load.cancel()
+        await asyncio.sleep(0)
+        load.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await load
+    stage.go()
+    await replica.engine.allow()
+    await until(lambda: replica.pool.used_bytes == 0 and replica.node.fabric.is_idle)
+    replica.check_idle()
+    assert await replica.engine.resident() == frozenset()
+
+
+async def test_a_version_waits_for_its_own_bytes_alone(
+    town: Town, library: Library, replica: Replica
+) -> None:
+    slow, quick = library("slow"), library("quick")
+    holder = await town.holder("holder", slow, quick)
+    stage = replica.node.stop_before_the_body(slow)
+    loads = [asyncio.ensure_future(replica.load(slow, holder)) for _ in range(2)]
+    await stage.wait()
+    assert await replica.load(quick, holder) == "memory"
+    assert not any(load.done() for load in loads)
+    dropping = asyncio.ensure_future(replica.copies.unload(slow.version_id))
+    stage.go()
+    assert sorted(await asyncio.gather(*loads)) == ["", "memory"]
+    await dropping
+    assert replica.pool.resident() == (quick.version_id,)
+
+
+async def test_what_is_only_kept_makes_room_for_a_copy_even_if_nobody_else_keeps_it(
+    library: Library, make_replica: MakeReplica
+) -> None:
+    """The store has all of it still; a plan that cannot be carried out serves nobody."""
+    kept, wanted = library("kept"), library("wanted")
+    replica = await make_replica(capacity_bytes=kept.size_bytes)
+    fabric = replica.node.fabric
+    await replica.load(kept)
+    await replica.copies.unload(kept.version_id)
+    replica.copies.advise(CacheAdvice(last=frozenset({kept.version_id})))
+    with pytest.raises(OverloadedError):
+        await fabric.prefetch(wanted)
+    assert fabric.cached() == (kept.version_id,)
+    assert await replica.load(wanted) == "origin"
+    assert fabric.published() == (wanted.version_id,)
+    with pytest.raises(OverloadedError):
+        await replica.load(kept)
+    assert replica.pool.resident() == (wanted.version_id,)
+
+
+# -- what is fetched ahead ---------------------------------------------------------------------
+
+
+async def test_what_will_be_wanted_is_there_when_it_is_to_be_loaded(
+    town: Town, library: Library, replica: Replica
+) -> None:
+    versions = [library(name) for name in "abc"]
+    holder = await town.holder("holder", *versions)
+    replica.copies.advise(CacheAdvice(soon=tuple(from_peers(one, holder) for one in versions)))
+    await until(lambda: len(replica.node.fabric.cached()) == 3)
+    assert [await replica.load(one) for one in versions] == ["cache"] * 3
+    bodies = [key for what, key in replica.node.transports[0].asked if what == "body"]
+    assert bodies == [one.version_id for one in versions]
+
+
+async def test_newer_advice_replaces_what_was_to_be_fetched_ahead(
+    town: Town, library: Library, replica: Replica
+) -> None:
+    begun, next_one, new = (library(name) for name in ("begun", "next", "new"))
+    holder = await town.holder("holder", begun, next_one, new)
+    stage = replica.node.stop_before_the_body(begun)
+    replica.copies.advise(CacheAdvice(soon=(from_peers(begun, holder), from_peers(next_one, holder))))
+    await stage.wait()
+    replica.copies.advise(CacheAdvice(soon=(from_peers(new, holder),)))
+    await until(lambda: new.version_id in replica.node.fabric.cached())
+    stage.go()
+    await until(lambda: replica.node.fabric.is_idle)
+    assert replica.node.fabric.published() == (new.version_id,)
+
+
+async def test_a_load_goes_on_with_a_fetch_that_is_not_wanted_ahead_any_more(
+    town: Town, library: Library, replica: Replica
+) -> None:
+    wanted = library()
+    holder = await town.holder("holder", wanted)
+    stage = replica.node.stop_before_the_body(wanted)
+    replica.copies.advise(CacheAdvice(soon=(from_peers(wanted, holder),)))
+    await stage.wait()
+    load = asyncio.ensure_future(replica.load(wanted, holder))
+    await until(lambda: replica.node.counts.shared_waits == 1)
+    replica.copies.advise(CacheAdvice())
+    await asyncio.sleep(0)
+    stage.go()
+    assert await load == "memory"
+    assert replica.node.counts.loads == {"memory": 1}
+
+
+async def test_what_cannot_be_had_or_used_here_keeps_nothing_else_from_being_fetched_ahead(
+    town: Town, library: Library, make_replica: MakeReplica, caplog: pytest.LogCaptureFixture
+) -> None:
+    absent, heavy, good = library("absent"), library.large("heavy"), library("good")
+    holder = await town.holder("holder", heavy, good)
+    replica = await make_replica(max_bytes=good.size_bytes)
+    with caplog.at_level(logging.INFO, "loraserve.replica"):
+        replica.copies.advise(
+            CacheAdvice(soon=tuple(from_peers(one, holder) for one in (absent, heavy, good)))
+        )
+        await until(lambda: bool(replica.node.fabric.cached()))
+    assert replica.node.fabric.published() == (good.version_id,)
+    said = [record.message for record in caplog.records if "is not fetched ahead" in record.message]
+    assert [line.partition(" ")[0] for line in said] == [absent.version_id, heavy.version_id]
+    assert not any("\n" in line for line in said)
+    steep = await make_replica(max_lora_rank=RANK - 1)
+    with caplog.at_level(logging.INFO, "loraserve.replica"):
+        steep.copies.advise(CacheAdvice(soon=(from_peers(good, holder),)))
+        await until(lambda: "rank 4 is above 3" in caplog.text)
+
+
+async def test_what_is_fetched_ahead_ends_with_the_replica(
+    town: Town, library: Library, replica: Replica
+) -> None:
+    begun, next_one = library("begun"), library("next")
+    holder = await town.holder("holder", begun, next_one)
+    stage = replica.node.stop_before_the_body(begun)
+    replica.copies.advise(CacheAdvice(soon=(from_peers(begun, holder), from_peers(next_one, holder))))
+    await stage.wait()
+    await replica.copies.stop()
+    stage.go()
+    await until(lambda: replica.node.fabric.is_idle)
+    assert replica.node.fabric.published() == ()
+
+
+async def test_what_is_registered_no_more_goes_unless_a_copy_needs_it(
+    library: Library, replica: Replica
+) -> None:
+    cached, held = library("cached"), library("held")
+    await replica.load(cached)
+    await replica.copies.unload(cached.version_id)
+    await replica.load(held)
+    gone = CacheAdvice(gone=(cached.version_id, held.version_id, VersionId("unknown@0")))
+    replica.copies.advise(gone)
+    assert replica.node.fabric.published() == (held.version_id,)
+    await replica.copies.unload(held.version_id)
+    replica.copies.advise(gone)
+    assert replica.node.fabric.published() == ()
+    assert replica.node.counts.cached_bytes == 0
+    await until(lambda: replica.node.counts.leaving_bytes == 0)
+
+
+async def test_without_a_fabric_there_is_nothing_to_advise(library: Library) -> None:
+    engine = Engine(parse_config({"engine": {"kind": "emulated"}}))
+    pool = AdapterPool(max_adapters=1, capacity_bytes=PLENTY)
+    await engine.start()
+
+    async def end_running(requests: object) -> None:
+        raise AssertionError(f"no request runs here: {requests}")
+
+    copies = Copies(
+        ReplicaId("replica"),
+        pool=pool,
+        engine=engine,
+        fabric=None,
+        max_lora_rank=RANK,
+        max_bytes=PLENTY,
+        drain_timeout_s=5.0,
+        end_running=end_running,
+    )
+    copies.advise(CacheAdvice(soon=(library(),)))
+    assert await copies.load(files_of(library())) is None
+    assert engine.given[library().version_id].segment is None
+    await copies.stop()
+    await engine.close()
