@@ -1,13 +1,17 @@
 """The segments that are here, published on all transports, and the room that they take.
 
-On the loop only. Memory is counted until nobody of this process reads it any more: a segment that was evicted
-while a peer still reads it is leaving, and its room comes free when that transfer ends.
+On the loop only. Memory is counted until it is free: a segment that was evicted while a peer still reads it
+is leaving, and its room comes free when that transfer ends. To give large memory back takes a while, so a
+thread does it.
 """
 
 import asyncio
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from loraserve.adapters.segment import AdapterSegment
@@ -46,12 +50,22 @@ class SegmentCache:
     whenever room comes free later than it was asked for."""
 
     def __init__(
-        self, transports: Sequence[Transport], *, capacity_bytes: int, clock: Clock, tally: Tally
+        self,
+        transports: Sequence[Transport],
+        *,
+        capacity_bytes: int,
+        closers: Executor,
+        clock: Clock,
+        tally: Tally,
     ) -> None:
         self.capacity_bytes = capacity_bytes
         self.on_room: Callable[[], None] = lambda: None
         self.leaving_bytes = 0
+        self.closing_bytes = 0
+        """Those of the leaving that nobody reads: they are free in a moment."""
+        self._thread_id = threading.get_ident()
         self._transports = transports
+        self._closers = closers
         self._clock = clock
         self._tally = tally
         self._loop = asyncio.get_running_loop()
@@ -197,6 +211,10 @@ class SegmentCache:
         self.on_room()
         return True
 
+    async def discard(self, segment: AdapterSegment) -> None:
+        """Give back the memory of a segment that was never added."""
+        await self._loop.run_in_executor(self._closers, segment.close)
+
     def clear(self) -> None:
         """Drop everything, pinned or not."""
         for version in self.versions():
@@ -239,25 +257,29 @@ class SegmentCache:
 
     def _on_gone(self, segment: AdapterSegment, size_bytes: int) -> None:
         """In whatever thread has let go of the segment last."""
-        segment.close()
+        closing_bytes = size_bytes if threading.get_ident() == self._thread_id else 0
+        self.closing_bytes += closing_bytes
         try:
-            here = asyncio.get_running_loop()
+            self._closers.submit(self._close, segment, size_bytes, closing_bytes)
         except RuntimeError:
-            here = None
-        if here is self._loop:
-            self.leaving_bytes -= size_bytes
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._freed_later, size_bytes)
+            # It outlasted the fabric, whose threads are gone.
+            segment.close()
 
-    def _freed_later(self, size_bytes: int) -> None:
+    def _close(self, segment: AdapterSegment, size_bytes: int, closing_bytes: int) -> None:
+        segment.close()
+        with suppress(RuntimeError):  # the loop is closed: nobody counts any more
+            self._loop.call_soon_threadsafe(self._on_freed, size_bytes, closing_bytes)
+
+    def _on_freed(self, size_bytes: int, closing_bytes: int) -> None:
         self.leaving_bytes -= size_bytes
+        self.closing_bytes -= closing_bytes
         self._freed.set()
         self.on_room()
 
     def check_invariants(self) -> None:
         """AssertionError unless what is here and what is coming fits."""
         assert self.free_bytes >= 0, f"{-self.free_bytes} bytes more than {self.capacity_bytes}"
-        assert self.leaving_bytes >= 0, "more has left than was here"
+        assert 0 <= self.closing_bytes <= self.leaving_bytes, "more has left than was here"
         for version, entry in self._entries.items():
             assert entry.pins >= 0, f"{version} has {entry.pins} pins"
             assert entry.segment.fd >= 0, f"{version} is closed"

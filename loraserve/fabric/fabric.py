@@ -54,8 +54,13 @@ class Fabric:
         self._transports = tuple(transports)
         self._loop = asyncio.get_running_loop()
         self._tally = Tally()
+        self._closers = background_pool(1, "fabric-close")
         self._cache = SegmentCache(
-            self._transports, capacity_bytes=capacity_bytes, clock=self._clock, tally=self._tally
+            self._transports,
+            capacity_bytes=capacity_bytes,
+            closers=self._closers,
+            clock=self._clock,
+            tally=self._tally,
         )
         self._gate = Gate(
             self._cache,
@@ -74,6 +79,7 @@ class Fabric:
             threads=self._threads,
             gate=self._gate,
             tally=self._tally,
+            discard=self._cache.discard,
         )
         self._flights: dict[VersionId, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -193,9 +199,9 @@ class Fabric:
         self._cache.clear()
         for transport in self._transports:
             await asyncio.to_thread(transport.close)
-        self._threads.fetchers.shutdown()
-        self._threads.verifiers.shutdown()
         await self._cache.wait_gone(_LEAVING_TIMEOUT_S)
+        for pool in (self._threads.fetchers, self._threads.verifiers, self._closers):
+            pool.shutdown()
 
     # -- one call --------------------------------------------------------------------------------
 
@@ -298,7 +304,8 @@ class Fabric:
             landed = Crash(type(error), str(error))
             if flight.num_waiting:
                 self._tally.failures[_kind(error)] += 1
-                logger.warning("%s", error)
+                is_expected = flight.ticket.is_prefetch or self._is_closed
+                logger.log(logging.INFO if is_expected else logging.WARNING, "%s", error)
         except BaseException as error:
             # A defect of ours: nobody is to wait for ever.
             self._forget(flight)
@@ -330,7 +337,7 @@ class Fabric:
         wanted, ticket = flight.wanted, flight.ticket
         found = await self._sources.find(flight, queued_s=queued_s)
         if ticket.stop in (Stop.LEFT, Stop.CLOSED):
-            found.segment.close()
+            await self._cache.discard(found.segment)
             raise StoppedError(ticket.stop.value)
         landing = found.landing
         entry = self._cache.add(

@@ -131,13 +131,10 @@ class Gate:
         while not self._cache.reserve(ticket, size_bytes):
             if ticket.stop is not None:
                 raise StoppedError(ticket.stop.value)
-            lacking = size_bytes - self._cache.reserved_for(ticket) - self._cache.free_bytes
-            lacking -= self._coming_bytes()
-            if lacking > 0 and not self._cache.evict(lacking):
+            if not self._frees(size_bytes - self._cache.reserved_for(ticket)):
                 raise self._overloaded(ticket.version_id, size_bytes)
-            if not self._cache.reserve(ticket, size_bytes):
-                self._changed.clear()
-                await self._changed.wait()
+            self._changed.clear()
+            await self._changed.wait()
 
     def _lets_in(self, ticket: Ticket) -> bool:
         inside_bytes = sum(one.size_bytes for one in self._inside)
@@ -156,19 +153,20 @@ class Gate:
             raise self._overloaded(ticket.version_id, ticket.size_bytes)
         if self._cache.reserve(ticket, ticket.size_bytes):
             return True
-        lacking = ticket.size_bytes - self._cache.free_bytes - self._coming_bytes()
-        if lacking <= 0:
-            return False
-        if self._cache.evict(lacking):
+        if self._frees(ticket.size_bytes):
             return self._cache.reserve(ticket, ticket.size_bytes)
         if ticket.is_prefetch or not self._have_one_give_way():
             raise self._overloaded(ticket.version_id, ticket.size_bytes)
         return False
 
-    def _coming_bytes(self) -> int:
-        """What comes free without anybody's doing."""
-        ending = sum(self._cache.reserved_for(one) for one in self._inside if one.stop is not None)
-        return self._cache.leaving_bytes + ending
+    def _frees(self, size_bytes: int) -> bool:
+        """Whether so many bytes come free, now or later; what is lacking is evicted."""
+        cache = self._cache
+        ending = sum(cache.reserved_for(one) for one in self._inside if one.stop is not None)
+        lacking = size_bytes - cache.free_bytes - cache.closing_bytes - ending
+        # A peer may take its time to read what has left: better to evict more than to wait for it.
+        reading = cache.leaving_bytes - cache.closing_bytes
+        return cache.evict(lacking) or (reading > 0 and cache.evict(lacking - reading))
 
     def _have_one_give_way(self) -> bool:
         """Whether a prefetch ends so that another fetch can begin."""

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import logging
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -67,12 +67,14 @@ class Sources:
         threads: Threads,
         gate: Gate,
         tally: Tally,
+        discard: Callable[[AdapterSegment], Awaitable[None]],
     ) -> None:
         self.breakers = Breakers(options.breaker, threads.clock)
         self._transports = {transport.scheme: transport for transport in transports}
         self._options = options
         self._threads = threads
         self._gate = gate
+        self._discard = discard
         self._tally = tally
         self._loop = asyncio.get_running_loop()
 
@@ -183,7 +185,7 @@ class Sources:
         try:
             await self._gate.grow(flight.ticket, built.size_bytes)
         except BaseException:
-            built.close()
+            await self._discard(built)
             raise
         seconds = Seconds(queued_s=queued_s, body_s=self._threads.clock.now_s() - began_s)
         landing = Landing(source="origin", size_bytes=built.size_bytes, seconds=seconds)

@@ -3,6 +3,7 @@
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 _NICENESS = 10
 
@@ -13,4 +14,5 @@ def background_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
 
 
 def _go_last() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    with suppress(OSError):  # a sandbox may forbid it: then they compete
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -8,8 +8,8 @@ import pytest
 
 from loraserve.clock import ManualClock
 from loraserve.errors import OverloadedError
-from loraserve.fabric.wanted import Wanted
-from loraserve.transport.memory import FaultKind
+from loraserve.fabric.wanted import Acquired, Wanted
+from loraserve.transport.memory import Fault, FaultKind
 from tests.support.adapter_maker import one_line
 from tests.support.fabric_kit import WAIT_S, Library, Node, Stage, Town, from_peers, until
 
@@ -44,11 +44,18 @@ async def test_a_full_pool_refuses_in_one_line_and_takes_when_something_is_relea
 
 async def test_what_is_larger_than_all_room_evicts_nothing(town: Town, library: Library) -> None:
     small, large = library("small"), library.large("large")
-    node = town("node", capacity_bytes=2 * small.size_bytes)
+    node = town("node", capacity_bytes=small.size_bytes + 65536)
+    holder = await town.holder("holder", library("other"))
     await node.fabric.prefetch(small)
+    stage = node.stop_before_the_body(library("other"))
+    running = asyncio.create_task(node.fabric.prefetch(from_peers(library("other"), holder)))
+    await stage.wait()
     with pytest.raises(OverloadedError):
         await node.fabric.acquire(large)
-    assert names(node) == ["small"]
+    stage.go()
+    await running
+    assert names(node) == ["other", "small"]
+    assert node.counts.gave_way == 0
 
 
 async def test_one_that_turns_out_larger_than_told_needs_room_for_all_of_it(
@@ -123,6 +130,48 @@ async def test_what_is_evicted_takes_room_until_its_last_reader_has_ended(
     await waiting
     assert holder.counts.leaving_bytes == 0
     holder.check(idle=True)
+
+
+async def leaving(town: Town, first: Wanted, *pinned: Wanted) -> tuple[Node, Fault, "asyncio.Task[Acquired]"]:
+    """A full replica that has evicted its first version while a peer reads it, and has these others."""
+    room = first.size_bytes + sum(one.size_bytes for one in pinned)
+    holder, reader = town("holder", capacity_bytes=room), town("reader", idle_timeout_s=WAIT_S)
+    await holder.fabric.prefetch(first)
+    for one in pinned:
+        await holder.fabric.acquire(one)
+    stall = holder.inject(FaultKind.STALL, 10)
+    reading = asyncio.create_task(reader.fabric.acquire(from_peers(first, holder)))
+    assert await asyncio.to_thread(stall.reached.wait, WAIT_S)
+    assert holder.fabric.forget(first.version_id)
+    return holder, stall, reading
+
+
+async def test_who_waits_for_room_takes_what_is_released_meanwhile(town: Town, library: Library) -> None:
+    first, second, third = five(library)[:3]
+    holder, stall, reading = await leaving(town, first, second)
+    waiting = asyncio.create_task(holder.fabric.acquire(third))
+    await until(lambda: holder.counts.num_waiting == 1)
+    holder.fabric.release(second.version_id)
+    await waiting
+    assert holder.counts.leaving_bytes == first.size_bytes, "the reader has not ended"
+    stall.release.set()
+    await reading
+
+
+async def test_a_fetch_that_waits_for_more_room_ends_when_nobody_wants_it(
+    town: Town, library: Library
+) -> None:
+    first, second = library("first"), library("second")
+    holder, stall, reading = await leaving(town, first)
+    waiting = asyncio.create_task(holder.fabric.acquire(replace(second, size_bytes=0)))
+    await until(lambda: holder.counts.num_fetching == 1 and not waiting.done())
+    await asyncio.wait((waiting,), timeout=0.05)
+    waiting.cancel()
+    await until(lambda: holder.fabric.is_idle)
+    assert holder.counts.leaving_bytes == first.size_bytes, "the reader has not ended"
+    assert names(holder) == []
+    stall.release.set()
+    await reading
 
 
 async def test_bytes_in_flight_stay_in_the_budget_in_order_and_a_larger_one_goes_alone(
