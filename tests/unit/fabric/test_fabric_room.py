@@ -132,6 +132,26 @@ async def test_what_is_evicted_takes_room_until_its_last_reader_has_ended(
     holder.check(idle=True)
 
 
+async def test_room_that_a_fetch_gives_back_soon_is_waited_for_and_nothing_evicted(
+    town: Town, library: Library
+) -> None:
+    kept, given_up, wanted = library("kept"), library.large("given up"), library.large("wanted")
+    holder = await town.holder("holder", given_up, wanted)
+    node = town("node", capacity_bytes=wanted.size_bytes + kept.size_bytes + 65536)
+    await node.fabric.prefetch(kept)
+    stage = node.stop_before_the_body(given_up)
+    ending = asyncio.create_task(node.fabric.acquire(from_peers(given_up, holder)))
+    await stage.wait()
+    ending.cancel()
+    coming = asyncio.create_task(node.fabric.acquire(from_peers(wanted, holder)))
+    await until(lambda: node.counts.num_waiting == 1)
+    assert names(node) == ["kept"]
+    stage.go()
+    await coming
+    assert names(node) == ["kept", "wanted"]
+    assert node.counts.evictions == 0
+
+
 async def leaving(town: Town, first: Wanted, *pinned: Wanted) -> tuple[Node, Fault, "asyncio.Task[Acquired]"]:
     """A full replica that has evicted its first version while a peer reads it, and has these others."""
     room = first.size_bytes + sum(one.size_bytes for one in pinned)
