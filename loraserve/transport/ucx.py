@@ -37,7 +37,7 @@ from loraserve.transport.published import InUse
 from loraserve.transport.tcp import read_head
 from loraserve.transport.ucx_buffers import as_bytes, cut
 from loraserve.transport.ucx_lane import CHUNK_BYTES, Lane
-from loraserve.transport.ucx_library import UcxLibrary
+from loraserve.transport.ucx_library import UcxLibrary, may_share_memory
 from loraserve.transport.ucx_pool import LanePool
 from loraserve.transport.wire import FIRST_SCHEME_OP, Frame, Op
 
@@ -75,7 +75,7 @@ class UcxTransport:
         self._sending = LanePool(library)
         self._in_use = InUse()
         self._closed = False
-        self._host = _this_host() if library.may_share_memory else b""
+        self._host = _this_host() if may_share_memory(library.tls) else b""
         listener.join(SCHEME, {UCX_BODY: self._answer_body, UCX_STOP: _answer_late_stop})
 
     @property
@@ -143,6 +143,9 @@ class UcxTransport:
     def close(self) -> None:
         """Serve nothing, end every transfer and give UCX's memory back; safe to call twice."""
         self._closed = True
+        # While the connections stand both ends come to an end together, and UCX lets go of all of it.
+        self._receiving.close(2 * WIND_UP_S)
+        self._sending.close(2 * WIND_UP_S)
         self._pool.close()
         self._listener.leave(SCHEME)
         self._receiving.close(CLOSE_S)
@@ -165,8 +168,10 @@ class UcxTransport:
                 with as_bytes(region.body, to_write=False) as body:
                     chunks = cut(body, ask.chunk_bytes)
                     sent = lane.send(chunks, ask.first_tag, watch, lambda: not watch.stopped)
-                if watch.stopped:
+                if watch.told:
                     connection.send(Frame(op=UCX_STOPPED, request_id=request.request_id, begin=sent))
+                elif sent < len(chunks):
+                    raise PeerGoneError("this transport is closed")
             except PeerSlowError:
                 raise
             except Exception as error:
@@ -241,18 +246,28 @@ class _ReaderWatch:
         self._stall_s = connection.patience.idle_s
         self._is_closed = is_closed
         self._connection = connection
-        self.stopped = False
+        self._closed_at_s: float | None = None
+        self.told = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no more is to be sent: the receiver has said so, or this process closes."""
+        return self.told or self._is_closed()
 
     def fileno(self) -> int:
         return self._link.sock.fileno()
 
     def look(self, quiet_s: float) -> None:
-        if self._is_closed() or self._link.is_broken():
+        if self._link.is_broken():
             raise PeerGoneError(f"{self._link.peer} takes no more")
         if self._link.has_unread():
             if self._connection.receive().op != UCX_STOP:
                 raise BadPeerError(f"{self._link.peer} asks again in the middle of a body")
-            self.stopped = True
+            self.told = True
+        if self._is_closed():
+            self._closed_at_s = self._closed_at_s or time.monotonic()
+            if time.monotonic() > self._closed_at_s + WIND_UP_S:
+                raise PeerGoneError(f"{self._link.peer} takes no more, and this transport is closed")
         if quiet_s >= self._stall_s:
             raise PeerSlowError(f"{self._link.peer} took nothing for {self._stall_s:g} s")
 

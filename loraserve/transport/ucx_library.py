@@ -61,14 +61,6 @@ class UcxLibrary:
         with self._lock:
             self._num_kept += 1
 
-    @property
-    def may_share_memory(self) -> bool:
-        """Whether the transports that UCX may choose from have shared memory among them."""
-        if self.tls is None:
-            return True
-        names = self.tls.split(",")
-        return bool(SHARED_MEMORY.intersection(names)) != self.tls.startswith("^")
-
     def context(self) -> Any:
         """A context for tagged messages whose worker can be waited for."""
         features = (self.core.Feature.TAG, self.core.Feature.WAKEUP)
@@ -84,6 +76,14 @@ class UcxLibrary:
     def array(self, buffer: Buffer) -> Any:
         """What ucxx takes for a buffer: it keeps the buffer alive, a request does not."""
         return self._array(buffer)
+
+
+def may_share_memory(tls: str | None) -> bool:
+    """Whether UCX_TLS leaves UCX a transport over shared memory."""
+    if tls is None:
+        return True
+    named = bool(SHARED_MEMORY.intersection(tls.removeprefix("^").split(",")))
+    return named != tls.startswith("^")
 
 
 def _load() -> tuple[ModuleType, Any]:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from loraserve.transport.base import TransportError
+from loraserve.transport.base import PeerGoneError, TransportError
 from loraserve.transport.link import SLICE_S
 from loraserve.transport.ucx_lane import Lane
 from loraserve.transport.ucx_library import UcxLibrary
@@ -34,6 +34,8 @@ class LanePool:
         """
         if self._library.num_kept >= MAX_KEPT:
             raise TransportError(f"UCX holds on to {MAX_KEPT} workers of peers that are gone")
+        if self._closed:
+            raise PeerGoneError("this transport is closed")
         with self._free:
             while self._used >= MAX_LANES:
                 self._free.wait(SLICE_S)
