@@ -1,7 +1,8 @@
 """A controller over replicas with fabrics: plans to move adapters by, and what came from where."""
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import MappingProxyType
 
 from loraserve.cluster.local_fleet import MakeFabric
@@ -15,22 +16,30 @@ from tests.support.controller_kit import TIMEOUT_S, Setup
 from tests.support.fabric_kit import Node, Town
 
 REPLICAS = tuple(ReplicaId(f"replica-{number}") for number in range(3))
+SAMPLES = ("rank-8", "rank-16", "rank-32", "rank-64", "rank-128")
 Where = Mapping[VersionId, Set[ReplicaId]]
 
 
 async def started(
-    setup: Callable[..., Setup], samples: SampleSet, *, copies: int = 1, **options: object
+    setup: Callable[..., Setup],
+    samples: SampleSet,
+    *,
+    names: Sequence[str] = SAMPLES,
+    copies: int = 1,
+    **options: object,
 ) -> tuple[Setup, list[VersionId]]:
-    """Three replicas and the sample adapters, each registered under so many names; over tcp unless
+    """Three replicas and these sample adapters, each registered under so many names; over tcp unless
     `make_fabric` says otherwise."""
     given: dict[str, object] = {"with_fabric": "make_fabric" not in options, "cluster": {"replicas": 3}}
     made = setup(**{**given, "fabric": {"transports": ["tcp"]}, **options})
     controller = await made.start()
-    versions = [
-        await controller.register(f"{name}-{number}", str(source), replace=False)
-        for name, source in samples.adapters.items()
-        for number in range(copies)
-    ]
+    versions = await asyncio.gather(
+        *(
+            controller.register(f"{name}-{number}", str(samples.adapters[name]), replace=False)
+            for name in names
+            for number in range(copies)
+        )
+    )
     return made, versions
 
 

@@ -14,6 +14,14 @@ from placement.cluster.invariants import check_cluster
 from placement.profile import Profile
 from placement.types import ReplicaId
 from tests.support.controller_kit import RefusingEngine, Setup, small_config
+from tests.support.fabric_kit import Town, a_town
+
+
+@pytest.fixture
+async def town() -> AsyncIterator[Town]:
+    """Fabrics that a test can reach into; ask for it before `setup`, whose replicas have them."""
+    async with a_town() as town:
+        yield town
 
 
 @pytest.fixture
