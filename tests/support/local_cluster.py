@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraserve.clock import WallClock
-from loraserve.cluster.local_fleet import LocalFleet
+from loraserve.cluster.local_fleet import LocalFleet, MakeFabric
 from loraserve.config import Config
 from loraserve.controller.controller import Controller
 from loraserve.controller.service import add_controller_services
@@ -46,6 +46,7 @@ async def local_cluster(
     profile: Profile | None = None,
     sections: Mapping[str, Any] | None = None,
     sleep: Sleep = asyncio.sleep,
+    make_fabric: MakeFabric | None = None,
 ) -> AsyncIterator[LocalCluster]:
     """Two replicas that serve the sample adapters, whose engines pass their time with `sleep`; ends with a
     check that nothing is in flight."""
@@ -56,7 +57,7 @@ async def local_cluster(
         return EmulatedEngine(config.engine, config.emulated, config.model, clock=WallClock(), sleep=sleep)
 
     async with AsyncExitStack() as stack:
-        setup = Setup(folder, config, engine, profile=profile)
+        setup = Setup(folder, config, engine, profile=profile, make_fabric=make_fabric)
         stack.push_async_callback(setup.close)
         controller = await setup.start()
         server = make_server()
