@@ -1,10 +1,11 @@
-"""`loraserve bench rank`: what a rank costs on this machine and in this engine."""
+"""`loraserve bench`: what things cost on this machine; here `bench rank`, what a rank costs in an engine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraserve.cli.bench_fetch import fetch
 from loraserve.cli.common import command, quiet_engine, until_interrupted
 from loraserve.errors import BadInputError, WorkFailedError
 
@@ -18,6 +19,8 @@ bench_app = typer.Typer(
 )
 
 DEFAULT_RANKS = (8, 32, 64, 128)
+
+bench_app.command("fetch")(fetch)
 
 
 @bench_app.callback()

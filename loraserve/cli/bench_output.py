@@ -40,7 +40,7 @@ def conditions(result: "RankResult", options: "RankOptions") -> dict[str, Any]:
     versions = {name: version for name in PACKAGES if (version := version_of(name)) is not None}
     return {
         "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "gpus": gpu_names() or [],
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
@@ -143,7 +143,7 @@ def _short(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """The processor's name, as far as this system says."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
