@@ -3,7 +3,7 @@
 What is wanted, and whether the peer lives, goes over the listener's connections (`wire.py`, ops from 16):
 
     UCX_BODY  payload: `_ASK`, then the UCX address of the lane that receives
-    UCX_GO    the peer has the region and a lane; from now on it sends
+    UCX_GO    the peer has the region and a lane; from now on it sends. begin: over shared memory?
     UCX_STOP  from the receiver: send no more
     UCX_STOPPED  begin: so many chunks were sent
 
@@ -131,6 +131,7 @@ class UcxTransport:
                 with self._pool.exchange(address, request, patience, is_body=True) as (link, answer):
                     if answer.op != UCX_GO:
                         raise BadPeerError(f"{link.peer} answers something else than the body of {key}")
+                    lane.is_shared = bool(answer.begin)
                     _Receiving(lane, link, body.nbytes, patience).run(on_bytes)
             except (NotPublishedError, PeerBusyError):
                 lane.take_back()  # the peer has refused, and so sends nothing
@@ -162,7 +163,7 @@ class UcxTransport:
         with self._in_use.holding(region.size_bytes), self._sending.lane(waiting.check) as lane:
             shared = ask.host != b"" and ask.host == self._host
             lane.connect(ask.worker_address, error_handling=not shared)
-            connection.send(Frame(op=UCX_GO, request_id=request.request_id))
+            connection.send(Frame(op=UCX_GO, request_id=request.request_id, begin=shared))
             try:
                 watch = _ReaderWatch(connection, lambda: self._closed)
                 with as_bytes(region.body, to_write=False) as body:
@@ -340,7 +341,7 @@ class _Receiving:
             self._link.send(Frame(op=UCX_STOP), watch.patience)
             while not self._link.has_unread():
                 watch.look(0.0)
-                self._lane.step(self._link.sock.fileno())
+                self._lane.step()
             answer = self._link.receive(watch.patience, MIN_CHUNK_BYTES)
             if answer.op == UCX_STOPPED:
                 self._lane.wind_up(answer.begin, watch)

@@ -24,6 +24,11 @@ from loraserve.transport.ucx import UcxTransport, open_ucx
 from tests.support.transport_kit import ROOT, Fetched, fetch, file_region, pattern
 
 
+def large_pattern(size_bytes: int, seed: int = 0) -> bytes:
+    """So many bytes, quickly: a prime number of random ones again and again, so that no two chunks agree."""
+    return (pattern(65_537, seed) * (size_bytes // 65_537 + 1))[:size_bytes]
+
+
 class UcxPeer:
     """The process, as its parent sees it."""
 
@@ -101,7 +106,7 @@ def _state(transport: UcxTransport) -> dict[str, Any]:
 
 def _serve(transport: UcxTransport, sizes_bytes: list[int]) -> None:
     for index, size_bytes in enumerate(sizes_bytes):
-        transport.publish(f"k{index}", file_region(pattern(size_bytes, index), f"head{index}".encode()))
+        transport.publish(f"k{index}", file_region(large_pattern(size_bytes, index), f"head{index}".encode()))
     print(transport.address.decode(), flush=True)
     for line in sys.stdin:
         match line.split():

@@ -13,20 +13,20 @@ from loraserve.transport.listener import Listener
 from loraserve.transport.ucx import UcxTransport, open_ucx
 from loraserve.transport.ucx_lane import CHUNK_BYTES
 from tests.support.adapter_maker import one_line
-from tests.support.transport_kit import Fetched, eventually, fetch, nothing_leaks, pattern
-from tests.support.ucx_peer import UcxPeer, die_while_fetching, peers_by_way, ucx_peer
+from tests.support.transport_kit import Fetched, eventually, fetch, nothing_leaks
+from tests.support.ucx_peer import UcxPeer, die_while_fetching, large_pattern, peers_by_way, ucx_peer
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ucxx") is None, reason="needs ucxx: scripts/setup installs it where it can"
 )
 WAYS = pytest.mark.parametrize("tls", ["", "tcp,self"], ids=["shared-memory", "tcp"])
-SIZE_BYTES = 16 * CHUNK_BYTES + 5
+SIZE_BYTES = 12 * CHUNK_BYTES + 5
 
 
 @cache
 def body() -> bytes:
     """What every peer here serves."""
-    return pattern(SIZE_BYTES)
+    return large_pattern(SIZE_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def at_rest(peer: UcxPeer) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("tls", "at_chunk"), [("", 0), ("", 8), ("tcp,self", 0), ("tcp,self", 8), ("posix,self", 2)]
+    ("tls", "at_chunk"), [("", 0), ("", 5), ("tcp,self", 0), ("tcp,self", 5), ("posix,self", 2)]
 )
 def test_a_peer_that_is_killed_ends_the_fetch_and_only_it(
     here: UcxTransport, tls: str, at_chunk: int, peers: Callable[[str], UcxPeer]
@@ -126,7 +126,7 @@ def test_a_receiver_that_is_killed_costs_its_sender_nothing_that_it_serves_with(
 def test_peers_that_come_and_die_leave_no_threads_and_no_descriptors() -> None:
     with nothing_leaks():
         here = open_ucx(Listener("127.0.0.1"))
-        for at_chunk in (2, 12):
+        for at_chunk in (1, 6):
             with ucx_peer(SIZE_BYTES) as peer, pytest.raises(PeerGoneError):
                 fetch(here, peer.address, "k0", CutShort(at_chunk, signal.SIGKILL, peer))
         here.close()

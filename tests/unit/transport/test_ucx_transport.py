@@ -18,13 +18,13 @@ from loraserve.transport.ucx import UcxTransport, open_ucx
 from loraserve.transport.ucx_buffers import as_bytes, cut
 from loraserve.transport.ucx_library import UcxLibrary
 from tests.support.adapter_maker import one_line
-from tests.support.transport_kit import PATIENT_S, ROOT, Fetched, fetch, memory_region, nothing_leaks, pattern
-from tests.support.ucx_peer import UcxPeer, peers_by_way, ucx_peer
+from tests.support.transport_kit import PATIENT_S, ROOT, Fetched, fetch, memory_region, nothing_leaks
+from tests.support.ucx_peer import UcxPeer, large_pattern, peers_by_way, ucx_peer
 
 needs_ucx = pytest.mark.skipif(
     importlib.util.find_spec("ucxx") is None, reason="needs ucxx: scripts/setup installs it where it can"
 )
-SIZES = (0, 1, 4097, 2 * 1024**2, 20 * 1024**2 + 3)
+SIZES = (0, 1, 4097, 8 * 1024**2, 64 * 1024**2 + 3)
 WAYS = pytest.mark.parametrize("tls", ["", "tcp,self"], ids=["shared-memory", "tcp"])
 
 
@@ -65,7 +65,7 @@ def test_bodies_of_all_sizes_arrive_and_again_over_the_same_lane(here: UcxTransp
                 size_bytes,
             )
             got = fetch(here, there.address, f"k{index}", Fetched(size_bytes))
-            assert got.body == pattern(size_bytes, index)
+            assert got.body == large_pattern(size_bytes, index)
             assert got.covered()
 
 
@@ -76,7 +76,7 @@ def test_many_at_once_do_not_mix_and_leave_both_ends_at_rest(here: UcxTransport,
     indexes = [1, 2] * 25 + [3, 4, 4, 3]
     with ThreadPoolExecutor(len(indexes)) as pool:
         got = list(pool.map(lambda i: fetch(here, there.address, f"k{i}", Fetched(SIZES[i])).body, indexes))
-    assert got == [pattern(SIZES[index], index) for index in indexes]
+    assert got == [large_pattern(SIZES[index], index) for index in indexes]
     assert set(threading.enumerate()) == before
     state = there.ask("state")
     assert state["active_bytes"] == 0
@@ -94,7 +94,7 @@ def test_a_fetch_that_is_stopped_ends_in_step_with_its_sender(here: UcxTransport
     assert there.ask("state")["active_bytes"] == 0
     assert got.body == left
     again = fetch(here, there.address, "k4", Fetched(SIZES[4]))
-    assert again.body == pattern(SIZES[4], 4)
+    assert again.body == large_pattern(SIZES[4], 4)
 
 
 @needs_ucx
@@ -107,7 +107,7 @@ def test_progress_that_raises_ends_the_fetch_and_nothing_else(here: UcxTransport
     got.at_first = wrong
     with pytest.raises(RuntimeError, match="another hash"):
         fetch(here, there.address, "k4", got)
-    assert fetch(here, there.address, "k4", Fetched(SIZES[4])).body == pattern(SIZES[4], 4)
+    assert fetch(here, there.address, "k4", Fetched(SIZES[4])).body == large_pattern(SIZES[4], 4)
 
 
 @needs_ucx
@@ -121,7 +121,7 @@ def test_refusals_are_one_line_and_cost_no_lane(here: UcxTransport, there: UcxPe
         here.fetch(
             there.address, "k1", b"1", on_bytes=lambda b, e: None, idle_timeout_s=1, stop=lambda: False
         )
-    assert fetch(here, there.address, "k2", Fetched(4097)).body == pattern(4097, 2)
+    assert fetch(here, there.address, "k2", Fetched(4097)).body == large_pattern(4097, 2)
 
 
 @needs_ucx
@@ -129,7 +129,7 @@ def test_what_is_withdrawn_is_read_to_its_end_and_closing_leaves_nothing(here: U
     with ucx_peer(SIZES[4]) as there:
         got = Fetched(SIZES[4])
         got.at_first = lambda: there.ask("withdraw k0")
-        assert fetch(here, there.address, "k0", got).body == pattern(SIZES[4])
+        assert fetch(here, there.address, "k0", got).body == large_pattern(SIZES[4])
         with pytest.raises(NotPublishedError):
             fetch(here, there.address, "k0", Fetched(SIZES[4]))
         state = there.ask("close")
@@ -237,7 +237,7 @@ def test_device_memory_is_cut_by_address_and_must_be_contiguous() -> None:
 
 
 def test_host_memory_is_cut_without_copies() -> None:
-    body = bytearray(pattern(10))
+    body = bytearray(large_pattern(10))
     with as_bytes(body, to_write=True) as view:
         parts = cut(view, 4)
         parts[2][:] = b"zz"
