@@ -31,6 +31,9 @@ KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_PROBES = 3
 USER_TIMEOUT_MS = 20_000
 
+MAX_WAIT_S = 60.0
+"""How long a peer may say that the answer is being made; large adapters are read from cold disks."""
+
 
 def never() -> bool:
     """The `stop` of whoever does not stop."""
@@ -139,6 +142,7 @@ class Link:
         """
         self.settled = False
         self.say(request.encode(), patience)
+        give_up_at = time.monotonic() + MAX_WAIT_S
         while True:
             answer = self.receive(patience, max_payload_bytes)
             if answer.request_id not in (request.request_id, 0):
@@ -150,6 +154,8 @@ class Link:
                 return answer
             if patience.stop():
                 raise FetchStoppedError(f"stopped waiting for {self.peer}")
+            if time.monotonic() > give_up_at:
+                raise PeerSlowError(f"{self.peer}: the answer is still being made after {MAX_WAIT_S:g} s")
 
     def await_readable(self, patience: Patience) -> None:
         """Return once something can be read, be it the end; PeerSlowError, FetchStoppedError."""

@@ -26,6 +26,10 @@ MAX_SHORT = 2
 MAX_BODIES = 4
 KEEP_IDLE_S = 60.0
 
+FINISH_IDLES = 4
+"""An answer that has begun must be there after so many times what its peer may be silent, or one that drips
+would be waited for without an end."""
+
 
 class _Lane:
     """The connections to one peer for one purpose; all fields are the pool's lock's."""
@@ -84,7 +88,11 @@ class PeerPool:
         not used again. What takes long is a body, and has connections apart. TransportError.
         """
         stop = patience.stop
-        patience = Patience(idle_s=patience.idle_s, stop=lambda: self._closed or stop())
+        patience = Patience(
+            idle_s=patience.idle_s,
+            stop=lambda: self._closed or stop(),
+            finish_s=FINISH_IDLES * patience.idle_s,
+        )
         request = replace(request, request_id=(next(self._numbers) & 0xFFFFFFFF) or 1)
         with self._place(address, patience, is_body) as lane:
             link: Link | None = None

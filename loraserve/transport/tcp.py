@@ -135,9 +135,9 @@ def _receive_body(link: Link, body: memoryview, on_bytes: Progress, patience: Pa
         while done < piece_end:
             with body[done:piece_end] as rest:
                 done += link.receive_some(rest, patience)
+            if done < end and patience.stop():
+                raise FetchStoppedError(f"stopped fetching from {link.peer}")
         link.settled = piece_end == end
         on_bytes(begin, piece_end)
-        if piece_end < end and patience.stop():
-            raise FetchStoppedError(f"stopped fetching from {link.peer}")
         begin = piece_end
     link.settled = True
