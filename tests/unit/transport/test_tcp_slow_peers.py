@@ -40,7 +40,7 @@ def here() -> Iterator[TcpTransport]:
 
 @contextmanager
 def dripping(first: Callable[[Frame], bytes], drop: Callable[[Frame], bytes]) -> Iterator[bytes]:
-    """The address of a peer that answers the first request with `first`, and then says `drop` again and again."""
+    """The address of a peer that answers with `first`, and then says `drop` again and again."""
     ended = threading.Event()
 
     def serve() -> None:
