@@ -66,8 +66,16 @@ class UcxTransport:
     scheme = SCHEME
     takes_device_memory = True
 
-    def __init__(self, listener: Listener, library: UcxLibrary, pool: PeerPool | None = None) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        library: UcxLibrary,
+        pool: PeerPool | None = None,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
         self._listener = listener
+        self._chunk_bytes = chunk_bytes
         self._library = library
         self._pool = pool or PeerPool()
         # Two pools: a process whose lanes all wait for others' would serve none of them.
@@ -121,18 +129,18 @@ class UcxTransport:
             ask = _Ask(
                 size_bytes=body.nbytes,
                 first_tag=lane.next_tags(),
-                chunk_bytes=CHUNK_BYTES,
+                chunk_bytes=self._chunk_bytes,
                 host=self._host,
                 worker_address=lane.address,
             )
-            lane.receive_into(cut(body, CHUNK_BYTES), ask.first_tag, address)
+            lane.receive_into(cut(body, ask.chunk_bytes), ask.first_tag, address)
             request = Frame(op=UCX_BODY, key=key, payload=ask.encode())
             try:
                 with self._pool.exchange(address, request, patience, is_body=True) as (link, answer):
                     if answer.op != UCX_GO:
                         raise BadPeerError(f"{link.peer} answers something else than the body of {key}")
                     lane.is_shared = bool(answer.begin)
-                    _Receiving(lane, link, body.nbytes, patience).run(on_bytes)
+                    _Receiving(lane, link, ask, patience).run(on_bytes)
             except (NotPublishedError, PeerBusyError):
                 lane.take_back()  # the peer has refused, and so sends nothing
                 raise
@@ -309,18 +317,18 @@ class _WindUpWatch:
 class _Receiving:
     """One body on its way to its destination."""
 
-    def __init__(self, lane: Lane, link: Link, size_bytes: int, patience: Patience) -> None:
+    def __init__(self, lane: Lane, link: Link, ask: _Ask, patience: Patience) -> None:
         self._lane = lane
         self._link = link
-        self._size_bytes = size_bytes
+        self._size_bytes, self._chunk_bytes = ask.size_bytes, ask.chunk_bytes
         self._patience = patience
 
     def run(self, on_bytes: Progress) -> None:
         """Wait for all of it. Whoever stops in the middle stops the sender too, for the next one's sake."""
 
         def on_chunk(index: int) -> None:
-            begin = index * CHUNK_BYTES
-            end = min(begin + CHUNK_BYTES, self._size_bytes)
+            begin = index * self._chunk_bytes
+            end = min(begin + self._chunk_bytes, self._size_bytes)
             self._link.received_bytes += end - begin
             on_bytes(begin, end)
             if end < self._size_bytes and self._patience.stop():
@@ -364,13 +372,17 @@ def _this_host() -> bytes:
 
 
 def open_ucx(
-    listener: Listener, *, tls: str | None = None, options: Mapping[str, str] | None = None
+    listener: Listener,
+    *,
+    tls: str | None = None,
+    options: Mapping[str, str] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> UcxTransport:
     """The scheme on this listener; UnavailableError where ucxx is missing or finds no transport.
 
-    `tls` is UCX_TLS (None: UCX chooses), `options` more of UCX's settings, without their `UCX_`; for tests
-    and measurements.
+    `tls` is UCX_TLS (None: UCX chooses), `options` more of UCX's settings, without their `UCX_`,
+    `chunk_bytes` how much one message carries of what is fetched; for tests and measurements.
     """
     library = UcxLibrary(tls, options)
     library.check()
-    return UcxTransport(listener, library)
+    return UcxTransport(listener, library, chunk_bytes=chunk_bytes)

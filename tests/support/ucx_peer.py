@@ -124,7 +124,7 @@ def _fetch_and_die(transport: UcxTransport, address: str, size_bytes: int) -> No
 
 
 if __name__ == "__main__":
-    ends = open_ucx(Listener("127.0.0.1"), tls=sys.argv[1] or None)
+    ends = open_ucx(Listener("127.0.0.1"), tls=sys.argv[1] or None, chunk_bytes=1024**2)
     if sys.argv[2] == "fetch":
         _fetch_and_die(ends, sys.argv[3], int(sys.argv[4]))
     _serve(ends, [int(each) for each in sys.argv[2:]])

@@ -11,7 +11,6 @@ import pytest
 from loraserve.transport.base import FetchStoppedError, PeerGoneError, PeerSlowError
 from loraserve.transport.listener import Listener
 from loraserve.transport.ucx import UcxTransport, open_ucx
-from loraserve.transport.ucx_lane import CHUNK_BYTES
 from tests.support.adapter_maker import one_line
 from tests.support.transport_kit import Fetched, eventually, fetch, nothing_leaks
 from tests.support.ucx_peer import UcxPeer, die_while_fetching, large_pattern, peers_by_way, ucx_peer
@@ -20,6 +19,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ucxx") is None, reason="needs ucxx: scripts/setup installs it where it can"
 )
 WAYS = pytest.mark.parametrize("tls", ["", "tcp,self"], ids=["shared-memory", "tcp"])
+CHUNK_BYTES = 1024**2
 SIZE_BYTES = 12 * CHUNK_BYTES + 5
 
 
@@ -38,7 +38,7 @@ def peers() -> Iterator[Callable[[str], UcxPeer]]:
 
 @pytest.fixture
 def here(tls: str) -> Iterator[UcxTransport]:
-    transport = open_ucx(Listener("127.0.0.1"), tls=tls or None)
+    transport = open_ucx(Listener("127.0.0.1"), tls=tls or None, chunk_bytes=CHUNK_BYTES)
     yield transport
     assert transport.active_bytes() == 0
     transport.close()
@@ -125,7 +125,7 @@ def test_a_receiver_that_is_killed_costs_its_sender_nothing_that_it_serves_with(
 
 def test_peers_that_come_and_die_leave_no_threads_and_no_descriptors() -> None:
     with nothing_leaks():
-        here = open_ucx(Listener("127.0.0.1"))
+        here = open_ucx(Listener("127.0.0.1"), chunk_bytes=CHUNK_BYTES)
         for at_chunk in (1, 6):
             with ucx_peer(SIZE_BYTES) as peer, pytest.raises(PeerGoneError):
                 fetch(here, peer.address, "k0", CutShort(at_chunk, signal.SIGKILL, peer))
