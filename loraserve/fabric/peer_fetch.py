@@ -18,12 +18,18 @@ from loraserve.transport.base import (
     BadPeerError,
     FetchStoppedError,
     NotPublishedError,
+    PeerBusyError,
+    PeerFailedError,
     PeerGoneError,
     PeerSlowError,
     Transport,
     TransportError,
 )
 from placement.fabric.attempts import Outcome
+
+SLOW_IDLES = 4
+"""A peer that drips is as good as silent: some piece must be whole within so many times of what it may be
+silent."""
 
 _LOOK_AGAIN_S = 0.05
 _MAX_TEXT = 200
@@ -131,21 +137,44 @@ def _checked_head(source: PeerSource, wanted: Wanted, idle_timeout_s: float) -> 
     return Head(raw=bytes(raw), decoded=head)
 
 
+class _Watch:
+    """What the transport tells of a body on its way, and what ends it."""
+
+    def __init__(self, verifier: Verifier, fetching: Fetching) -> None:
+        self._verifier = verifier
+        self._fetching = fetching
+        self._num_bytes = 0
+        self._is_slow = False
+        self._give_up_at_s = fetching.clock.now_s() + SLOW_IDLES * fetching.idle_timeout_s
+
+    def on_bytes(self, begin: int, end: int) -> None:
+        """These bytes are in place; CorruptError if they, or earlier ones, cannot be right."""
+        self._verifier.on_bytes(begin, end)
+        self._num_bytes += end - begin
+        self._give_up_at_s = self._fetching.clock.now_s() + SLOW_IDLES * self._fetching.idle_timeout_s
+        self._fetching.tell(self._num_bytes)
+
+    def stop(self) -> bool:
+        """Whether the transport is to end the fetch."""
+        self._is_slow = self._is_slow or self._fetching.clock.now_s() > self._give_up_at_s
+        return self._is_slow or self._fetching.is_stopped() or bool(self._verifier.problem)
+
+    def check(self) -> None:
+        """CorruptError or PeerSlowError if that is what the transport was stopped for."""
+        if self._verifier.problem:
+            raise CorruptError(self._verifier.problem) from None
+        if self._is_slow:
+            limit_s = SLOW_IDLES * self._fetching.idle_timeout_s
+            raise PeerSlowError(
+                f"after {self._num_bytes} bytes not one piece more in {limit_s:g} s"
+            ) from None
+
+
 def _fill(
     writer: SegmentWriter, source: PeerSource, wanted: Wanted, head: SegmentHead, fetching: Fetching
 ) -> tuple[float, float]:
     verifier = Verifier(head, writer.body)
-    num_bytes = 0
-
-    def on_bytes(begin: int, end: int) -> None:
-        nonlocal num_bytes
-        verifier.on_bytes(begin, end)
-        num_bytes += end - begin
-        fetching.tell(num_bytes)
-
-    def stop() -> bool:
-        return fetching.is_stopped() or bool(verifier.problem)
-
+    watch = _Watch(verifier, fetching)
     began_s = fetching.clock.now_s()
     verified = fetching.verifiers.submit(verifier.run)
     try:
@@ -153,16 +182,14 @@ def _fill(
             source.address,
             wanted.version_id,
             writer.body,
-            on_bytes=on_bytes,
+            on_bytes=watch.on_bytes,
             idle_timeout_s=fetching.idle_timeout_s,
-            stop=stop,
+            stop=watch.stop,
         )
     except BaseException:
         verifier.stop()
         verified.result()
-        if verifier.problem:
-            # The transport was stopped for it.
-            raise CorruptError(verifier.problem) from None
+        watch.check()
         raise
     fetched_s = fetching.clock.now_s()
     verifier.finish()
@@ -197,6 +224,8 @@ def _outcome(error: Exception, *, had_head: bool) -> Outcome:
             return Outcome.NOT_PUBLISHED
         case PeerSlowError():
             return Outcome.SLOW
+        case PeerBusyError() | PeerFailedError():
+            return Outcome.UNREACHABLE
         case PeerGoneError():
             return Outcome.GONE if had_head else Outcome.UNREACHABLE
         case BadPeerError():

@@ -35,6 +35,10 @@ class PeerBusyError(TransportError, UnavailableError):
     """The peer is there and refuses, since it serves as many as it can."""
 
 
+class PeerFailedError(TransportError, UnavailableError):
+    """The peer is there and says that it failed: its fault, not that of the transport here."""
+
+
 class NotPublishedError(TransportError, StaleError):
     """The peer serves no region under this key (any more)."""
 

@@ -80,7 +80,8 @@ class Published:
         if isinstance(making.error, TransportError):
             raise making.error
         if making.error is not None:
-            raise TransportError(f"{key} could not be made: {making.error}")
+            # What is wrong with one region is no fault of who serves it, nor of the way to there.
+            raise NotPublishedError(f"{key} could not be made: {making.error}")
         if making.region is None:
             raise NotPublishedError(f"{key} is not published over {scheme}")
         return making.region

@@ -33,6 +33,7 @@ from loraserve.transport.base import (
     BadPeerError,
     NotPublishedError,
     PeerBusyError,
+    PeerFailedError,
     PeerGoneError,
     TransportError,
 )
@@ -85,7 +86,7 @@ _ERRORS: dict[int, type[TransportError]] = {
     ErrorCode.BUSY: PeerBusyError,
     ErrorCode.BAD_REQUEST: BadPeerError,
     ErrorCode.OTHER_INSTANCE: PeerGoneError,
-    ErrorCode.FAILED: TransportError,
+    ErrorCode.FAILED: PeerFailedError,
 }
 
 

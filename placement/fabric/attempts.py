@@ -16,10 +16,11 @@ DEFAULT_MAX_ATTEMPTS = 8
 class Outcome(Enum):
     """How an attempt ended.
 
-    REFUSED: a breaker did not let it begin. UNREACHABLE: nobody answers over this scheme. BROKEN: the scheme
-    itself failed. GONE: the peer went away in the middle. SLOW: it sent nothing for too long. CORRUPT: what
-    it sent is wrong, or too short. NOT_PUBLISHED: it has no such segment. UNUSABLE: it is the right one, and
-    cannot be used here, wherever it comes from. FAILED: the origin has failed. STOPPED: nobody wants it.
+    REFUSED: a breaker did not let it begin. UNREACHABLE: nobody serves over this scheme, or says that it
+    cannot now. BROKEN: the scheme itself failed. GONE: the peer went away in the middle. SLOW: it sent
+    nothing for too long. CORRUPT: what it sent is wrong, or too short. NOT_PUBLISHED: it has no such segment.
+    UNUSABLE: it is the right one, and cannot be used here, wherever it comes from. FAILED: the origin has
+    failed. STOPPED: nobody wants it.
     """
 
     DONE = "done"

@@ -18,6 +18,7 @@ from loraserve.transport.base import (
     BadPeerError,
     NotPublishedError,
     PeerBusyError,
+    PeerFailedError,
     PeerGoneError,
     Region,
     TransportError,
@@ -247,8 +248,8 @@ def test_a_handler_may_hold_a_conversation() -> None:
     [
         (NotPublishedError("not any more"), NotPublishedError, 0),
         (BadPeerError("what is that"), BadPeerError, 0),
-        (TransportError("no room"), TransportError, 0),
-        (KeyError("a defect"), TransportError, 1),
+        (TransportError("no room"), PeerFailedError, 0),
+        (KeyError("a defect"), PeerFailedError, 1),
         (PeerGoneError("it has left"), PeerGoneError, 0),
     ],
 )
@@ -341,9 +342,9 @@ def test_who_waits_for_a_region_to_be_made_hears_so(caplog: pytest.LogCaptureFix
     ("made", "kind"),
     [
         (None, NotPublishedError),
-        (KeyError("no such adapter"), TransportError),
+        (KeyError("no such adapter"), NotPublishedError),
         (NotPublishedError("dropped"), NotPublishedError),
-        (Region(head=b"", body=b"", size_bytes=9), TransportError),
+        (Region(head=b"", body=b"", size_bytes=9), NotPublishedError),
     ],
 )
 def test_a_region_that_cannot_be_made_is_told(made: Region | Exception | None, kind: type[Exception]) -> None:

@@ -13,6 +13,7 @@ from loraserve.transport.base import (
     BadPeerError,
     NotPublishedError,
     PeerBusyError,
+    PeerFailedError,
     PeerGoneError,
     TransportError,
 )
@@ -113,7 +114,7 @@ def test_another_version_is_named() -> None:
         (ErrorCode.BUSY, PeerBusyError),
         (ErrorCode.BAD_REQUEST, BadPeerError),
         (ErrorCode.OTHER_INSTANCE, PeerGoneError),
-        (ErrorCode.FAILED, TransportError),
+        (ErrorCode.FAILED, PeerFailedError),
         (77, BadPeerError),
     ],
 )
