@@ -115,7 +115,7 @@ class Controller:
             recovering=recovering,
             profiles={} if profile is None else {"": profile},
             epoch_s=config.placement.epoch_s,
-            resizer=resizer_of(config),
+            resizer=resizer_of(config, None if profile is None else profile.speeds),
             max_lora_ranks=store.max_lora_ranks(),
             terms=store.terms(),
         )

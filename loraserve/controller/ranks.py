@@ -6,10 +6,12 @@ from loraserve.config import Config
 from placement.cluster.resize import Resizer
 from placement.engine_sizes import RANK_STEPS
 from placement.plans.rank_sizing import RankSizingLimits
+from placement.profile import LoadSpeeds
 
 
-def resizer_of(config: Config) -> Resizer:
-    """Who decides on restarts; nobody does while settings are fixed.
+def resizer_of(config: Config, speeds: LoadSpeeds | None = None) -> Resizer:
+    """Who decides on restarts; nobody does while settings are fixed. `speeds` are those that a profile says
+    adapters come at to a replica that is back.
 
     A rank that the configuration names keeps a replica, so that adapters of it can be registered at any time,
     and no replica is set above it.
@@ -20,6 +22,7 @@ def resizer_of(config: Config) -> Resizer:
     is_named = "max_lora_rank" not in engine.auto
     limits = RankSizingLimits(
         restart_s=placement.restart_s,
+        load_bytes_per_s=(speeds or LoadSpeeds()).origin_bytes_per_s,
         horizon_epochs=placement.restart_horizon_epochs,
         kept=engine.max_lora_rank if is_named else 0,
         highest=engine.max_lora_rank if is_named else RANK_STEPS[-1],

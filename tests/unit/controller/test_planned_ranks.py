@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from loraserve.client import Client
@@ -13,7 +14,7 @@ from loraserve.samples import SampleSet
 from placement.cluster.messages import EpochElapsed
 from placement.cluster.records import ReplicaPhase
 from placement.latency import LatencyModel, RankKernel
-from placement.profile import EngineFacts, OperatingPoint, Profile
+from placement.profile import EngineFacts, LoadSpeeds, OperatingPoint, Profile
 from placement.types import ReplicaId
 from tests.support.controller_kit import TIMEOUT_S, Setup
 from tests.support.local_cluster import local_cluster
@@ -112,6 +113,8 @@ def test_a_rank_that_the_configuration_names_keeps_a_replica() -> None:
     limits = resizer_of(chosen).limits
     assert limits is not None
     assert (limits.kept, limits.highest) == (0, 512)
+    measured = resizer_of(chosen, LoadSpeeds(origin_bytes_per_s=3e8)).limits
+    assert measured == replace(limits, load_bytes_per_s=3e8)
     assert resizer_of(parse_config({})).limits is None
     started = with_max_lora_rank(chosen, 16)
     assert (started.engine.max_lora_rank, started.engine.auto) == (16, [])
