@@ -1,13 +1,13 @@
-"""A replica's fabric in a process of its own, over tcp, for tests that end it.
+"""A replica's fabric in a process of its own, for tests that end it.
 
-Arguments: folder, version, digest. Takes the adapter from the folder, prints its address in hex, and serves
-until its standard input ends.
+Arguments: a transport's scheme, then folder, version and digest of each adapter. Takes the adapters from
+their folders, prints its address in hex, and serves until its standard input ends.
 """
 
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,30 +29,34 @@ class OtherProcess:
 
 
 @contextmanager
-def other_process(wanted: Wanted) -> Iterator[OtherProcess]:
-    """A process that has this version; it ends with the block, in whatever state it is."""
-    command = [sys.executable, "-m", __name__, str(wanted.directory), wanted.version_id, wanted.digest]
+def other_process(*wanted: Wanted, scheme: str = "tcp") -> Iterator[OtherProcess]:
+    """A process that has these versions; it ends with the block, in whatever state it is."""
+    adapters = [text for one in wanted for text in (str(one.directory), one.version_id, one.digest)]
+    command = [sys.executable, "-m", __name__, scheme, *adapters]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with process:
         try:
             assert process.stdout is not None
             address = bytes.fromhex(process.stdout.readline())
             assert address, "the process did not start"
-            peer = PeerAddress(replica_id=f"pid-{process.pid}", addresses=(("tcp", address),))
+            peer = PeerAddress(replica_id=f"pid-{process.pid}", addresses=((scheme, address),))
             yield OtherProcess(process, peer)
         finally:
             process.kill()
 
 
-async def _serve(folder: Path, version: str, digest: str) -> None:
-    opened = open_transports(["tcp"], host="127.0.0.1")
+async def _serve(scheme: str, adapters: Sequence[str]) -> None:
+    opened = open_transports([scheme], host="127.0.0.1")
     fabric = Fabric(opened.transports, capacity_bytes=2**30)
-    wanted = Wanted(version_id=VersionId(version), digest=digest, rank=4, size_bytes=0, directory=folder)
-    await fabric.acquire(wanted)
+    for folder, version, digest in zip(*(adapters[which::3] for which in range(3)), strict=True):
+        wanted = Wanted(
+            version_id=VersionId(version), digest=digest, rank=1, size_bytes=0, directory=Path(folder)
+        )
+        await fabric.acquire(wanted)
     print(fabric.addresses[0][1].hex(), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await fabric.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    asyncio.run(_serve(sys.argv[1], sys.argv[2:]))
