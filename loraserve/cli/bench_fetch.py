@@ -50,6 +50,10 @@ def fetch(
         Path | None,
         typer.Option(help="Where the adapters lie meanwhile, on the disk to be measured. [default: TMPDIR]"),
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Write what a peer and the store reach into this profile (--profile of up)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write fetch.json and a plot (PNG, SVG) here.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
@@ -69,7 +73,10 @@ def fetch(
                    controller tells
     """
     from loraserve.bench.fetch_run import FetchOptions
+    from loraserve.cli.bench_fetch_profile import check_profile, keep_speeds
 
+    if profile is not None:
+        check_profile(profile)
     if engine is not None and engine not in _ENGINES:
         raise BadInputError(f"--engine: got {engine!r}; expected vllm or emulated")
     if engine is not None and sizes is not None:
@@ -94,6 +101,8 @@ def fetch(
             engine=_engine_config(engine, path, max(numbers)) if engine is not None and path else None,
         )
         result = _measure(options, work)
+    if profile is not None:
+        keep_speeds(profile, result.rows)
     from loraserve.cli import bench_fetch_output
 
     files = bench_fetch_output.write_files(result, options, out) if out is not None else ()
