@@ -1,10 +1,11 @@
 """From whom a replica that is to load a version gets its bytes.
 
 Whoever holds it is a source, the nearest and least busy first. While nobody holds it, one replica reads the
-origin and the others wait for it, so that the origin is read once per version.
+origin and the others wait for it, so that the origin is read once per version, but they do not wait for long.
 """
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -15,8 +16,13 @@ from loraserve.fabric.wanted import PeerAddress
 from placement.fabric.topology import Place, Transfer, make_topology
 from placement.types import NodeId, ReplicaId, VersionId
 
+logger = logging.getLogger(__name__)
+
 MIN_MEASURED_BYTES = 1024**2
 """What a smaller transfer takes says more about its beginning than about the link."""
+
+FIRST_WAIT_S = 30.0
+"""How long others wait for the first load of a version: one replica that hangs must not keep it from all."""
 
 NEW_WEIGHT = 0.25
 """How much one transfer counts in the speed that a pair of replicas was seen at."""
@@ -44,9 +50,10 @@ class AdapterSources:
         self.origin: Callable[[], PeerAddress | None] = lambda: None
 
     def met(self, replica: ReplicaId, place: FabricPlace, resident: Sequence[VersionId]) -> None:
-        """A replica is ready: where its fabric is, and what it holds."""
+        """A replica is ready: where its fabric is, what that caches, and what it holds."""
         self._places[replica] = place
         self._rebuild()
+        self.caches(replica, place.cached)
         for version in resident:
             self.has(replica, version)
 
@@ -110,7 +117,7 @@ class AdapterSources:
     ) -> AsyncIterator[tuple[PeerAddress, ...]]:
         """While the block runs the replica loads: the peers to ask, in order, none for the origin alone.
 
-        Waits while another replica is the first to load the version, as long as that takes; `has` within the
+        Waits while another replica is the first to load the version, at most `FIRST_WAIT_S`; `has` within the
         block lets those that wait go on to the new holder.
         """
         if replica not in self._places or not self._places[replica].addresses:
@@ -128,7 +135,13 @@ class AdapterSources:
                     if not known.holders and self._versions.get(version) is known:
                         del self._versions[version]
                 return
-            await known.first.wait()
+            try:
+                async with asyncio.timeout(FIRST_WAIT_S):
+                    await known.first.wait()
+            except TimeoutError:
+                logger.warning("%s: %s waits no more for the first copy", version, replica)
+                yield ()
+                return
         transfer = Transfer(source=ReplicaId(peers[0].replica_id), destination=replica)
         self._running.append(transfer)
         try:

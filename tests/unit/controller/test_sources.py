@@ -84,6 +84,19 @@ async def test_when_the_first_load_fails_the_next_one_reads_the_origin() -> None
     assert sources.holders(V) == frozenset()
 
 
+async def test_a_first_load_that_hangs_does_not_keep_the_others_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("loraserve.controller.sources.FIRST_WAIT_S", 0.001)
+    sources = made("h", "h", "h")
+    async with sources.turn(ONE, V, MIB):
+        async with sources.turn(TWO, V, MIB) as peers:
+            assert peers == ()
+            sources.has(TWO, V)
+        assert await peers_of(sources, THREE) == [TWO], "the hanging one is still at it, and nobody asks it"
+    assert sources.holders(V) == {TWO}
+
+
 async def test_one_that_waits_and_is_cancelled_leaves_the_others_waiting() -> None:
     sources = made("h", "h", "h")
     async with AsyncExitStack() as stack:
