@@ -18,6 +18,10 @@ from placement.types import ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)
 
+FETCH_TIMEOUT_S = 110.0
+"""A little less than the controller waits for a load: its failure has a reason then, and nothing goes on here
+that nobody waits for."""
+
 
 class _Turns:
     """A lock for each version that somebody loads or waits for."""
@@ -213,7 +217,7 @@ async def _acquire(fabric: Fabric, wanted: Wanted) -> Acquired:
     """As `Fabric.acquire`, of a version that the pool has room for: what is in its way is only kept, as the
     last one that replicas have, and in the store too."""
     try:
-        return await fabric.acquire(wanted)
+        return await fabric.acquire(wanted, deadline_s=FETCH_TIMEOUT_S)
     except OverloadedError:
         kept = fabric.cached()
         if not kept:
@@ -221,4 +225,4 @@ async def _acquire(fabric: Fabric, wanted: Wanted) -> Acquired:
     logger.warning("%s: room is made for it among the last copies that are cached here", wanted.version_id)
     for version in kept:
         fabric.mark_last(version, False)
-    return await fabric.acquire(wanted)
+    return await fabric.acquire(wanted, deadline_s=FETCH_TIMEOUT_S)

@@ -10,7 +10,7 @@ import pytest
 
 from loraserve.config import Config, parse_config
 from loraserve.engines.base import AdapterFiles
-from loraserve.errors import AdapterRejectedError, OverloadedError
+from loraserve.errors import AdapterRejectedError, DeadlineError, OverloadedError
 from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.wanted import Wanted
 from loraserve.replica.loading import Copies
@@ -185,6 +185,21 @@ async def test_a_load_that_is_cancelled_at_any_stage_leaves_nothing_behind(
     await until(lambda: replica.pool.used_bytes == 0 and replica.node.fabric.is_idle)
     replica.check_idle()
     assert await replica.engine.resident() == frozenset()
+
+
+async def test_a_fetch_that_takes_too_long_is_a_refusal_and_ends(
+    town: Town, library: Library, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraserve.replica.loading.FETCH_TIMEOUT_S", 0.05)
+    wanted = library()
+    holder = await town.holder("holder", wanted)
+    stage = replica.node.stop_before_the_body(wanted)
+    with pytest.raises(DeadlineError, match=r"not here after 0\.05 s"):
+        await replica.load(wanted, holder)
+    assert replica.pool.used_bytes == 0
+    stage.go()
+    await until(lambda: replica.node.fabric.is_idle)
+    assert replica.node.fabric.published() == ()
 
 
 async def test_a_version_waits_for_its_own_bytes_alone(
