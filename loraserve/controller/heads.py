@@ -1,5 +1,6 @@
 """The digests that fetched adapters are checked against, from the controller's store."""
 
+import asyncio
 import hashlib
 
 from loraserve.adapters import AdapterStore
@@ -14,6 +15,13 @@ class SegmentHeads:
     def __init__(self, library: AdapterStore) -> None:
         self._library = library
         self._kept: dict[VersionId, str] = {}
+        self._preparing = asyncio.Lock()
+
+    async def prepare(self, adapter: AdapterVersion) -> None:
+        """Let `sha256_of` be quick: an entry of an older store has its weights read for it, in a thread."""
+        async with self._preparing:
+            if adapter.version_id not in self._kept:
+                await asyncio.to_thread(self.sha256_of, adapter)
 
     def sha256_of(self, adapter: AdapterVersion) -> str:
         """NotFoundError for content that the store does not hold."""

@@ -299,6 +299,7 @@ class ReplicaKeeper:
         version = adapter.version_id
         event: messages.Answer
         try:
+            await self._heads.prepare(adapter)
             files = self.files_of(adapter)
             async with self.sources.turn(replica, version, adapter.size_bytes) as peers:
                 async with asyncio.timeout(LOAD_TIMEOUT_S):
