@@ -45,6 +45,7 @@ class Origin:
         self._close: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._kept: dict[str, tuple[Region, threading.Timer]] = {}
+        self._is_closed = False
 
     def open(self, host: str) -> None:
         """Listen there; a failure is one line in the log, for replicas may see the folder."""
@@ -63,7 +64,10 @@ class Origin:
         """Serve nothing any more; blocks until transfers have ended."""
         self.peer = None
         self._close()
-        for key in list(self._kept):
+        with self._lock:
+            self._is_closed = True
+            kept = list(self._kept)
+        for key in kept:
             self._forget(key)
 
     def _make(self, key: str) -> Region | None:
@@ -96,6 +100,8 @@ class Origin:
         timer = threading.Timer(KEEP_S, self._forget, (key,))
         timer.daemon = True
         with self._lock:
+            if self._is_closed:
+                return  # while it was made
             self._kept[key] = region, timer
             oldest = next(iter(self._kept)) if len(self._kept) > MAX_KEPT else None
         timer.start()

@@ -250,6 +250,7 @@ class SegmentCache:
 
     def _drop(self, version: VersionId) -> None:
         entry = self._entries.pop(version)
+        self._last.discard(version)
         self.leaving_bytes += entry.size_bytes
         for transport in self._transports:
             transport.withdraw(version)
@@ -258,7 +259,8 @@ class SegmentCache:
     def _on_gone(self, segment: AdapterSegment, size_bytes: int) -> None:
         """In whatever thread has let go of the segment last."""
         closing_bytes = size_bytes if threading.get_ident() == self._thread_id else 0
-        self.closing_bytes += closing_bytes
+        if closing_bytes:
+            self.closing_bytes += closing_bytes  # the loop's own
         try:
             self._closers.submit(self._close, segment, size_bytes, closing_bytes)
         except RuntimeError:

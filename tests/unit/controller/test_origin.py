@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loraserve.adapters.segment import build_segment
 from loraserve.controller import origin
 from loraserve.controller.keeper import ReplicaKeeper
 from loraserve.controller.origin import MAX_KEPT, Origin
@@ -117,3 +118,24 @@ async def test_what_nobody_asks_for_again_goes_after_a_while(
     assert not served._kept
     assert bytes(region.body[:1]), "who reads it still can"
     served.close()
+
+
+async def test_what_is_made_while_it_closes_is_not_kept(
+    setup: Callable[..., Setup], samples: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = setup()
+    controller = await made.start()
+    version = await controller.register("rank-8", str(samples.adapters["rank-8"]), replace=False)
+    before = own_segments()
+    served = Origin(controller.library, lambda: controller.state.adapters)
+
+    def build_and_close(*args: object, **options: object) -> object:
+        served.close()
+        return build_segment(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("loraserve.controller.origin.build_segment", build_and_close)
+    region = served._make(version)
+    assert region is not None
+    del region
+    gc.collect()
+    assert own_segments() == before

@@ -97,6 +97,20 @@ async def test_the_cheapest_to_get_back_goes_never_a_last_copy(town: Town, libra
     assert names(node) == ["n1", "n2", "n4"]
 
 
+async def test_a_last_copy_that_has_gone_and_come_back_is_one_only_if_said_again(
+    town: Town, library: Library
+) -> None:
+    versions = five(library)
+    node = town("node", capacity_bytes=versions[0].size_bytes)
+    await node.fabric.prefetch(versions[0])
+    node.fabric.mark_last(versions[0].version_id, True)
+    assert node.fabric.forget(versions[0].version_id)
+    await until(lambda: node.counts.leaving_bytes == 0)
+    await node.fabric.prefetch(versions[0])
+    await node.fabric.prefetch(versions[1])
+    assert names(node) == ["n1"]
+
+
 async def test_a_version_is_forgotten_on_demand_but_not_while_it_is_used(
     town: Town, library: Library
 ) -> None:
