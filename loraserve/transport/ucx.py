@@ -11,6 +11,7 @@ A connection that breaks means that the peer is dead or has given up, whatever U
 error handling rules out shared memory, so it is off where both ends may share memory, and on elsewhere.
 """
 
+import os
 import struct
 import time
 import uuid
@@ -364,9 +365,11 @@ def _answer_late_stop(connection: Connection, request: Frame) -> None:
 
 
 def _this_host() -> bytes:
-    """The same for all processes of one machine, another one after it was started again; empty: unknown."""
+    """The same for all processes of one network of one machine, another one after it was started again;
+    empty: unknown. UCX's shared memory wakes its receivers over sockets, which end at a network namespace."""
     try:
-        return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+        machine = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        return uuid.uuid5(machine, str(os.stat("/proc/self/ns/net").st_ino)).bytes
     except (OSError, ValueError):
         return b""
 
