@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,35 +96,40 @@ def shape_of_rank(base: BaseModel, rank: int) -> Shape:
 @contextmanager
 def made(shape: Shape, parent: Path) -> Iterator[FetchSubject]:
     """The adapter, while the `with` lasts; WorkFailedError if the disk does not take it."""
-    where = parent / f"adapter-{shape.label}"
     needed_bytes = 2 * shape.body_bytes
     if (free_bytes := shutil.disk_usage(parent).free) < 1.1 * needed_bytes:
         raise WorkFailedError(
             f"{parent}: {show_size(free_bytes)} are free, {shape.label} needs {show_size(needed_bytes)}"
         )
+    where = Path(tempfile.mkdtemp(prefix=f"adapter-{shape.label}-", dir=parent))
     try:
-        folder = where / "folder"
-        folder.mkdir(parents=True)
-        _write(folder, shape)
-        limits = StoreLimits(max_lora_rank=MAX_RANK)
-        store = AdapterStore(where / "store", base=None, limits=limits)
-        stored = store.add(f"bench-{shape.label}", str(folder))
-        digest = stored.manifest.sha256
-        version = version_id(stored.name, digest)
-        head = store.segment_head(digest, version)
-        yield FetchSubject(
-            shape=shape,
-            version=version,
-            folder=folder,
-            stored=stored.directory,
-            digest=digest,
-            head_sha256=sha256(head).hexdigest(),
-            body_bytes=SegmentHead.decode(head).body_bytes,
-        )
-    except OSError as error:
-        raise WorkFailedError(f"{where}: the adapter cannot be written: {error.strerror}") from error
+        try:
+            subject = _made(shape, where)
+        except OSError as error:
+            raise WorkFailedError(f"{where}: the adapter cannot be written: {error.strerror}") from error
+        yield subject
     finally:
         shutil.rmtree(where, ignore_errors=True)
+
+
+def _made(shape: Shape, where: Path) -> FetchSubject:
+    folder = where / "folder"
+    folder.mkdir()
+    _write(folder, shape)
+    store = AdapterStore(where / "store", base=None, limits=StoreLimits(max_lora_rank=MAX_RANK))
+    stored = store.add(f"bench-{shape.label}", str(folder))
+    digest = stored.manifest.sha256
+    version = version_id(stored.name, digest)
+    head = store.segment_head(digest, version)
+    return FetchSubject(
+        shape=shape,
+        version=version,
+        folder=folder,
+        stored=stored.directory,
+        digest=digest,
+        head_sha256=sha256(head).hexdigest(),
+        body_bytes=SegmentHead.decode(head).body_bytes,
+    )
 
 
 def _write(folder: Path, shape: Shape) -> None:

@@ -173,16 +173,20 @@ class FetchWorker:
             transport.withdraw(key)
         return {}
 
-    async def _read(self, *, scheme: str, address: str, key: str, size_bytes: int) -> Answer:
-        """Seconds of one transfer into memory that is there already, as a bare loop's is."""
+    async def _read(self, *, scheme: str, address: str, key: str, size_bytes: int, times: int) -> Answer:
+        """Seconds of each of so many transfers into memory that is there already."""
         place = self._places.get(size_bytes)
         if place is None:
             self._places.clear()
             place = self._places[size_bytes] = await asyncio.to_thread(_touched, size_bytes)
-        return {"seconds": await asyncio.to_thread(self._timed, scheme, bytes.fromhex(address), key, place)}
+        transport, peer = self._of(scheme), bytes.fromhex(address)
+        return {
+            "seconds": await asyncio.to_thread(
+                lambda: [self._timed(transport, peer, key, place) for _ in range(times)]
+            )
+        }
 
-    def _timed(self, scheme: str, address: bytes, key: str, place: memoryview) -> float:
-        transport = self._of(scheme)
+    def _timed(self, transport: Transport, address: bytes, key: str, place: memoryview) -> float:
         began_s = time.perf_counter()
         transport.fetch(
             address,
