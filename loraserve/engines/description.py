@@ -10,10 +10,12 @@ from placement.types import ReplicaSpec, VersionId
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FabricPlace:
     """Where a replica's adapters can be fetched from: its machine's name, and its address in each transport
-    scheme, the preferred one first; none: it takes and gives nothing."""
+    scheme, the preferred one first; none: it takes and gives nothing. `cached` are the versions that it keeps
+    and no copy needs."""
 
     host: str = ""
     addresses: tuple[tuple[str, bytes], ...] = ()
+    cached: tuple[VersionId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

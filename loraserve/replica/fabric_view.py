@@ -8,10 +8,10 @@ from loraserve.fabric.wanted import Acquired
 
 
 def place_of(fabric: Fabric | None) -> FabricPlace:
-    """Where its adapters can be fetched from."""
+    """Where its adapters can be fetched from, and what it caches."""
     if fabric is None:
         return FabricPlace()
-    return FabricPlace(host=os.uname().nodename, addresses=fabric.addresses)
+    return FabricPlace(host=os.uname().nodename, addresses=fabric.addresses, cached=fabric.cached())
 
 
 def totals_of(fabric: Fabric | None) -> FabricTotals:
