@@ -45,7 +45,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, samples: SampleSet) -> Ite
     """Three replicas; at the end nothing of them is left, nor of those that were killed."""
     shared_memory = set(os.listdir("/dev/shm"))
     live = started(
-        tmp_path_factory.mktemp("live"), samples, "[cluster]\nreplicas = 3\n[replica]\nmax_restarts = 20\n"
+        tmp_path_factory.mktemp("live"),
+        samples,
+        "[cluster]\nreplicas = 3\n[replica]\nmax_restarts = 20\n[placement]\nepoch_s = 1\n",
     )
     ports: list[int] = []
     try:
@@ -191,6 +193,28 @@ async def test_a_replica_that_is_killed_while_others_fetch_from_it_costs_no_load
         client, lambda s: all(replica.state == "ready" for replica in s.replicas), RECOVERY_S, "it is back"
     )
     assert final.replicas[0].pid not in (0, giver)
+
+
+async def test_adapters_that_are_removed_leave_no_memory_behind_once_an_epoch_has_ended(
+    cluster: LiveCluster, client: Client, samples: SampleSet
+) -> None:
+    names = {one.name: VersionId(one.version) for one in (await client.status()).adapters}
+    for where in ({ONE, TWO, THREE}, {TWO}):
+        plan = dict.fromkeys(names.values(), where)
+        await client.apply_plan(plan_of(plan))
+        status = await carried_out(client, plan)
+    assert status.replicas[0].fabric.cached_bytes > 0
+    for name, version in names.items():
+        # Copies are named after their version, in whatever process they are.
+        assert holders(version)
+        await client.remove_adapter(name)
+    await wait_status(
+        client,
+        lambda s: not any(one.resident or one.fabric.cached_bytes for one in s.replicas),
+        RECOVERY_S,
+        "nothing is kept of them",
+    )
+    assert not any(holders(version) for version in names.values())
 
 
 async def test_a_cluster_without_transports_serves_and_moves_as_before(
