@@ -46,19 +46,21 @@ class Entry:
 
 
 class SegmentCache:
-    """Pinned and cached segments, and reservations for those that come; `on_room` is called on the loop
-    whenever room comes free later than it was asked for."""
+    """Pinned segments, at most `max_cached` others, and reservations for those that come; `on_room` is called
+    on the loop whenever room comes free later than it was asked for."""
 
     def __init__(
         self,
         transports: Sequence[Transport],
         *,
         capacity_bytes: int,
+        max_cached: int,
         closers: Executor,
         clock: Clock,
         tally: Tally,
     ) -> None:
         self.capacity_bytes = capacity_bytes
+        self._max_cached = max_cached
         self.on_room: Callable[[], None] = lambda: None
         self.leaving_bytes = 0
         self.closing_bytes = 0
@@ -117,6 +119,7 @@ class SegmentCache:
             entry.pins -= 1
             entry.let_go_at_s = self._clock.now_s()
             if not entry.pins:
+                self.trim()
                 self.on_room()
 
     def mark_last(self, version: VersionId, is_last: bool) -> None:
@@ -160,6 +163,11 @@ class SegmentCache:
             del entry
             self._drop(version)
         return chosen is not None
+
+    def trim(self) -> None:
+        """Keep no more unpinned segments than `max_cached`: each has descriptors, however small it is."""
+        while sum(not one.pins for one in self._entries.values()) > self._max_cached and self.evict(1):
+            pass
 
     def _evictable(self) -> list[CachedVersion]:
         now_s, demand = self._clock.now_s(), self._demand_tokens_per_s

@@ -58,6 +58,7 @@ class Fabric:
         self._cache = SegmentCache(
             self._transports,
             capacity_bytes=capacity_bytes,
+            max_cached=self._options.max_cached,
             closers=self._closers,
             clock=self._clock,
             tally=self._tally,
@@ -348,6 +349,7 @@ class Fabric:
             fetch_s=landing.seconds.fetch_s,
         )
         entry.pins = flight.num_pinning
+        self._cache.trim()
         self._tally.load(landing.where, landing.size_bytes, landing.seconds.fetch_s)
         logger.info(
             "%s came from %s (%d bytes, %.3f s after %.3f s in the queue)",

@@ -81,11 +81,13 @@ class Acquired:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FabricOptions:
     """`max_fetches` run at a time, with `inflight_bytes` in all; a larger one goes alone. A peer may send
-    nothing for `idle_timeout_s`. A prefetch that had to give way `max_giving_way` times is given up."""
+    nothing for `idle_timeout_s`. A prefetch that had to give way `max_giving_way` times is given up. Segments
+    that nobody uses are at most `max_cached`, each with two descriptors."""
 
     max_fetches: int = 4
     inflight_bytes: int = 256 * 1024**2
     idle_timeout_s: float = 5.0
     max_attempts: int = DEFAULT_MAX_ATTEMPTS
     max_giving_way: int = 3
+    max_cached: int = 4096
     breaker: BreakerRules = field(default_factory=BreakerRules)

@@ -1,6 +1,7 @@
 """A replica's fabric as its configuration wants it."""
 
 import logging
+import resource
 
 from loraserve.config import Config
 from loraserve.fabric.fabric import Fabric
@@ -11,6 +12,10 @@ logger = logging.getLogger(__name__)
 SPARE_SHARE = 0.02
 SPARE_BYTES = 32 * 1024**2
 """What heads and padding of segments may take beyond the adapters' own bytes, which the pool counts."""
+
+FILES_PER_CACHED = 8
+"""Of so many open files that the process may have, one segment is kept: it takes two of them, and the
+adapters in use, connections and the engine want theirs."""
 
 
 def open_fabric(config: Config, host: str) -> Fabric | None:
@@ -31,5 +36,13 @@ def open_fabric(config: Config, host: str) -> Fabric | None:
             max_fetches=section.max_fetches,
             inflight_bytes=section.inflight_bytes,
             idle_timeout_s=section.idle_timeout_s,
+            max_cached=_max_cached(),
         ),
     )
+
+
+def _max_cached() -> int:
+    """How many segments may be kept that nobody uses, of the descriptors that this process may have."""
+    most = FabricOptions().max_cached
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if soft == resource.RLIM_INFINITY else min(most, soft // FILES_PER_CACHED)

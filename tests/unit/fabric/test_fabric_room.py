@@ -111,6 +111,27 @@ async def test_a_last_copy_that_has_gone_and_come_back_is_one_only_if_said_again
     assert names(node) == ["n1"]
 
 
+async def test_no_more_are_kept_than_there_are_descriptors_for(town: Town, library: Library) -> None:
+    clock = ManualClock()
+    versions = five(library)
+    node = town("node", clock=clock, max_cached=2)
+    for wanted in versions[:4]:
+        await node.fabric.acquire(wanted)
+        clock.advance(100)
+    assert names(node) == ["n0", "n1", "n2", "n3"], "what is used is not counted"
+    for wanted in versions[:4]:
+        node.fabric.release(wanted.version_id)
+        clock.advance(100)
+    assert names(node) == ["n2", "n3"], "those that were let go of last"
+    await node.fabric.prefetch(versions[4])
+    assert names(node) == ["n3", "n4"]
+    node.fabric.mark_last(versions[3].version_id, True)
+    node.fabric.mark_last(versions[4].version_id, True)
+    await node.fabric.prefetch(versions[0])
+    assert names(node) == ["n3", "n4"], "it has come, and went at once"
+    await until(lambda: node.counts.leaving_bytes == 0)
+
+
 async def test_a_version_is_forgotten_on_demand_but_not_while_it_is_used(
     town: Town, library: Library
 ) -> None:
