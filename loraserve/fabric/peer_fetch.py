@@ -29,7 +29,9 @@ from placement.fabric.attempts import Outcome
 
 SLOW_IDLES = 4
 """A peer that drips is as good as silent: some piece must be whole within so many times of what it may be
-silent."""
+silent, but not within less than `MIN_SLOW_S`, which a busy machine may take."""
+
+MIN_SLOW_S = 5.0
 
 _LOOK_AGAIN_S = 0.05
 _MAX_TEXT = 200
@@ -144,19 +146,20 @@ class _Watch:
         self._verifier = verifier
         self._fetching = fetching
         self._num_bytes = 0
+        self._slow_s = max(SLOW_IDLES * fetching.idle_timeout_s, MIN_SLOW_S)
+        self._moved_at_s = fetching.clock.now_s()
         self._is_slow = False
-        self._give_up_at_s = fetching.clock.now_s() + SLOW_IDLES * fetching.idle_timeout_s
 
     def on_bytes(self, begin: int, end: int) -> None:
         """These bytes are in place; CorruptError if they, or earlier ones, cannot be right."""
         self._verifier.on_bytes(begin, end)
         self._num_bytes += end - begin
-        self._give_up_at_s = self._fetching.clock.now_s() + SLOW_IDLES * self._fetching.idle_timeout_s
+        self._moved_at_s = self._fetching.clock.now_s()
         self._fetching.tell(self._num_bytes)
 
     def stop(self) -> bool:
         """Whether the transport is to end the fetch."""
-        self._is_slow = self._is_slow or self._fetching.clock.now_s() > self._give_up_at_s
+        self._is_slow = self._is_slow or self._fetching.clock.now_s() > self._moved_at_s + self._slow_s
         return self._is_slow or self._fetching.is_stopped() or bool(self._verifier.problem)
 
     def check(self) -> None:
@@ -164,10 +167,7 @@ class _Watch:
         if self._verifier.problem:
             raise CorruptError(self._verifier.problem) from None
         if self._is_slow:
-            limit_s = SLOW_IDLES * self._fetching.idle_timeout_s
-            raise PeerSlowError(
-                f"after {self._num_bytes} bytes not one piece more in {limit_s:g} s"
-            ) from None
+            raise PeerSlowError(f"no piece in {self._slow_s:g} s after {self._num_bytes} bytes") from None
 
 
 def _fill(

@@ -25,7 +25,7 @@ from loraserve.transport.wire import (
 from tests.support.transport_kit import PATIENT_S, Fetched, fetch, nothing_leaks
 
 DRIP_S = 0.002
-IDLE_S = 0.05
+IDLE_S = 0.5
 
 
 @pytest.fixture
