@@ -44,7 +44,8 @@ from placement.slots.messages import (
 from placement.types import VersionId
 
 _FIRST_POLL_S = 0.001
-_LAST_POLL_S = 0.02
+# A request may wait for what is polled for; an engine that is busy answers once per step anyway.
+_LAST_POLL_S = 0.004
 
 
 class _Held:

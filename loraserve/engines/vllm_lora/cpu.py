@@ -74,8 +74,9 @@ def prepare_layer(
         if part is not None:
             rank = padded_rank or part.rank
             a[begin : begin + part.rank] = part.a
-            b = torch.zeros(rank, width, dtype=dtype)
-            b[: part.rank] = (part.b.float() * part.scaling).t()
+            b = (part.b.float() * part.scaling).to(dtype).t().contiguous()
+            if rank > part.rank:
+                b = torch.nn.functional.pad(b, (0, 0, 0, rank - part.rank))
             slices.append(SliceWeights(begin=begin, end=begin + rank, left=left, right=left + width, b=b))
             begin += rank
         left += width
