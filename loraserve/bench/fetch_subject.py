@@ -24,13 +24,14 @@ _MAX_BYTES = 8 * 1024**3
 _LAYERS = 32
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ITEM_BYTES = 2
+_PIECE_BYTES = 4 * MIB
 _LOW_RANK, _HIGH_RANK, _HIGH_FROM_BYTES = 8, 64, 16 * MIB
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(?:.+\.)?(?P<leaf>[^.]+)$", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """An adapter to be made: modules with their (output, input) sizes, all of one rank, in 16 bits."""
+    """An adapter to be made: modules with their (output, input) sizes, all of one rank, in bfloat16."""
 
     label: str
     rank: int
@@ -133,17 +134,28 @@ def _made(shape: Shape, where: Path) -> FetchSubject:
 
 
 def _write(folder: Path, shape: Shape) -> None:
-    """A PEFT folder; what the values are costs nothing to read, so a few are drawn and repeated."""
+    """A PEFT folder in bfloat16; what the values are costs nothing to read, so a few are repeated."""
     import numpy as np
-    from safetensors.numpy import save_file
 
-    drawn = np.random.default_rng(0).standard_normal(65_537, dtype=np.float32).astype(np.float16)
-    tensors: dict[str, Any] = {}
+    drawn = np.random.default_rng(0).standard_normal(65_537, dtype=np.float32).view(np.uint32)
+    values = (drawn >> 16).astype(np.uint16)  # the upper half of a float32 is a bfloat16
+    header: dict[str, Any] = {}
+    end = 0
     for name, (rows, columns) in shape.modules.items():
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = np.resize(drawn, (shape.rank, columns))
-        tensors[f"{prefix}.lora_B.weight"] = np.resize(drawn, (rows, shape.rank))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        for side, sizes in (("A", [shape.rank, columns]), ("B", [rows, shape.rank])):
+            begin, end = end, end + sizes[0] * sizes[1] * _ITEM_BYTES
+            header[f"base_model.model.{name}.lora_{side}.weight"] = {
+                "dtype": "BF16",
+                "shape": sizes,
+                "data_offsets": [begin, end],
+            }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    piece = np.resize(values, _PIECE_BYTES // _ITEM_BYTES).tobytes()
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for begin in range(0, end, _PIECE_BYTES):
+            file.write(piece[: end - begin])
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -35,7 +35,7 @@ async def test_a_shaped_link_is_used_and_taken_away_again(tmp_path: Path) -> Non
     if reason := fetch_netns.why_not():
         pytest.skip(reason)
     found = await measure_shaped(ShapedOptions(links=((1, 4 * MIB),), repetitions=1), tmp_path)
-    assert 0.1 < found["shaped_share"]["1_gbit_per_s"]["tcp"] < 1.1
+    assert 0 < found["shaped_share"]["1_gbit_per_s"]["tcp"] < 1.1
     assert fetch_netns.namespaces() == []
 
 
