@@ -2,112 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import pytest
 
-from loraserve.config import Config, parse_config
-from loraserve.engines.base import AdapterFiles
+from loraserve.config import parse_config
 from loraserve.errors import AdapterRejectedError, DeadlineError, OverloadedError
 from loraserve.fabric.advice import CacheAdvice
-from loraserve.fabric.wanted import Wanted
 from loraserve.replica.loading import Copies
 from loraserve.replica.pool import AdapterPool
 from placement.types import ReplicaId, VersionId
-from tests.support.fabric_kit import PLENTY, Library, Node, Town, a_town, from_peers, until
-from tests.support.replica_bench import HeldEngine
-
-RANK = 4
-"""Of the library's adapters."""
-
-
-class Engine(HeldEngine):
-    """Keeps what it was given, and refuses what the test says."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config.engine, config.emulated, config.model)
-        self.given: dict[VersionId, AdapterFiles] = {}
-        self.refused: set[VersionId] = set()
-
-    async def load_adapter(self, adapter: AdapterFiles) -> None:
-        self.given[adapter.version_id] = adapter
-        if adapter.version_id in self.refused:
-            raise AdapterRejectedError(f"{adapter.version_id} is not to my taste")
-        await super().load_adapter(adapter)
-
-
-@dataclass
-class Replica:
-    """The copies of one replica, and what they are made of."""
-
-    copies: Copies
-    pool: AdapterPool
-    engine: Engine
-    node: Node
-
-    async def load(self, wanted: Wanted, *peers: Node) -> str:
-        """Load, from these peers alone or else from the folder; where the bytes came from."""
-        fetched = await self.copies.load(files_of(wanted, peers), tuple(peer.peer for peer in peers))
-        return "" if fetched is None else fetched.source
-
-    def check_idle(self) -> None:
-        """No copy is here, and none comes."""
-        self.node.check(idle=True)
-        assert self.node.counts.held_bytes == 0
-        assert self.pool.used_bytes == 0
-        self.engine.check_invariants()
-
-
-def files_of(wanted: Wanted, peers: tuple[Node, ...] = ()) -> AdapterFiles:
-    """As the controller tells it; with peers, without a folder that could be read instead."""
-    assert wanted.directory is not None
-    return AdapterFiles(
-        version_id=wanted.version_id,
-        directory=wanted.directory / "elsewhere" if peers else wanted.directory,
-        rank=wanted.rank,
-        size_bytes=wanted.size_bytes,
-        digest=wanted.digest,
-        head_sha256=wanted.head_sha256,
-    )
-
-
-MakeReplica = Callable[..., Awaitable[Replica]]
-
-
-@asynccontextmanager
-async def one_replica(
-    town: Town, *, capacity_bytes: int = PLENTY, max_bytes: int = PLENTY, max_lora_rank: int = RANK
-) -> AsyncIterator[Replica]:
-    """Copies with an emulated engine and a fabric in the town; at the end they are dropped."""
-    engine = Engine(parse_config({"engine": {"kind": "emulated"}}))
-    node = town("replica", capacity_bytes=capacity_bytes)
-    pool = AdapterPool(max_adapters=8, capacity_bytes=PLENTY)
-    await engine.start()
-
-    async def end_running(requests: object) -> None:
-        raise AssertionError(f"no request runs here: {requests}")
-
-    copies = Copies(
-        ReplicaId("replica"),
-        pool=pool,
-        engine=engine,
-        fabric=node.fabric,
-        max_lora_rank=max_lora_rank,
-        max_bytes=max_bytes,
-        drain_timeout_s=5.0,
-        end_running=end_running,
-    )
-    made = Replica(copies, pool, engine, node)
-    yield made
-    for version in pool.resident():
-        await copies.unload(version)
-    await copies.stop()
-    await until(lambda: node.fabric.is_idle)
-    made.check_idle()
-    engine.given.clear()
-    await engine.close()
+from tests.support.copies_kit import RANK, Engine, MakeReplica, Replica, files_of, one_replica
+from tests.support.fabric_kit import PLENTY, Library, Town, a_town, from_peers, until
 
 
 @pytest.fixture(scope="session")
@@ -237,6 +144,21 @@ async def test_what_is_only_kept_makes_room_for_a_copy_even_if_nobody_else_keeps
     with pytest.raises(OverloadedError):
         await replica.load(kept)
     assert replica.pool.resident() == (wanted.version_id,)
+
+
+async def test_a_copy_is_a_last_one_only_as_long_as_the_advice_says_so(
+    library: Library, make_replica: MakeReplica
+) -> None:
+    kept, wanted = library("kept"), library("wanted")
+    replica = await make_replica(capacity_bytes=kept.size_bytes)
+    fabric = replica.node.fabric
+    await fabric.prefetch(kept)
+    replica.copies.advise(CacheAdvice(last=frozenset({kept.version_id})))
+    with pytest.raises(OverloadedError):
+        await fabric.prefetch(wanted)
+    replica.copies.advise(CacheAdvice())
+    await fabric.prefetch(wanted)
+    assert fabric.cached() == (wanted.version_id,)
 
 
 # -- what is fetched ahead ---------------------------------------------------------------------
