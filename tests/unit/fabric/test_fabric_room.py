@@ -170,7 +170,7 @@ async def test_what_is_evicted_takes_room_until_its_last_reader_has_ended(
 async def test_room_that_a_fetch_gives_back_soon_is_waited_for_and_nothing_evicted(
     town: Town, library: Library
 ) -> None:
-    kept, given_up, wanted = library("kept"), library.large("given up"), library.large("wanted")
+    kept, given_up, wanted = (library.large(name) for name in ("kept", "given up", "wanted"))
     holder = await town.holder("holder", given_up, wanted)
     node = town("node", capacity_bytes=wanted.size_bytes + kept.size_bytes + 65536)
     await node.fabric.prefetch(kept)
