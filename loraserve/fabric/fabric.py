@@ -195,11 +195,12 @@ class Fabric:
         self._is_closed = True
         for flight in list(self._flights.values()):
             self._gate.stop(flight.ticket, Stop.CLOSED)
+        # Before the fetches have ended: whoever waits for a head hears of it in no other way.
+        for transport in self._transports:
+            await asyncio.to_thread(transport.close)
         while self._tasks:
             await asyncio.wait(tuple(self._tasks))
         self._cache.clear()
-        for transport in self._transports:
-            await asyncio.to_thread(transport.close)
         await self._cache.wait_gone(_LEAVING_TIMEOUT_S)
         for pool in (self._threads.fetchers, self._threads.verifiers, self._closers):
             pool.shutdown()

@@ -1,6 +1,7 @@
 """Whoever stops waiting, at whatever stage, leaves nothing behind and takes nothing from others."""
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from loraserve.fabric.wanted import Acquired, Wanted
 from loraserve.transport.memory import FaultKind
 from tests.support.adapter_maker import one_line
 from tests.support.fabric_kit import WAIT_S, Hooks, Library, Node, Stage, Town, from_peers, until
+from tests.support.transport_kit import eventually
 
 STAGES = ("before the head", "with the head", "before the body", "in the body", "after the body")
 
@@ -170,6 +172,24 @@ async def test_closing_ends_what_runs_and_what_waits(town: Town, library: Librar
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         assert isinstance(result, UnavailableError)
         assert "the fabric is closed" in one_line(result)
+    node.check(idle=True)
+
+
+async def test_closing_does_not_wait_for_a_peer_that_says_nothing(town: Town, library: Library) -> None:
+    wanted = library()
+    holder, node = await town.holder("holder", wanted), town("node")
+    asked = threading.Event()
+
+    def wait_for_the_head(key: str) -> None:
+        asked.set()
+        eventually(lambda: node.memory().closed, "the transport's end")
+
+    node.hooks.before_head = wait_for_the_head
+    task = start(node, from_peers(wanted, holder))
+    assert await asyncio.to_thread(asked.wait, WAIT_S)
+    await node.fabric.close()
+    with pytest.raises(UnavailableError, match="the fabric is closed"):
+        await task
     node.check(idle=True)
 
 
