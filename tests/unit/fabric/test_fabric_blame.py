@@ -1,6 +1,8 @@
 """Whose fault a failed attempt is: of the peer, of the way to it, or of what was asked for."""
 
+import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -8,6 +10,7 @@ from loraserve.clock import ManualClock
 from loraserve.fabric.peer_fetch import SLOW_IDLES
 from loraserve.fabric.wanted import FetchFailedError
 from loraserve.transport.base import (
+    Buffer,
     FetchStoppedError,
     NotPublishedError,
     PeerBusyError,
@@ -15,7 +18,7 @@ from loraserve.transport.base import (
     TransportError,
 )
 from placement.fabric.breaker import BreakerRules
-from tests.support.fabric_kit import Library, Town, from_peers
+from tests.support.fabric_kit import Library, Town, from_peers, segments_mapped, until
 
 RULES = BreakerRules(failures=2, first_s=1, max_s=4)
 
@@ -97,3 +100,24 @@ async def test_a_peer_may_take_as_long_as_it_likes_while_pieces_come(town: Town,
     node.hooks.on_piece = on_piece
     acquired = await node.fabric.acquire(from_peers(wanted, holder))
     assert (acquired.source, len(pieces) > 2) == ("peer", True)
+
+
+async def test_a_transport_that_could_still_write_gives_nothing(town: Town, library: Library) -> None:
+    """What is hashed must be what is sealed: nobody may have the body in between."""
+    wanted = library.large()
+    holder = await town.holder("holder", wanted, schemes=("memory", "second"))
+    node = town("node", schemes=("memory", "second"))
+    inner, views = node.transports[0].inner, []
+    fetch = inner.fetch
+
+    def keep_a_view(address: bytes, key: str, into: Buffer, **options: Any) -> None:
+        fetch(address, key, into, **options)
+        views.append(memoryview(into))
+
+    node.transports[0].inner.fetch = keep_a_view  # type: ignore[method-assign]
+    acquired = await node.fabric.acquire(from_peers(wanted, holder))
+    assert acquired.scheme == "second"
+    assert node.counts.failures == {"broken": 1}
+    views.pop()[0] = 0
+    assert hashlib.sha256(acquired.segment.region().body).hexdigest() == acquired.segment.decoded.body_sha256
+    await until(lambda: segments_mapped() == 2)
