@@ -143,6 +143,21 @@ async def test_what_a_link_was_seen_to_carry_decides_between_holders() -> None:
     assert await peers_of(sources, ONE) == [THREE, TWO]
 
 
+async def test_who_caches_a_version_gives_it_while_it_lives_and_keeps_it() -> None:
+    sources = made("h", "h")
+    sources.caches(TWO, (V,))
+    assert await peers_of(sources, ONE) == [TWO]
+    assert sources.keepers(V) == {TWO}
+    assert sources.holders(V) == frozenset()
+    sources.caches(TWO, ())
+    assert await peers_of(sources, ONE) == []
+    sources.caches(TWO, (V,))
+    sources.lost(TWO)
+    sources.caches(TWO, (V,))  # A report of a process that is gone.
+    assert await peers_of(sources, ONE) == []
+    assert sources.keepers(V) == frozenset()
+
+
 async def test_a_replica_without_a_fabric_waits_for_nobody_and_gives_nothing() -> None:
     sources = made("h", "h")
     sources.met(THREE, FabricPlace(), (V,))

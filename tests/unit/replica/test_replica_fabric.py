@@ -10,8 +10,9 @@ import pytest
 from loraserve.config import parse_config
 from loraserve.errors import AdapterRejectedError, DeadlineError, OverloadedError
 from loraserve.fabric.advice import CacheAdvice
+from loraserve.fabric.wanted import ORIGIN, PeerAddress
 from loraserve.replica.loading import Copies
-from loraserve.replica.pool import AdapterPool
+from loraserve.replica.pool import AdapterPool, Residency
 from placement.types import ReplicaId, VersionId
 from tests.support.copies_kit import RANK, Engine, MakeReplica, Replica, files_of, one_replica
 from tests.support.fabric_kit import PLENTY, Library, Town, a_town, from_peers, until
@@ -92,6 +93,43 @@ async def test_a_load_that_is_cancelled_at_any_stage_leaves_nothing_behind(
     await until(lambda: replica.pool.used_bytes == 0 and replica.node.fabric.is_idle)
     replica.check_idle()
     assert await replica.engine.resident() == frozenset()
+
+
+async def test_a_load_that_is_cancelled_twice_is_still_taken_back(library: Library, replica: Replica) -> None:
+    wanted = library()
+    replica.engine.finishes_cancelled_loads = True
+    await replica.engine.allow(loads=0)
+    load = asyncio.ensure_future(replica.load(wanted))
+    await until(lambda: wanted.version_id in replica.engine.given)
+    replica.engine.may_unload.clear()
+    load.cancel()
+    await until(lambda: replica.engine.unloads_begun == 1)
+    load.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await load
+    assert replica.node.counts.held_bytes > 0, "the engine has it still"
+    replica.engine.may_unload.set()
+    await replica.engine.allow()
+    await until(lambda: replica.pool.used_bytes == 0)
+    replica.check_idle()
+    assert await replica.engine.resident() == frozenset()
+
+
+async def test_the_controller_is_asked_only_by_who_does_not_see_its_folder(
+    town: Town, library: Library, replica: Replica
+) -> None:
+    seen, unseen = library("seen"), library("unseen")
+    store = await town.holder("store", seen, unseen)
+    controller = (PeerAddress(replica_id=ORIGIN, addresses=store.fabric.addresses),)
+    for wanted, files, source in (
+        (seen, files_of(seen), "origin"),
+        (unseen, files_of(unseen, (store,)), "memory"),
+    ):
+        fetched = await replica.copies.load(files, controller)
+        assert fetched is not None
+        assert fetched.source == source
+        assert replica.pool.residency(wanted.version_id) is Residency.RESIDENT
+    assert store.memory().heads_read == {unseen.version_id: 1}
 
 
 async def test_a_fetch_that_takes_too_long_is_a_refusal_and_ends(
