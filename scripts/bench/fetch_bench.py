@@ -2,7 +2,8 @@
 
   transports        bytes_per_s, *_share_of_bare, ucx_shm_over_tcp, fabric_bytes_per_s: two processes, 16 and
                     256 MiB, beside the barest loops over ucxx and over sockets, in turn
-  shaped            shaped_share: two hosts made of network namespaces, links of 1 and 10 Gbit/s; needs root
+  shaped            shaped_share: two hosts made of network namespaces; links of 1 Gbit/s, of 1 Gbit/s with 1 ms
+                    in each direction, and of 10 Gbit/s; needs root
   resident          resident_bytes: per replica, in the simulator, on LoRAServe's workloads
   cold_first_token  a request whose adapter (rank 64) comes from a peer first, over a warm one's first token
                     plus the bare transfer's own time; real vLLM on the CPU
@@ -41,7 +42,7 @@ from loraserve.bench.fetch_subject import MIB
 PARTS = ("transports", "shaped", "resident", "cold_first_token", "tbt_with_fetch")
 QUICK_RESIDENT = ResidentOptions(workloads=("skew",), fleets=((25, 4),), duration_s=120.0, warmup_s=30.0)
 QUICK_TRANSPORTS = TransportsOptions(sizes_mib=(16,), rounds=3, transfers=3)
-QUICK_SHAPED = ShapedOptions(links=((1, 16 * MIB),), repetitions=3)
+QUICK_SHAPED = ShapedOptions(links=((1, 0.0, 16 * MIB),), repetitions=3)
 QUICK_SERVING = ServingOptions(repetitions=10, windows=3, window_s=2.0)
 
 

@@ -40,7 +40,7 @@ _FIRST_TOKEN = 8
 _WAIT_S = 60.0
 _WARM_UPS = 2
 MAX_OTHERS_CPU = 0.1
-MAX_TRIES = 4
+MAX_TRIES = 3
 _LOOK_AGAIN_S = 0.005
 
 
@@ -53,7 +53,7 @@ class ServingOptions:
     rank: int = 64
     prompt_tokens: int = 256
     repetitions: int = 15
-    windows: int = 8
+    windows: int = 6
     window_s: float = 3.0
     engine: str = "vllm"
 

@@ -1,4 +1,4 @@
-"""Fetches between two hosts over a link of 1 and of 10 Gbit/s: which share of the link is used."""
+"""Fetches between two hosts over links of 1 and of 10 Gbit/s: which share of the link is used."""
 
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -6,21 +6,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fetch_netns import BURST_BYTES, Host, two_hosts, why_not
+from fetch_netns import BURST_BYTES, Host, has_tun, two_hosts, why_not
 
 from loraserve.bench.fetch_processes import WorkerProcess, wanted_tree, worker
 from loraserve.bench.fetch_subject import MIB, made, shape_of_size
 
 TCP_SHARE = 1448 / 1514
 """Of an Ethernet frame of 1500 bytes and its header, what TCP over IPv4 with time stamps has for payload."""
-NO_DELAY = "this kernel's tc has no netem: the link has its rate and its queue, and no delay of 1 ms"
+DELAYS = (
+    "netem is not in every kernel: links without a delay are veth with tbf, the one of 1 Gbit/s with 1 ms in"
+    " each direction is a process between two TUN devices, too slow for 10 Gbit/s"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapedOptions:
-    """The links in Gbit/s, and how many bytes are fetched over each, how often."""
+    """The links in Gbit/s with their delay in each direction in ms, and how many bytes are fetched over each,
+    how often."""
 
-    links: tuple[tuple[int, int], ...] = ((1, 32 * MIB), (10, 128 * MIB))
+    links: tuple[tuple[int, float, int], ...] = ((1, 0.0, 32 * MIB), (1, 1.0, 32 * MIB), (10, 0.0, 128 * MIB))
     repetitions: int = 7
 
 
@@ -32,10 +36,13 @@ async def measure_shaped(options: ShapedOptions, folder: Path) -> dict[str, Any]
     alone: dict[str, Any] = {}
     fabric: dict[str, Any] = {}
     left_out: dict[str, str] = {}
-    for gbit_per_s, size_bytes in options.links:
-        with two_hosts(gbit_per_s) as (here, there):
+    for gbit_per_s, delay_ms, size_bytes in options.links:
+        name = f"{gbit_per_s}_gbit_per_s" + (f"_{delay_ms:g}_ms" if delay_ms else "")
+        if delay_ms and not has_tun():
+            left_out[name] = "no /dev/net/tun here"
+            continue
+        with two_hosts(gbit_per_s, delay_ms) as (here, there):
             link = _Link(gbit_per_s * 1e9 / 8, size_bytes, options.repetitions)
-            name = f"{gbit_per_s}_gbit_per_s"
             alone[name], fabric[name] = await link.measure(here, there, folder)
             left_out |= link.left_out
     return {
@@ -43,7 +50,7 @@ async def measure_shaped(options: ShapedOptions, folder: Path) -> dict[str, Any]
         "shaped_fabric_share": fabric,
         "shaped_left_out": left_out,
         "shaped_of_link": f"payload of TCP: {TCP_SHARE:.4f} of the link's rate",
-        "shaped_delay": NO_DELAY,
+        "shaped_delay": DELAYS,
     }
 
 
