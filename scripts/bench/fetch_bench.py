@@ -2,8 +2,8 @@
 
   transports        bytes_per_s, *_share_of_bare, ucx_shm_over_tcp, fabric_bytes_per_s: two processes, 16 and
                     256 MiB, beside the barest loops over ucxx and over sockets, in turn
-  shaped            shaped_share: two hosts made of network namespaces; links of 1 Gbit/s, of 1 Gbit/s with 1 ms
-                    in each direction, and of 10 Gbit/s; needs root
+  shaped            shaped_share: two hosts made of network namespaces; links of 1 Gbit/s, of the same with
+                    1 ms in each direction, and of 10 Gbit/s; needs root
   resident          resident_bytes: per replica, in the simulator, on LoRAServe's workloads
   cold_first_token  a request whose adapter (rank 64) comes from a peer first, over a warm one's first token
                     plus the bare transfer's own time; real vLLM on the CPU
