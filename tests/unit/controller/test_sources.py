@@ -143,6 +143,16 @@ async def test_what_a_link_was_seen_to_carry_decides_between_holders() -> None:
     assert await peers_of(sources, ONE) == [THREE, TWO]
 
 
+async def test_one_transfer_does_not_tell_all_of_a_link() -> None:
+    sources = made("a", "b", "c")
+    for peer, seconds in ((TWO, 10.0), (THREE, 0.02), (TWO, 0.01)):
+        fetched = Fetched(source="tcp", peer=peer, size_bytes=10 * MIB, transfer_s=seconds)
+        sources.has(ONE, VersionId("b@0"), fetched)
+    sources.has(TWO, V)
+    sources.has(THREE, V)
+    assert await peers_of(sources, ONE) == [THREE, TWO], "it was fast once, and slow before"
+
+
 async def test_who_caches_a_version_gives_it_while_it_lives_and_keeps_it() -> None:
     sources = made("h", "h")
     sources.caches(TWO, (V,))
