@@ -6,6 +6,7 @@ A connection that says nothing, or nonsense, is closed within `hello_s`; one tha
 `idle_s`; one whose reader takes nothing, within `stall_s`.
 """
 
+import ipaddress
 import logging
 import secrets
 import select
@@ -120,7 +121,9 @@ class Listener:
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._socket = _listen(host, port)
         self._congestion = make_plain(self._socket)
-        self.port: int = self._socket.getsockname()[1]
+        where = self._socket.getsockname()
+        self.port: int = where[1]
+        self._is_local = ipaddress.ip_address(where[0].partition("%")[0]).is_loopback
         self._address = Address(host=advertised_host or host, port=self.port, token=self.token).encode()
         self._lock = threading.Lock()
         self._connections: dict[Connection, threading.Thread] = {}
@@ -135,6 +138,11 @@ class Listener:
     def address(self) -> bytes:
         """Host, port and this process's token, for schemes whose address needs no more."""
         return self._address
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only processes of this machine can connect."""
+        return self._is_local
 
     @property
     def num_connections(self) -> int:

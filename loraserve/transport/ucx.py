@@ -49,6 +49,8 @@ UCX_GO = FIRST_SCHEME_OP + 1
 UCX_STOP = FIRST_SCHEME_OP + 2
 UCX_STOPPED = FIRST_SCHEME_OP + 3
 
+LOOPBACK_DEVICE = "lo"
+
 MIN_CHUNK_BYTES = 64 * 1024
 MAX_WORKER_ADDRESS_BYTES = 16 * 1024
 CLOSE_S = 5.0
@@ -386,6 +388,10 @@ def open_ucx(
     `tls` is UCX_TLS (None: UCX chooses), `options` more of UCX's settings, without their `UCX_`,
     `chunk_bytes` how much one message carries of what is fetched; for tests and measurements.
     """
-    library = UcxLibrary(tls, options)
+    own = {} if options is None else dict(options)
+    if listener.is_local and "UCX_NET_DEVICES" not in os.environ:
+        # UCX listens on every network device that it may use, and asks nobody who they are.
+        own.setdefault("NET_DEVICES", LOOPBACK_DEVICE)
+    library = UcxLibrary(tls, own)
     library.check()
     return UcxTransport(listener, library, chunk_bytes=chunk_bytes)

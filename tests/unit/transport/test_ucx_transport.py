@@ -2,11 +2,14 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -157,6 +160,34 @@ def test_closing_ends_a_fetch_and_gives_everything_back(tls: str, there: UcxPeer
         closing.join(PATIENT_S)
         assert here.active_bytes() == 0
         here.close()
+
+
+def listening_at() -> set[str]:
+    """The addresses at which this process listens over IPv4."""
+    mine, found = set[str](), set[str]()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the one that listed them
+            mine.add(os.readlink(f"/proc/self/fd/{fd}"))
+    for line in Path("/proc/self/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in mine:
+            packed = bytes.fromhex(fields[1].partition(":")[0])
+            found.add(socket.inet_ntoa(packed[::-1]))
+    return found
+
+
+@needs_ucx
+@WAYS
+def test_where_the_listener_is_local_nobody_else_can_connect_to_ucx(
+    here: UcxTransport, there: UcxPeer
+) -> None:
+    """UCX has listening sockets of its own, at every device that it may use."""
+    before, seen = listening_at(), set[str]()
+    got = Fetched(SIZES[-1])
+    got.at_first = lambda: seen.update(listening_at())
+    fetch(here, there.address, f"k{len(SIZES) - 1}", got)
+    assert before == {"127.0.0.1"}
+    assert seen == {"127.0.0.1"}
 
 
 @needs_ucx
