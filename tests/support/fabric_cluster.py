@@ -65,7 +65,9 @@ def is_carried_out(controller: Controller, where: Where) -> bool:
 
 async def move(controller: Controller, where: Where) -> None:
     """Carry out a plan to the end; it stays."""
-    controller.dispatch(messages.PlanGiven(plan_of(where), frozen=True))
+    plan = plan_of(where)
+    assert (problem := controller.state.plan_problem(plan)) is None, problem
+    controller.dispatch(messages.PlanGiven(plan, frozen=True))
     await controller.wait_until(lambda: is_carried_out(controller, where), TIMEOUT_S)
 
 

@@ -101,7 +101,10 @@ async def test_loads_whose_giver_dies_in_the_middle_end_elsewhere(
     assert counted["gone"] >= 8
     assert set(counted) <= {"gone", "unreachable", "refused"}
     assert not any(record.refused for record in controller.state.replicas.values())
-    # It has come back empty, and takes part again.
+    # It comes back empty, and takes part again.
+    await controller.wait_until(
+        lambda: made.fleet.starts.count(ONE) == 2 and controller.is_ready(), TIMEOUT_S
+    )
     await move(controller, only_at(TWO, THREE, versions=versions))
     num_read = loads(made)["origin"]
     await move(controller, only_at(ONE, versions=versions))
@@ -116,8 +119,9 @@ async def test_a_holder_that_comes_back_takes_its_copies_from_the_caches_of_othe
     for replica in (ONE, TWO):
         await move(made.controller, only_at(replica, versions=versions))
     await made.fleet.lose(TWO)
+    where = only_at(TWO, versions=versions)
     await made.controller.wait_until(
-        lambda: is_carried_out(made.controller, only_at(TWO, versions=versions)), TIMEOUT_S
+        lambda: made.fleet.starts.count(TWO) == 2 and is_carried_out(made.controller, where), TIMEOUT_S
     )
     assert fabrics(made)[TWO].counts().loads == {"tcp": len(versions)}
     assert not failures(made)
