@@ -54,10 +54,11 @@ BACKLOG = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerLimits:
-    """How many connections there may be, and how long each may do nothing; a client that waits for a region
-    that is being made hears so every `wait_s`."""
+    """How many connections there may be, how many of them before their hello, and how long each may do
+    nothing; a client that waits for a region that is being made hears so every `wait_s`."""
 
     max_connections: int = 256
+    max_silent: int = 128
     hello_s: float = 5.0
     idle_s: float = 120.0
     stall_s: float = 30.0
@@ -65,11 +66,12 @@ class ListenerLimits:
 
 
 class Connection:
-    """One client's connection, as a handler sees it; used by one thread."""
+    """One client's connection, as a handler sees it; used by one thread. `is_silent` until its hello."""
 
     def __init__(self, link: Link, listener: "Listener") -> None:
         self.link = link
         self.scheme = ""
+        self.is_silent = True
         self._listener = listener
 
     @property
@@ -225,6 +227,7 @@ class Listener:
 
     def _admit(self, sock: socket.socket, peer: str) -> None:
         with self._lock:
+            self._push_out()
             full = len(self._connections) >= self.limits.max_connections
         if full:
             self._strangers.turned_away(peer, f"{self.limits.max_connections} connections are open already")
@@ -248,6 +251,13 @@ class Listener:
             self._forget(connection)
             self._strangers.turned_away(peer, str(error))
 
+    def _push_out(self) -> None:
+        """Let strangers that say nothing give way to who comes next: a client of ours says hello at once."""
+        silent = [each for each in self._connections if each.is_silent]
+        if len(silent) >= self.limits.max_silent:
+            silent[0].link.shut_down()
+            silent[0].is_silent = False  # it is on its way out
+
     def _forget(self, connection: Connection) -> None:
         with self._lock:
             del self._connections[connection]
@@ -256,6 +266,7 @@ class Listener:
     def _serve(self, connection: Connection) -> None:
         try:
             if self._greet(connection.link):
+                connection.is_silent = False
                 while not self.closing:
                     self._answer_next(connection)
         except (PeerGoneError, PeerSlowError):

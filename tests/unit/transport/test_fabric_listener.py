@@ -174,6 +174,21 @@ def test_one_connection_too_many_is_told_so_and_may_come_again() -> None:
         assert head(listener, pool) == b"head"
 
 
+def test_silent_strangers_give_way_to_who_says_hello() -> None:
+    limits = ListenerLimits(max_connections=6, max_silent=4, hello_s=PATIENT_S)
+    with listening(limits=limits) as (listener, pool), ExitStack() as others:
+        socks = [others.enter_context(stranger(listener)) for _ in range(4)]
+        eventually(lambda: listener.num_connections == 4, "four strangers")
+        assert head(listener, pool) == b"head"
+        assert turned_away(socks[0]), "the first to come is the first to go"
+        eventually(lambda: listener.num_connections == 4, "three strangers and a client")
+        for _ in range(20):
+            others.enter_context(stranger(listener))
+            eventually(lambda: listener.num_connections <= 5, "no more than four strangers and a client")
+        assert head(listener, pool) == b"head"
+        assert pool.num_opened == 1, "who has said hello stays"
+
+
 def test_a_hundred_silent_strangers_leave_when_their_time_is_up() -> None:
     with listening(limits=HASTY) as (listener, pool), ExitStack() as others:
         socks = [others.enter_context(stranger(listener)) for _ in range(100)]
