@@ -39,6 +39,9 @@ DRAIN_S = 0.1
 CLOSE_NS = 50_000_000
 MAX_PEERS = 16
 
+ADDRESS_FORMAT = 0x0F
+"""The bits of an address's first byte that name its format (ucp/wireup/address.c)."""
+
 
 class Watch(Protocol):
     """What else a thread that drives a lane looks after: the connection to the peer at the other end."""
@@ -116,6 +119,9 @@ class Lane:
 
     def connect(self, to: bytes, *, error_handling: bool) -> None:
         """Prepare to send to the lane with this address; TransportError if UCX finds no way to it."""
+        if to[0] & ADDRESS_FORMAT != self.address[0] & ADDRESS_FORMAT:
+            # UCX ends the whole process for one that it does not know.
+            raise TransportError("UCX finds no way to the peer: its address is of another format")
         self._to, self._sends = (to, error_handling), True
         self.is_shared = not error_handling
         if self._to in self._endpoints and self._endpoints[self._to].alive:

@@ -191,6 +191,30 @@ def test_where_the_listener_is_local_nobody_else_can_connect_to_ucx(
 
 
 @needs_ucx
+def test_an_address_of_a_format_that_ucx_does_not_know_ends_no_process() -> None:
+    code = (
+        "from loraserve.transport.base import TransportError\n"
+        "from loraserve.transport.ucx_library import UcxLibrary\n"
+        "from loraserve.transport.ucx_lane import Lane\n"
+        "library = UcxLibrary()\n"
+        "here, there = Lane(library), Lane(library)\n"
+        "for other in range(1, 16):\n"
+        "    address = bytes([there.address[0] ^ other]) + there.address[1:]\n"
+        "    try:\n"
+        "        here.connect(address, error_handling=False)\n"
+        "    except TransportError as error:\n"
+        "        assert 'another format' in str(error)\n"
+        "    else:\n"
+        "        raise AssertionError(address)\n"
+        "here.connect(there.address, error_handling=False)\n"
+        "print('alive', flush=True)\n"
+        "here.discard(), there.discard()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "alive\n", done.stderr
+
+
+@needs_ucx
 def test_nothing_of_ucx_stays_in_the_environment_or_in_shared_memory() -> None:
     before = set(os.listdir("/dev/shm"))
     code = (
