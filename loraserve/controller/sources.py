@@ -123,6 +123,7 @@ class AdapterSources:
         if replica not in self._places or not self._places[replica].addresses:
             yield ()  # It can reach nobody, so that it need not wait for anybody.
             return
+        give_up_at_s = asyncio.get_running_loop().time() + FIRST_WAIT_S
         while not (peers := self.peers(replica, version, size_bytes)):
             known = self._versions[version]
             if known.first is None:
@@ -136,7 +137,7 @@ class AdapterSources:
                         del self._versions[version]
                 return
             try:
-                async with asyncio.timeout(FIRST_WAIT_S):
+                async with asyncio.timeout_at(give_up_at_s):
                     await known.first.wait()
             except TimeoutError:
                 logger.warning("%s: %s waits no more for the first copy", version, replica)
