@@ -103,7 +103,11 @@ def check_gpus(names: Sequence[str] | None) -> Check:
 
 def check_ucx(version: str | None) -> Check:
     """ucxx is optional."""
-    found = f"ucxx {version}" if version else "ucxx is not installed (extra ucx): adapters go from replica to replica over TCP"
+    found = (
+        f"ucxx {version}"
+        if version
+        else "ucxx is not installed (extra ucx): adapters go from replica to replica over TCP"
+    )
     return Check(name="ucx", status=Status.OK, found=found)
 
 
