@@ -127,7 +127,11 @@ def _cell(row: "FetchRow | None", *, is_active: bool) -> str:
     if row is None or one is None:
         return ""
     rate = row.size_bytes / one.median_s / _MIB
-    return f"{one.median_s * 1e3:,.1f} ({one.p25_s * 1e3:,.1f} to {one.p75_s * 1e3:,.1f}) {rate:,.0f}"
+    return f"{_ms(one.median_s)} ({_ms(one.p25_s)} to {_ms(one.p75_s)}) {rate:,.0f}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.{1 if seconds < 0.1 else 0}f}"
 
 
 def _verdicts(found: Mapping[str, Mapping[str, int | None]]) -> list[str]:
