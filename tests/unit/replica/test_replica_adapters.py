@@ -1,10 +1,13 @@
 """Loading and dropping on a live replica: at once, twice, halfway, under running requests."""
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import grpc
 import pytest
 
+from loraserve.engines.description import Fetched
 from loraserve.errors import (
     AdapterRejectedError,
     AlreadyExistsError,
@@ -21,7 +24,7 @@ CODE = grpc.StatusCode
 A = VersionId("a@0")
 
 
-async def begun_load(bench: ReplicaBench, name: str = "a") -> "asyncio.Task[None]":
+async def begun_load(bench: ReplicaBench, name: str = "a") -> "asyncio.Task[Fetched | None]":
     """A load that has reached the engine and is held there."""
     await bench.engine.allow(loads=0)
     before = bench.engine.loads_begun
@@ -185,10 +188,14 @@ async def test_two_drops_at_once_are_one(bench: ReplicaBench) -> None:
 async def test_a_load_after_a_drop_does_not_fall_to_a_second_drop(bench: ReplicaBench) -> None:
     await bench.server.load_adapter(adapter("a"))
     bench.engine.may_unload.clear()
-    calls = [asyncio.create_task(bench.server.unload_adapter(A))]
+    calls: list[asyncio.Task[Any]] = [asyncio.create_task(bench.server.unload_adapter(A))]
     await eventually(lambda: bench.engine.unloads_begun == 1)
-    for again in (bench.server.load_adapter(adapter("a")), bench.server.unload_adapter(A)):
-        calls.append(asyncio.create_task(again))
+    again: tuple[Coroutine[Any, Any, Any], ...] = (
+        bench.server.load_adapter(adapter("a")),
+        bench.server.unload_adapter(A),
+    )
+    for one in again:
+        calls.append(asyncio.create_task(one))
         await asyncio.sleep(0)
     bench.engine.may_unload.set()
     await asyncio.gather(*calls)
