@@ -25,7 +25,7 @@ from loraserve.fabric.flight import Crash, Flight, Landing, OnProgress
 from loraserve.fabric.gate import Gate, Stop, StoppedError, Ticket
 from loraserve.fabric.sources import Sources, Threads
 from loraserve.fabric.threads import background_pool
-from loraserve.fabric.wanted import Acquired, FabricOptions, Wanted
+from loraserve.fabric.wanted import Acquired, FabricOptions, FetchFailedError, Wanted
 from loraserve.transport.base import Transport
 from placement.types import VersionId
 
@@ -219,13 +219,20 @@ class Fabric:
         return entry
 
     async def _acquire(self, wanted: Wanted, on_progress: OnProgress | None) -> Acquired:
-        version = wanted.version_id
-        entry = self._here(wanted)
-        if entry is not None:
-            entry.pins += 1
-            self._tally.load("cache", entry.size_bytes, 0.0)
-            return Acquired(segment=entry.segment, source="cache", size_bytes=entry.size_bytes)
-        flight = self._join(wanted, is_prefetch=False)
+        while (entry := self._here(wanted)) is None:
+            flight = self._join(wanted, is_prefetch=False)
+            try:
+                return await self._share(flight, on_progress)
+            except FetchFailedError:
+                # Whoever began it may have known fewer sources: a prefetch knows no origin.
+                if flight.wanted == wanted:
+                    raise
+        entry.pins += 1
+        self._tally.load("cache", entry.size_bytes, 0.0)
+        return Acquired(segment=entry.segment, source="cache", size_bytes=entry.size_bytes)
+
+    async def _share(self, flight: Flight, on_progress: OnProgress | None) -> Acquired:
+        """What the flight brings, pinned once for the caller."""
         if on_progress is not None:
             flight.listeners.append(on_progress)
         try:
@@ -233,9 +240,9 @@ class Fabric:
         finally:
             if on_progress is not None:
                 flight.listeners.remove(on_progress)
-        entry = self._cache.get(version)
+        entry = self._cache.get(flight.wanted.version_id)
         if entry is None:
-            raise UnavailableError(f"{version}: the fabric is closed")
+            raise UnavailableError(f"{flight.wanted.version_id}: the fabric is closed")
         return Acquired(
             segment=entry.segment,
             source=landing.source,

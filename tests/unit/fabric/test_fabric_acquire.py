@@ -8,8 +8,8 @@ import pytest
 from loraserve.adapters.segment import map_segment
 from loraserve.errors import AlreadyExistsError, UnavailableError
 from loraserve.fabric.fabric import Fabric
-from loraserve.fabric.wanted import Acquired, Wanted
-from tests.support.fabric_kit import PLENTY, Library, Node, Town, from_peers
+from loraserve.fabric.wanted import Acquired, FetchFailedError, Wanted
+from tests.support.fabric_kit import PLENTY, Library, Node, Town, from_peers, until
 
 
 def check_is(acquired: Acquired, wanted: Wanted) -> None:
@@ -94,6 +94,31 @@ async def test_those_who_want_the_same_share_one_fetch(town: Town, library: Libr
         assert node.counts.held_bytes > 0
         node.fabric.release(wanted.version_id)
         assert (node.counts.held_bytes > 0) == (left > 0)
+
+
+async def test_who_joins_a_fetch_that_fails_goes_on_to_the_sources_that_it_alone_knows(
+    town: Town, library: Library
+) -> None:
+    """As a load that meets a fetch ahead, which knows no origin."""
+    wanted = library.large()
+    holder, node = await town.holder("holder", wanted), town("node")
+    stage = node.stop_before_the_body(wanted)
+    ahead = asyncio.create_task(node.fabric.prefetch(from_peers(wanted, holder)))
+    await stage.wait()
+    loads = [
+        asyncio.create_task(node.fabric.acquire(from_peers(wanted, holder, origin=True))) for _ in range(2)
+    ]
+    await until(lambda: node.counts.shared_waits == 2)
+    holder.die()
+    stage.go()
+    for load in loads:
+        acquired = await load
+        check_is(acquired, wanted)
+        assert acquired.source == "origin"
+    with pytest.raises(FetchFailedError, match="holder over memory: gone"):
+        await ahead
+    assert node.counts.loads == {"origin": 1}
+    node.check(idle=True)
 
 
 async def test_two_versions_of_one_name_at_once_are_two_things(town: Town, library: Library) -> None:
