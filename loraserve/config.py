@@ -212,6 +212,13 @@ class FabricSection(Section, frozen=True):
     idle_timeout_s: Seconds = 5.0
     racks: list[list[str]] = msgspec.field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if len(set(self.transports)) < len(self.transports):
+            raise ValueError(f"transports: {shown(self.transports)}; expected each of them once")
+        hosts = [host for rack in self.racks for host in rack]
+        if not all(hosts) or len(set(hosts)) < len(hosts):
+            raise ValueError(f"racks: {shown(self.racks)}; expected names of hosts, each of them in one rack")
+
 
 class ReplicaSection(Section, frozen=True):
     """How a replica behaves while draining and reporting."""

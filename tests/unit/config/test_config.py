@@ -45,6 +45,23 @@ MISTAKES = [
     ('adapters.allow_urls = ["a", 1]', "adapters.allow_urls[1]: 1; expected a string"),
     ('adapters.allow_urls = "a"', 'adapters.allow_urls: "a"; expected a list, each item a string'),
     ('fabric.transports = ["rdma"]', 'fabric.transports[0]: "rdma"; expected one of tcp, ucx'),
+    (
+        'fabric.transports = ["tcp", "ucx", "tcp"]',
+        'fabric.transports: ["tcp", "ucx", "tcp"]; expected each of them once',
+    ),
+    (
+        'fabric.racks = [["a", "b"], ["b"]]',
+        'fabric.racks: [["a", "b"], ["b"]]; expected names of hosts, each of them in one rack',
+    ),
+    (
+        'fabric.racks = [["a", ""]]',
+        'fabric.racks: [["a", ""]]; expected names of hosts, each of them in one rack',
+    ),
+    ("fabric.max_fetches = 65", "fabric.max_fetches: 65; expected an integer from 1 to 64"),
+    (
+        "fabric.idle_timeout_s = inf",
+        "fabric.idle_timeout_s: Infinity; expected a number above 0 and at most 1e9",
+    ),
     ("emulated.engine_process = 1", "emulated.engine_process: 1; expected true or false"),
     ("router = 1", "router: 1; expected a table"),
     ("engine.extra = 1", "engine.extra: 1; expected a table"),
@@ -159,7 +176,20 @@ def has_countable_cpus(tree: dict[str, Any]) -> bool:
     return bool(cpus == 0 or cpus >= MIN_CPUS)
 
 
-@given(values(inspect.type_info(Config)).filter(has_countable_cpus))
+def named_once(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with each transport and each host of its racks named once."""
+    fabric = dict(tree.get("fabric", {}))
+    if "transports" in fabric:
+        fabric["transports"] = list(dict.fromkeys(fabric["transports"]))
+    if "racks" in fabric:
+        fabric["racks"] = [
+            [f"{row}.{column} {host}" for column, host in enumerate(rack)]
+            for row, rack in enumerate(fabric["racks"])
+        ]
+    return {**tree, "fabric": fabric}
+
+
+@given(values(inspect.type_info(Config)).filter(has_countable_cpus).map(named_once))
 def test_a_configuration_survives_the_way_to_plain_values_and_back(tree: dict[str, Any]) -> None:
     config = parse_config(tree)
     plain = config_tree(config)
