@@ -265,10 +265,17 @@ class SegmentCache:
         # The last reference to the owner, unless a transfer reads the segment: then its memory goes with it.
 
     def _on_gone(self, segment: AdapterSegment, size_bytes: int) -> None:
-        """In whatever thread has let go of the segment last."""
+        """In whatever thread has let go of the segment last, perhaps while it collects garbage with a lock
+        of its own: no lock may be waited for."""
         closing_bytes = size_bytes if threading.get_ident() == self._thread_id else 0
         if closing_bytes:
             self.closing_bytes += closing_bytes  # the loop's own
+        try:
+            self._loop.call_soon_threadsafe(self._give_back, segment, size_bytes, closing_bytes)
+        except RuntimeError:
+            segment.close()  # the loop is closed: nobody counts any more
+
+    def _give_back(self, segment: AdapterSegment, size_bytes: int, closing_bytes: int) -> None:
         try:
             self._closers.submit(self._close, segment, size_bytes, closing_bytes)
         except RuntimeError:
@@ -277,7 +284,7 @@ class SegmentCache:
 
     def _close(self, segment: AdapterSegment, size_bytes: int, closing_bytes: int) -> None:
         segment.close()
-        with suppress(RuntimeError):  # the loop is closed: nobody counts any more
+        with suppress(RuntimeError):  # as above
             self._loop.call_soon_threadsafe(self._on_freed, size_bytes, closing_bytes)
 
     def _on_freed(self, size_bytes: int, closing_bytes: int) -> None:
