@@ -6,12 +6,13 @@ weights to know it.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loraserve.adapters.body_hashes import hash_chunks
 from loraserve.adapters.files import WEIGHTS_FILE, open_member
 from loraserve.adapters.manifest import DEFAULT_MAX_BYTES, read_config
 from loraserve.adapters.peft_config import parse_peft_config
@@ -27,7 +28,6 @@ from loraserve.adapters.segment_head import (
     MAX_HEAD_BYTES,
     SegmentError,
     SegmentHead,
-    hash_body,
     hashed,
     plan_head,
 )
@@ -75,8 +75,15 @@ def open_folder(directory: Path, *, name: str, where: str, max_lora_rank: int) -
         yield OpenFolder(where=where, config=config_bytes, fd=file.fileno(), header=header, head=head)
 
 
-def copy_body(folder: OpenFolder, body: memoryview) -> bytes:
-    """Read the weights into the body's order, once, in the file's order; the file's sha256."""
+def copy_body(folder: OpenFolder, body: memoryview, on_bytes: Callable[[int, int], None]) -> bytes:
+    """Read the weights into the body's order, once, in the file's order; the file's sha256.
+
+    `body` holds zeros. `on_bytes` is told of each part of it, begin and end, that is as it shall be.
+    """
+    end = 0
+    for tensor in folder.head.tensors:
+        on_bytes(end, tensor.begin)
+        end = tensor.end
     digest = hashlib.sha256()
     prefix = bytearray(folder.header.data_start)
     _read(folder, memoryview(prefix), 0)
@@ -89,6 +96,7 @@ def copy_body(folder: OpenFolder, body: memoryview) -> bytes:
             with body[begin + shift : end + shift] as part:
                 _read(folder, part, folder.header.data_start + begin)
                 digest.update(part)
+            on_bytes(begin + shift, end + shift)
     return digest.digest()
 
 
@@ -98,7 +106,7 @@ def head_of_folder(directory: Path, *, digest: str, where: str, max_lora_rank: i
     Memory stays bounded whatever the weights' size. AdapterRejectedError as there.
     """
     with open_folder(directory, name=digest, where=where, max_lora_rank=max_lora_rank) as folder:
-        return hashed(folder.head, digest=digest, hashes=hash_body(_chunks(folder)))
+        return hashed(folder.head, digest=digest, chunk_hashes=hash_chunks(_chunks(folder)))
 
 
 def kept_form(head: SegmentHead) -> bytes:
@@ -122,13 +130,6 @@ def kept_head(directory: Path, *, name: str) -> SegmentHead | None:
         return replace(SegmentHead.decode(raw), name=name)
     except SegmentError:
         return None
-
-
-def body_chunks(body: memoryview) -> Iterator[memoryview]:
-    """A body in memory, chunk by chunk."""
-    for begin in range(0, len(body), CHUNK_BYTES):
-        with body[begin : begin + CHUNK_BYTES] as chunk:
-            yield chunk
 
 
 def _chunks(folder: OpenFolder) -> Iterator[memoryview]:

@@ -6,23 +6,21 @@ dtypes: a head from a stranger cannot make tensors overlap or leave the body. Kn
 memory.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
-import xxhash
 from msgspec import Meta
 
+from loraserve.adapters.body_hashes import HASH_BYTES, root_of
 from loraserve.adapters.safetensors_file import ITEM_BYTES, TensorInfo, show
 
 CHUNK_BYTES = 1024**2
 MAX_HEAD_BYTES = 16 * 1024**2
 _ALIGN_BYTES = 64
-_HASH_BYTES = 8
 _NO_SHA256 = "0" * 64
 _PREFIX = "base_model.model."
 _PACKED = (
@@ -77,7 +75,7 @@ class _Module(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froze
 class _Wire(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """What is written down, in this order, as JSON without spaces."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: Annotated[str, Meta(min_length=1, max_length=512)]
     digest: _Sha256
     modules: Annotated[tuple[_Module, ...], Meta(min_length=1)]
@@ -91,8 +89,8 @@ class SegmentHead:
     """One adapter version: its content's digest, the body's modules in their order, and the body's hashes.
 
     `name` is the version's id; `digest` the sha256 of the adapter's content as the registry knows it; `rank`
-    the highest of the modules. `chunk_hashes` holds xxh3_64 of every `chunk_bytes` of the body, 8 bytes each,
-    big endian.
+    the highest of the modules. `chunk_hashes` holds the sha256 of every `chunk_bytes` of the body, 32 bytes
+    each, and `body_sha256` is the root over them (`body_hashes.root_of`).
     """
 
     name: str
@@ -115,8 +113,8 @@ class SegmentHead:
         return -(-self.body_bytes // self.chunk_bytes)
 
     def chunk_hash(self, index: int) -> bytes:
-        """The xxh3_64 of a chunk, as `xxhash.xxh3_64_digest` gives it."""
-        return self.chunk_hashes[index * _HASH_BYTES : (index + 1) * _HASH_BYTES]
+        """The sha256 of a chunk."""
+        return self.chunk_hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]
 
     def encode(self) -> bytes:
         """The canonical bytes; SegmentError for names that are no text."""
@@ -148,10 +146,12 @@ class SegmentHead:
         if names != sorted(names, key=_engine_order):
             raise SegmentError("its head has the modules in another order")
         head = _placed(wire)
-        if len(head.chunk_hashes) != head.num_chunks * _HASH_BYTES:
+        if len(head.chunk_hashes) != head.num_chunks * HASH_BYTES:
             raise SegmentError(
                 f"its head has {len(head.chunk_hashes)} bytes of hashes for {head.num_chunks} chunks"
             )
+        if head.body_sha256 != _root(head):
+            raise SegmentError("its head has a root that is not that of its hashes")
         if msgspec.json.encode(wire) != raw:
             raise SegmentError("its head is not in the canonical form")
         return head
@@ -171,14 +171,6 @@ class SegmentHead:
             raise SegmentError(f"its body has {self.body_bytes} bytes; at most {max_bytes} are allowed")
         if SegmentHead.decode(self.encode()) != self:
             raise SegmentError("its tensors are not where the order of a body puts them")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BodyHashes:
-    """What is known of a body once it has been read."""
-
-    chunk_hashes: bytes
-    sha256: str
 
 
 def plan_head(
@@ -213,28 +205,19 @@ def plan_head(
             chunk_hashes=b"",
         )
     )
-    head = replace(blank, chunk_hashes=bytes(blank.num_chunks * _HASH_BYTES))
+    head = hashed(blank, digest=digest, chunk_hashes=bytes(blank.num_chunks * HASH_BYTES))
     SegmentHead.decode(head.encode())
     return head
 
 
-def hashed(head: SegmentHead, *, digest: str, hashes: BodyHashes) -> SegmentHead:
+def hashed(head: SegmentHead, *, digest: str, chunk_hashes: bytes) -> SegmentHead:
     """The head with what only the bytes could tell; it is encoded in as many bytes as before."""
-    return replace(head, digest=digest, chunk_hashes=hashes.chunk_hashes, body_sha256=hashes.sha256)
+    told = replace(head, digest=digest, chunk_hashes=chunk_hashes)
+    return replace(told, body_sha256=_root(told))
 
 
-def hash_chunks(chunks: Iterable[Any]) -> bytes:
-    """xxh3_64 of each chunk, one after the other, as a head holds them."""
-    return b"".join(xxhash.xxh3_64_digest(chunk) for chunk in chunks)
-
-
-def hash_body(chunks: Iterable[Any]) -> BodyHashes:
-    """Both hashes of a body that comes chunk by chunk, each of which may be gone when the next one comes."""
-    whole, parts = hashlib.sha256(), []
-    for chunk in chunks:
-        whole.update(chunk)
-        parts.append(xxhash.xxh3_64_digest(chunk))
-    return BodyHashes(chunk_hashes=b"".join(parts), sha256=whole.hexdigest())
+def _root(head: SegmentHead) -> str:
+    return root_of(head.chunk_hashes, body_bytes=head.body_bytes, chunk_bytes=head.chunk_bytes)
 
 
 def _engine_order(module: str) -> tuple[int, int, str]:

@@ -24,7 +24,7 @@ from loraserve.fabric.counts import FabricCounts, Tally
 from loraserve.fabric.flight import Crash, Flight, Landing, OnProgress
 from loraserve.fabric.gate import Gate, Stop, StoppedError, Ticket
 from loraserve.fabric.sources import Sources, Threads
-from loraserve.fabric.threads import background_pool
+from loraserve.fabric.threads import background_pool, num_hashers
 from loraserve.fabric.wanted import Acquired, FabricOptions, FetchFailedError, Wanted
 from loraserve.transport.base import Transport
 from placement.types import VersionId
@@ -71,7 +71,7 @@ class Fabric:
         self._cache.on_room = self._gate.pump
         self._threads = Threads(
             fetchers=background_pool(self._options.max_fetches, "fabric-fetch"),
-            verifiers=background_pool(self._options.max_fetches, "fabric-verify"),
+            verifiers=background_pool(num_hashers(), "fabric-verify"),
             clock=self._clock,
         )
         self._sources = Sources(

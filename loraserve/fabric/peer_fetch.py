@@ -6,13 +6,14 @@ before the body is known to be the head's.
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from loraserve.adapters.body_hashes import ChunkHasher, CorruptError
 from loraserve.adapters.segment import AdapterSegment, SegmentError, SegmentHead, SegmentWriter
 from loraserve.clock import Clock
 from loraserve.errors import OverloadedError
-from loraserve.fabric.verify import CorruptError, Verifier
+from loraserve.fabric.verify import verifier
 from loraserve.fabric.wanted import Wanted
 from loraserve.transport.base import (
     BadPeerError,
@@ -33,7 +34,6 @@ silent, but not within less than `MIN_SLOW_S`, which a busy machine may take."""
 
 MIN_SLOW_S = 5.0
 
-_LOOK_AGAIN_S = 0.05
 _MAX_TEXT = 200
 
 
@@ -142,8 +142,8 @@ def _checked_head(source: PeerSource, wanted: Wanted, idle_timeout_s: float) -> 
 class _Watch:
     """What the transport tells of a body on its way, and what ends it."""
 
-    def __init__(self, verifier: Verifier, fetching: Fetching) -> None:
-        self._verifier = verifier
+    def __init__(self, hasher: ChunkHasher, fetching: Fetching) -> None:
+        self._hasher = hasher
         self._fetching = fetching
         self._num_bytes = 0
         self._slow_s = max(SLOW_IDLES * fetching.idle_timeout_s, MIN_SLOW_S)
@@ -152,7 +152,7 @@ class _Watch:
 
     def on_bytes(self, begin: int, end: int) -> None:
         """These bytes are in place; CorruptError if they, or earlier ones, cannot be right."""
-        self._verifier.on_bytes(begin, end)
+        self._hasher.on_bytes(begin, end)
         self._num_bytes += end - begin
         self._moved_at_s = self._fetching.clock.now_s()
         self._fetching.tell(self._num_bytes)
@@ -160,12 +160,11 @@ class _Watch:
     def stop(self) -> bool:
         """Whether the transport is to end the fetch."""
         self._is_slow = self._is_slow or self._fetching.clock.now_s() > self._moved_at_s + self._slow_s
-        return self._is_slow or self._fetching.is_stopped() or bool(self._verifier.problem)
+        return self._is_slow or self._fetching.is_stopped() or self._hasher.has_failed
 
     def check(self) -> None:
         """CorruptError or PeerSlowError if that is what the transport was stopped for."""
-        if self._verifier.problem:
-            raise CorruptError(self._verifier.problem) from None
+        self._hasher.check()
         if self._is_slow:
             raise PeerSlowError(f"no piece in {self._slow_s:g} s after {self._num_bytes} bytes") from None
 
@@ -173,10 +172,9 @@ class _Watch:
 def _fill(
     writer: SegmentWriter, source: PeerSource, wanted: Wanted, head: SegmentHead, fetching: Fetching
 ) -> tuple[float, float]:
-    verifier = Verifier(head, writer.body)
-    watch = _Watch(verifier, fetching)
+    hasher = verifier(head, writer.body, fetching.verifiers)
+    watch = _Watch(hasher, fetching)
     began_s = fetching.clock.now_s()
-    verified = fetching.verifiers.submit(verifier.run)
     try:
         source.transport.fetch(
             source.address,
@@ -186,20 +184,15 @@ def _fill(
             idle_timeout_s=fetching.idle_timeout_s,
             stop=watch.stop,
         )
+        fetched_s = fetching.clock.now_s()
+        while hasher.work():
+            if fetching.is_stopped():
+                raise FetchStoppedError("nobody wants it any more")
+        hasher.finish()
     except BaseException:
-        verifier.stop()
-        verified.result()
+        hasher.stop()
         watch.check()
         raise
-    fetched_s = fetching.clock.now_s()
-    verifier.finish()
-    while not wait((verified,), timeout=_LOOK_AGAIN_S).done:
-        if fetching.is_stopped():
-            verifier.stop()
-            verified.result()
-            raise FetchStoppedError("nobody wants it any more")
-    if verifier.problem:
-        raise CorruptError(verifier.problem)
     return fetched_s - began_s, fetching.clock.now_s() - fetched_s
 
 

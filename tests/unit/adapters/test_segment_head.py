@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -10,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraserve.adapters.body_hashes import hash_chunks, root_of, root_of_body
 from loraserve.adapters.safetensors_file import ITEM_BYTES, TensorInfo
 from loraserve.adapters.segment_head import (
     CHUNK_BYTES,
     SegmentError,
     SegmentHead,
-    hash_body,
-    hash_chunks,
     hashed,
     plan_head,
 )
@@ -88,7 +88,7 @@ def check_places(head: SegmentHead) -> dict[str, tuple[int, ...]]:
         end = tensor.begin + ITEM_BYTES[tensor.dtype] * tensor.shape[0] * tensor.shape[1]
         assert tensor.end == end
     assert head.body_bytes == end
-    assert len(head.chunk_hashes) == 8 * head.num_chunks
+    assert len(head.chunk_hashes) == 32 * head.num_chunks
     assert (head.num_chunks - 1) * head.chunk_bytes < end <= head.num_chunks * head.chunk_bytes
     return {tensor.name: tensor.shape for tensor in head.tensors}
 
@@ -114,13 +114,24 @@ def test_the_head_of_a_large_model_is_small() -> None:
 def test_hashes_take_their_place_without_a_byte_more() -> None:
     body = bytes(range(256)) * (CHUNK_BYTES // 256) + b"end"
     chunks = [body[:CHUNK_BYTES], body[CHUNK_BYTES:]]
-    hashes = hash_body(iter(chunks))
-    assert hashes.chunk_hashes == hash_chunks(chunks)
+    hashes = hash_chunks(iter(chunks))
+    assert hashes == b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
     head = head_of({"m": (1, CHUNK_BYTES // 2, 2)})
-    told = hashed(head, digest="e" * 64, hashes=hashes)
+    told = hashed(head, digest="e" * 64, chunk_hashes=hashes)
     assert len(told.encode()) == len(head.encode())
-    assert told.chunk_hash(0) + told.chunk_hash(1) == hashes.chunk_hashes
+    assert told.chunk_hash(0) + told.chunk_hash(1) == hashes
     assert SegmentHead.decode(told.encode()) == told
+
+
+def test_the_root_stands_for_the_bytes_and_for_how_they_are_cut() -> None:
+    body = bytes(range(200))
+    with memoryview(body) as view, memoryview(body[:-1] + b"x") as other:
+        root = root_of_body(view, 64)
+        hashes = hash_chunks(view[begin : begin + 64] for begin in range(0, 200, 64))
+        roots = [root, root_of_body(view, 63), root_of_body(view, 200), root_of_body(other, 64)]
+        roots += [root_of(hashes, body_bytes=199, chunk_bytes=64), hashlib.sha256(hashes).hexdigest()]
+    assert root_of(hashes, body_bytes=200, chunk_bytes=64) == root
+    assert len(set(roots)) == len(roots)
 
 
 def changed(**fields: Any) -> bytes:
@@ -143,7 +154,7 @@ DEFECTS = {
     "spaces": SMALL.encode() + b" ",
     "a field twice": SMALL.encode().replace(b'"name"', b'"name":"b","name"', 1),
     "another field": changed(more=1),
-    "another format": changed(format=2),
+    "another format": changed(format=1),
     "a name that is none": changed(name=""),
     "a digest that is none": changed(digest="D" * 64),
     "no modules": changed(modules=[]),
@@ -157,7 +168,9 @@ DEFECTS = {
     "another dtype": modules_with(5, "F64"),
     "no hashes": changed(chunk_hashes=""),
     "half a hash": changed(chunk_hashes=base64.b64encode(b"1234").decode()),
-    "one hash more": changed(chunk_hashes=base64.b64encode(bytes(16)).decode()),
+    "one hash more": changed(chunk_hashes=base64.b64encode(bytes(64)).decode()),
+    "another hash": changed(chunk_hashes=base64.b64encode(b"\1" + bytes(31)).decode()),
+    "another root": changed(body_sha256="0" * 64),
     "no chunks": changed(chunk_bytes=0),
     "larger than any": b" " * (16 * 1024**2 + 1),
 }

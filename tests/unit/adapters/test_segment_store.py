@@ -1,5 +1,8 @@
 """The store knows the head of every segment that its adapters can become, without their weights."""
 
+import base64
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -124,7 +128,18 @@ def test_the_head_is_there_from_the_beginning_and_reads_no_weights(
     assert (other.name, other.digest) == ("two@0", stored.manifest.sha256)
 
 
-@pytest.mark.parametrize("harm", ["older", "cut off", "changed", "another adapter's", "empty", "a folder"])
+def older_form(kept: bytes) -> bytes:
+    """As it was kept when a head had 8 bytes per chunk and the sha256 of the body as a whole."""
+    head = json.loads(kept[32:])
+    table = base64.b64encode(bytes(len(base64.b64decode(head["chunk_hashes"])) // 4)).decode()
+    raw = msgspec.json.encode(head | {"format": 1, "chunk_hashes": table})
+    assert raw.startswith(b'{"format":1,"name":')
+    return hashlib.sha256(raw).digest() + raw
+
+
+@pytest.mark.parametrize(
+    "harm", ["older", "older form", "cut off", "changed", "another adapter's", "empty", "a folder"]
+)
 def test_a_head_that_is_not_there_or_not_sound_is_made_again(
     store: AdapterStore, stored: StoredAdapter, make: AdapterMaker, harm: str
 ) -> None:
@@ -135,7 +150,12 @@ def test_a_head_that_is_not_there_or_not_sound_is_made_again(
     if harm == "a folder":
         path.mkdir()
     elif harm != "older":
-        harmed = {"cut off": kept[:-1], "changed": kept[:-9] + b"B" + kept[-8:], "empty": b""}
+        harmed = {
+            "older form": older_form(kept),
+            "cut off": kept[:-1],
+            "changed": kept[:-9] + b"B" + kept[-8:],
+            "empty": b"",
+        }
         path.write_bytes(harmed.get(harm) or (other.read_bytes() if harm != "empty" else b""))
     assert store.segment_head(sha256, NAME) == head
     segment = built(stored.directory, sha256)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from loraserve.adapters.body_hashes import hash_chunks
 from loraserve.adapters.safetensors_file import TensorInfo
 from loraserve.adapters.segment import SegmentError, SegmentHead, SegmentWriter, map_segment
-from loraserve.adapters.segment_head import hash_body, hashed, plan_head
+from loraserve.adapters.segment_head import hashed, plan_head
 from tests.support.segment_process import refused
 from tests.support.segments import holders
 
@@ -24,7 +25,7 @@ def tensor(side: str, shape: tuple[int, int]) -> TensorInfo:
 
 
 PLANNED = plan_head([tensor("A", (4, 16)), tensor("B", (8, 4))], {"m": 2.0}, name=NAME)
-HEAD = hashed(PLANNED, digest="d" * 64, hashes=hash_body([BODY]))
+HEAD = hashed(PLANNED, digest="d" * 64, chunk_hashes=hash_chunks([BODY]))
 
 
 @pytest.fixture(autouse=True)

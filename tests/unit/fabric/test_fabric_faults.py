@@ -1,14 +1,15 @@
 """Whatever a peer does, what is given out is the adapter, from elsewhere, or one clear line says why not."""
 
 import asyncio
-import hashlib
 import logging
 import random
 from dataclasses import replace
 
 import pytest
 
+from loraserve.adapters.body_hashes import root_of_body
 from loraserve.adapters.segment import SegmentHead
+from loraserve.adapters.segment_head import hashed
 from loraserve.clock import ManualClock
 from loraserve.errors import AdapterRejectedError, LoraServeError, OverloadedError
 from loraserve.fabric.wanted import FetchFailedError, Wanted
@@ -25,7 +26,8 @@ async def taken(node: Node, wanted: Wanted) -> tuple[str, str]:
     """Acquire it, check it, and say where it came from."""
     acquired = await node.fabric.acquire(wanted)
     body = acquired.segment.region().body
-    assert hashlib.sha256(body).hexdigest() == acquired.segment.decoded.body_sha256
+    head = acquired.segment.decoded
+    assert root_of_body(body, head.chunk_bytes) == head.body_sha256
     assert acquired.segment.decoded.digest == wanted.digest
     node.check(idle=True)
     return acquired.source, acquired.peer
@@ -97,7 +99,8 @@ async def test_a_wrong_hash_table_is_refused_before_anything_is_allocated(
 
     def other_table(raw: bytes, body_bytes: int) -> tuple[bytes, int]:
         head = SegmentHead.decode(raw)
-        return replace(head, chunk_hashes=bytes(len(head.chunk_hashes))).encode(), body_bytes
+        zeros = bytes(len(head.chunk_hashes))
+        return hashed(head, digest=head.digest, chunk_hashes=zeros).encode(), body_bytes
 
     node.hooks.change_head = other_table
     assert "its head hashes to" in await refused(node, from_peers(wanted, holder))

@@ -1,21 +1,38 @@
-"""A body is what its head says, in whatever order its bytes come, or the verifier says what is wrong."""
+"""A body is what its head says, in whatever order its bytes come and whoever hashes them, or one line says
+what is wrong; and when it is over nobody reads the body any more."""
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraserve.adapters.body_hashes import ChunkHasher, CorruptError, chunk_hash, hash_chunks
 from loraserve.adapters.safetensors_file import TensorInfo
 from loraserve.adapters.segment import SegmentHead
-from loraserve.adapters.segment_head import hash_body, hashed, plan_head
-from loraserve.fabric.verify import CorruptError, Verifier
+from loraserve.adapters.segment_head import hashed, plan_head
+from loraserve.fabric.verify import verifier
 from tests.support.adapter_maker import PREFIX
 
 CHUNK_BYTES = 64
+WAIT_S = 20.0
+
+
+class Never(Executor):
+    """A pool whose threads are always busy with something else."""
+
+    def __init__(self) -> None:
+        self.asked: list[Callable[[], Any]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        self.asked.append(fn)
+        return Future()
 
 
 def made(width: int, seed: int) -> tuple[SegmentHead, bytearray]:
@@ -27,30 +44,44 @@ def made(width: int, seed: int) -> tuple[SegmentHead, bytearray]:
     plan = plan_head(tensors, {PREFIX.removeprefix("base_model.model.") + ".q_proj": 1.0}, name="a@0")
     body = bytearray(Random(seed).randbytes(plan.body_bytes))
     chunks = [body[at : at + CHUNK_BYTES] for at in range(0, len(body), CHUNK_BYTES)]
-    head = hashed(plan, digest="0" * 64, hashes=hash_body(chunks))
-    return replace(head, chunk_bytes=CHUNK_BYTES), body
+    head = hashed(replace(plan, chunk_bytes=CHUNK_BYTES), digest="0" * 64, chunk_hashes=hash_chunks(chunks))
+    return SegmentHead.decode(head.encode()), body
 
 
-def problem_of(head: SegmentHead, body: bytearray, pieces: list[tuple[int, int]]) -> str:
-    """What is found wrong when the bytes come in these pieces."""
-    with memoryview(body) as view:
-        verifier = Verifier(head, view)
-        thread = threading.Thread(target=verifier.run)
-        thread.start()
-        try:
-            for piece in pieces:
-                verifier.on_bytes(*piece)
-        except CorruptError as error:
-            verifier.stop()
-            return str(error)
-        else:
-            verifier.finish()
-        finally:
-            thread.join()
-        return verifier.problem
+def problem_of(
+    head: SegmentHead, body: bytearray, pieces: list[tuple[int, int]], pool: Executor | None
+) -> str:
+    """What is found wrong when the bytes come in these pieces; nobody looks at the body afterwards."""
+    view = memoryview(body)
+    hasher = verifier(head, view, pool)
+    problem = ""
+    try:
+        for piece in pieces:
+            hasher.on_bytes(*piece)
+        hasher.finish()
+    except CorruptError as error:
+        problem = str(error)
+        hasher.stop()
+    view.release()
+    body.append(0)  # BufferError if there is a view of it
+    body.pop()
+    return problem
+
+
+@pytest.fixture(scope="module", params=["none", "busy", "closed", 1, 2, 4])
+def pool(request: pytest.FixtureRequest) -> Any:
+    """Whoever may help: nobody, or so many threads."""
+    if request.param in ("none", "busy"):
+        yield None if request.param == "none" else Never()
+        return
+    with ThreadPoolExecutor(1 if request.param == "closed" else request.param) as threads:
+        if request.param == "closed":
+            threads.shutdown()
+        yield threads
 
 
 cuts = st.lists(st.floats(0, 1), max_size=10)
+dice = st.randoms(use_true_random=False)
 
 
 def pieces_of(size: int, places: list[float], rng: Random) -> list[tuple[int, int]]:
@@ -60,35 +91,162 @@ def pieces_of(size: int, places: list[float], rng: Random) -> list[tuple[int, in
     return pieces
 
 
-@given(st.integers(1, 100), cuts, st.randoms(use_true_random=False))
-def test_bytes_in_any_order_are_sound(width: int, places: list[float], rng: Random) -> None:
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 100), cuts, dice)
+def test_bytes_in_any_order_are_sound(
+    pool: Executor | None, width: int, places: list[float], rng: Random
+) -> None:
     head, body = made(width, seed=width)
-    assert problem_of(head, body, pieces_of(len(body), places, rng)) == ""
+    assert problem_of(head, body, pieces_of(len(body), places, rng), pool) == ""
 
 
-@given(st.integers(1, 100), cuts, st.floats(0, 0.999), st.integers(0, 7), st.randoms(use_true_random=False))
-def test_one_wrong_bit_is_found(width: int, places: list[float], place: float, bit: int, rng: Random) -> None:
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 100), cuts, st.floats(0, 0.999), st.integers(1, 255), dice)
+def test_one_wrong_byte_is_found(
+    pool: Executor | None, width: int, places: list[float], place: float, flip: int, rng: Random
+) -> None:
     head, body = made(width, seed=width)
-    pieces = pieces_of(len(body), places, rng)
-    body[int(place * len(body))] ^= 1 << bit
-    assert "is damaged" in problem_of(head, body, pieces)
+    body[int(place * len(body))] ^= flip
+    found = problem_of(head, body, pieces_of(len(body), places, rng), pool)
+    assert found == f"chunk {int(place * len(body)) // CHUNK_BYTES} of {head.num_chunks} is damaged"
 
 
-@given(st.integers(1, 100), cuts, st.randoms(use_true_random=False))
-def test_a_missing_piece_is_found(width: int, places: list[float], rng: Random) -> None:
+@settings(deadline=None, max_examples=50)
+@given(st.integers(40, 100), cuts, dice)
+def test_chunks_in_each_others_place_are_found(
+    pool: Executor | None, width: int, places: list[float], rng: Random
+) -> None:
+    head, body = made(width, seed=width)
+    first, second = rng.sample(range(len(body) // CHUNK_BYTES), 2)
+    one, other = (slice(at * CHUNK_BYTES, (at + 1) * CHUNK_BYTES) for at in (first, second))
+    body[one], body[other] = body[other], body[one]
+    assert "is damaged" in problem_of(head, body, pieces_of(len(body), places, rng), pool)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 100), cuts, dice)
+def test_a_missing_piece_is_found(
+    pool: Executor | None, width: int, places: list[float], rng: Random
+) -> None:
     head, body = made(width, seed=width)
     pieces = pieces_of(len(body), places, rng)
     begin, end = pieces.pop()
-    assert problem_of(head, body, pieces) == f"{end - begin} of {len(body)} bytes never came"
+    assert problem_of(head, body, pieces, pool) == f"{end - begin} of {len(body)} bytes never came"
 
 
-def test_a_body_whose_chunks_hash_alike_and_that_is_another_is_found_by_its_sha256() -> None:
-    head, body = made(30, seed=1)
-    other = replace(head, body_sha256="0" * 64)
-    assert "its body hashes to" in problem_of(other, body, [(0, len(body))])
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 100), cuts, dice)
+def test_a_piece_that_comes_twice_is_found(
+    pool: Executor | None, width: int, places: list[float], rng: Random
+) -> None:
+    head, body = made(width, seed=width)
+    pieces = pieces_of(len(body), places, rng)
+    pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(pieces))
+    assert "twice" in problem_of(head, body, pieces, pool)
 
 
 @pytest.mark.parametrize("piece", [(-1, 3), (5, 4), (0, 10_000)])
-def test_pieces_that_cannot_be_are_refused(piece: tuple[int, int]) -> None:
+def test_pieces_that_cannot_be_are_refused(pool: Executor | None, piece: tuple[int, int]) -> None:
     head, body = made(30, seed=1)
-    assert "it sent bytes" in problem_of(head, body, [piece])
+    assert "it sent bytes" in problem_of(head, body, [piece], pool)
+
+
+def test_damage_ends_it_before_the_rest_has_come() -> None:
+    head, body = made(100, seed=1)
+    body[0] ^= 1
+    never = Never()
+    hasher = verifier(head, memoryview(body), never)
+    hasher.on_bytes(0, CHUNK_BYTES)
+    assert not hasher.has_failed
+    never.asked[0]()
+    assert hasher.has_failed
+    with pytest.raises(CorruptError, match="chunk 0 of"):
+        hasher.on_bytes(CHUNK_BYTES, 2 * CHUNK_BYTES)
+    hasher.stop()
+
+
+class Standing:
+    """Stands still in a thread of the pool, while it has a chunk."""
+
+    def __init__(self, then: BaseException | None = None) -> None:
+        self.reached, self.released = threading.Event(), threading.Event()
+        self._then = then
+
+    def take(self, index: int, found: bytes) -> str:
+        """As the hasher calls it."""
+        self.reached.set()
+        assert self.released.wait(WAIT_S)
+        if self._then is not None:
+            raise self._then
+        return ""
+
+
+@pytest.mark.parametrize("way", ["finish", "stop"])
+def test_who_has_begun_is_waited_for_and_who_is_late_finds_nothing(way: str) -> None:
+    body, standing, never = bytearray(4 * CHUNK_BYTES), Standing(), Never()
+    hasher = ChunkHasher(memoryview(body), CHUNK_BYTES, standing.take, never)
+    hasher.on_bytes(0, len(body))
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(never.asked[0])
+        assert standing.reached.wait(WAIT_S)
+        ended = threads.submit(getattr(hasher, way))
+        assert not ended.done()
+        standing.released.set()
+        ended.result(WAIT_S)
+    assert [late() for late in never.asked[1:]] == [False] * 3
+    body.append(0)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), SystemExit(1)])
+def test_what_fails_in_a_thread_of_the_pool_is_not_lost(error: BaseException) -> None:
+    body, standing = bytearray(4 * CHUNK_BYTES), Standing(error)
+    with ThreadPoolExecutor(1) as threads:
+        hasher = ChunkHasher(memoryview(body), CHUNK_BYTES, standing.take, threads)
+        hasher.on_bytes(0, CHUNK_BYTES)
+        assert standing.reached.wait(WAIT_S)
+        standing.released.set()
+        with pytest.raises(type(error)):
+            hasher.finish()
+    assert hasher.has_failed
+    hasher.stop()
+    body.append(0)
+
+
+def test_several_threads_hash_chunks_of_one_body_at_the_same_time() -> None:
+    body = bytearray(3 * CHUNK_BYTES)
+    meeting = threading.Barrier(3)
+
+    def meet(index: int, found: bytes) -> str:
+        meeting.wait(WAIT_S)
+        return ""
+
+    with ThreadPoolExecutor(2) as threads:
+        hasher = ChunkHasher(memoryview(body), CHUNK_BYTES, meet, threads)
+        hasher.on_bytes(0, len(body))
+        hasher.finish()  # the third is the one that waits
+    assert not meeting.broken
+
+
+def test_many_bodies_at_once_share_two_threads() -> None:
+    made_here = [made(60 + number, seed=number) for number in range(20)]
+    with ThreadPoolExecutor(2) as shared, ThreadPoolExecutor(len(made_here)) as fetchers:
+        problems = fetchers.map(
+            lambda one: problem_of(one[0], one[1], pieces_of(len(one[1]), [0.3, 0.7], Random(1)), shared),
+            made_here,
+        )
+        assert set(problems) == {""}
+
+
+def test_a_hash_is_taken_with_its_chunks_number() -> None:
+    body = bytearray(Random(5).randbytes(5 * CHUNK_BYTES - 7))
+    taken = {}
+
+    def take(index: int, found: bytes) -> str:
+        taken[index] = found
+        return ""
+
+    hasher = ChunkHasher(memoryview(body), CHUNK_BYTES, take)
+    hasher.on_bytes(0, len(body))
+    hasher.finish()
+    parts = [body[at : at + CHUNK_BYTES] for at in range(0, len(body), CHUNK_BYTES)]
+    assert taken == {index: chunk_hash(part) for index, part in enumerate(parts)}
