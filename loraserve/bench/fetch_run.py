@@ -78,7 +78,8 @@ class FetchProgress:
 
 
 async def run_fetch(options: FetchOptions, folder: Path, progress: FetchProgress) -> FetchResult:
-    """Measure everything with files in `folder`; what is started is ended. LoraServeError."""
+    """Measure everything with files in `folder`; what is started is ended. LoraServeError, also if no
+    source could be measured."""
     _check_memory(options.shapes)
     progress.total = len(options.shapes) * len(options.sources) * options.repetitions
     progress.tell(doing="the processes start")
@@ -94,6 +95,9 @@ async def run_fetch(options: FetchOptions, folder: Path, progress: FetchProgress
             with made(shape, folder) as subject:
                 await bench.measure(subject)
         others_cpu = bystanders.share()
+        if not bench.rows:
+            why = "; ".join(f"{source}: {reason}" for source, reason in bench.left_out.items())
+            raise WorkFailedError(f"nothing was measured: {why}")
         floors = await asyncio.to_thread(measure_floors)
     return FetchResult(
         rows=tuple(bench.rows),

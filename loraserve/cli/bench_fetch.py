@@ -86,7 +86,9 @@ def fetch(
     if model is not None and ranks is None and engine is None:
         raise BadInputError("--model: adapters of which ranks? Give --ranks")
     named = _sources(source)
-    numbers = _ranks(ranks or DEFAULT_RANKS) if ranks is not None or engine is not None else ()
+    if ranks is None and engine is not None:
+        ranks = DEFAULT_RANKS
+    numbers = () if ranks is None else _ranks(ranks)
     _check_folders(out, folder)
     quiet_engine()
     with _working_folder(folder) as work:
@@ -135,7 +137,7 @@ def _ranks(text: str) -> tuple[int, ...]:
 def _size_shapes(text: str | None, *, quick: bool) -> "tuple[Shape, ...]":
     from loraserve.bench.fetch_subject import parse_size, shape_of_size
 
-    parts = (text or DEFAULT_SIZES).split(",")
+    parts = (DEFAULT_SIZES if text is None else text).split(",")
     if quick and text is None:
         parts = parts[:-1]
     return tuple(shape_of_size(one) for one in sorted({parse_size(part) for part in parts}))

@@ -66,6 +66,16 @@ async def test_a_source_that_cannot_be_had_is_left_out_with_its_reason(
     assert "100% of a file stay in memory" in result.left_out["cold_disk"]
 
 
+async def test_a_run_whose_sources_are_all_left_out_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_run, "share_in_memory", lambda path: 1.0)
+    options = FetchOptions(shapes=(shape_of_size(64 * KIB),), sources=("cold_disk",), repetitions=1)
+    with pytest.raises(WorkFailedError, match=r"^nothing was measured: cold_disk: 100% of a file stay"):
+        await run_fetch(options, tmp_path, FetchProgress())
+    assert folders_left(tmp_path) == []
+
+
 async def test_an_adapter_that_memory_cannot_hold_is_refused_before_anything_starts(tmp_path: Path) -> None:
     shape = shape_of_size(64 * KIB)
     huge = type(shape)(label="huge", rank=512, modules=dict.fromkeys(shape.modules, (2**40, 2**40)))

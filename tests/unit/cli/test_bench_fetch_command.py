@@ -39,6 +39,8 @@ async def test_tables_say_from_which_size_a_peer_pays_and_nothing_is_cut_off() -
     ("arguments", "says"),
     [
         (("--sizes", "big"), "--sizes: got 'big'; expected such as 512KiB"),
+        (("--sizes", ""), "--sizes: got ''; expected such as 512KiB"),
+        (("--ranks", ""), "--ranks: got ''; expected numbers from 1 to 512"),
         (("--sizes", "1MiB", "--ranks", "8"), "--sizes and --ranks: give one of them"),
         (("--sizes", "1MiB", "--engine", "vllm"), "give --ranks, not --sizes"),
         (("--engine", "gpt"), "--engine: got 'gpt'; expected vllm or emulated"),
