@@ -101,14 +101,16 @@ def check_gpus(names: Sequence[str] | None) -> Check:
     return Check(name="gpus", status=Status.OK, found=found)
 
 
-def check_ucx(version: str | None) -> Check:
-    """ucxx is optional."""
-    found = (
-        f"ucxx {version}"
-        if version
-        else "ucxx is not installed (extra ucx): adapters go from replica to replica over TCP"
-    )
-    return Check(name="ucx", status=Status.OK, found=found)
+def check_ucx(version: str | None, problem: str = "") -> Check:
+    """ucxx is optional; `problem` is why an installed one does not start."""
+    if version is None:
+        found = "ucxx is not installed (extra ucx): adapters go from replica to replica over TCP"
+        return Check(name="ucx", status=Status.OK, found=found)
+    if problem:
+        advice = "adapters go from replica to replica over TCP until it does; scripts/setup installs it anew"
+        found = f"ucxx {version} does not start: {problem}"
+        return Check(name="ucx", status=Status.WARN, found=found, advice=advice)
+    return Check(name="ucx", status=Status.OK, found=f"ucxx {version}")
 
 
 def check_memory(available_bytes: int, num_cpus: int) -> Check:

