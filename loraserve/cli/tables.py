@@ -82,7 +82,7 @@ def replica_table(replicas: Sequence[Any]) -> Table:
 
 
 def fabric_line(replicas: Sequence[Any]) -> str:
-    """Where the replicas' adapters have come from, in one line; '' if none has come yet."""
+    """Where the replicas' adapters have come from and what has failed, in one line; '' for neither."""
     loads: Counter[str] = Counter()
     moved: Counter[str] = Counter()
     failures: Counter[str] = Counter()
@@ -91,16 +91,15 @@ def fabric_line(replicas: Sequence[Any]) -> str:
             loads[one.source] += one.loads
             moved[one.source] += one.bytes
         failures.update(replica.fabric.failures)
-    if not loads:
-        return ""
     parts = [
         f"{_SOURCES.get(source, f'peers over {source}')} {number} ({moved[source] / 2**20:.1f} MiB)"
         for source, number in sorted(loads.items())
     ]
-    line = f"adapters loaded from: {', '.join(parts)}"
+    said = [f"adapters loaded from: {', '.join(parts)}"] if parts else []
     if failures:
-        line += (
-            f"; failed attempts: {', '.join(f'{kind} {number}' for kind, number in sorted(failures.items()))}"
-        )
+        counted = ", ".join(f"{kind} {number}" for kind, number in sorted(failures.items()))
+        said.append(f"failed attempts: {counted}")
     resting = sorted({name for replica in replicas for name in replica.fabric.open_breakers})
-    return line + (f"; not tried at the moment: {', '.join(resting)}" if resting else "")
+    if resting:
+        said.append(f"not tried at the moment: {', '.join(resting)}")
+    return "; ".join(said)

@@ -55,6 +55,13 @@ def test_failed_attempts_and_what_is_left_alone_follow() -> None:
     )
 
 
+def test_what_has_only_failed_is_told_too() -> None:
+    """Most of all then."""
+    failed = Shown()
+    failed.fabric = FabricStatus(failures={"no source": 2}, open_breakers=("a/tcp",))
+    assert fabric_line([failed, Shown()]) == ("failed attempts: no source 2; not tried at the moment: a/tcp")
+
+
 async def test_status_tells_programs_and_people_where_adapters_came_from(
     tmp_path: Path, samples: SampleSet
 ) -> None:
