@@ -114,7 +114,6 @@ class Listener:
         host: str,
         port: int = 0,
         *,
-        advertised_host: str | None = None,
         on_missing: OnMissing | None = None,
         limits: ListenerLimits | None = None,
     ) -> None:
@@ -126,7 +125,7 @@ class Listener:
         where = self._socket.getsockname()
         self.port: int = where[1]
         self._is_local = ipaddress.ip_address(where[0].partition("%")[0]).is_loopback
-        self._address = Address(host=advertised_host or host, port=self.port, token=self.token).encode()
+        self._address = Address(host=host, port=self.port, token=self.token).encode()
         self._lock = threading.Lock()
         self._connections: dict[Connection, threading.Thread] = {}
         self._handlers: dict[int, tuple[str, Handler]] = {}

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from loraserve.errors import BadInputError, UnavailableError
 from loraserve.transport.base import Transport
-from loraserve.transport.listener import Listener, ListenerLimits
+from loraserve.transport.listener import Listener
 from loraserve.transport.published import OnMissing
 from loraserve.transport.tcp import TcpTransport
 
@@ -56,22 +56,19 @@ def open_transports(
     schemes: Sequence[str],
     *,
     host: str,
-    port: int = 0,
-    advertised_host: str | None = None,
     on_missing: OnMissing | None = None,
-    limits: ListenerLimits | None = None,
     openers: Mapping[str, Opener] | None = None,
 ) -> OpenTransports:
-    """Listen on one socket and open these schemes on it.
+    """Listen on one socket, at a port that the system picks, and open these schemes on it.
 
     A scheme whose library is missing or does not work is left out, with one warning. BadInputError for an
-    unknown scheme, or a host and port that cannot be listened on. `advertised_host` is what peers are told,
-    for a host that means all interfaces. `openers` replaces `SCHEMES` in tests.
+    unknown scheme, or a host that cannot be listened on, which is what peers are told too. `openers` replaces
+    `SCHEMES` in tests.
     """
     check_schemes(schemes)
     if not schemes:
         return OpenTransports(transports=(), left_out={})
-    listener = Listener(host, port, advertised_host=advertised_host, on_missing=on_missing, limits=limits)
+    listener = Listener(host, on_missing=on_missing)
     opened: list[Transport] = []
     left_out: dict[str, str] = {}
     try:

@@ -408,13 +408,6 @@ def test_only_the_host_that_is_given_is_listened_on() -> None:
             Listener("127.0.0.1", listener.port)
 
 
-def test_the_address_names_the_host_that_peers_are_to_use() -> None:
-    with nothing_leaks():
-        listener = Listener("127.0.0.1", advertised_host="node-7.example")
-        assert Address.decode(listener.address).host == "node-7.example"
-        listener.close()
-
-
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
 def test_ipv6_works_too() -> None:
     with nothing_leaks():

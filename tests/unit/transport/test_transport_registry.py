@@ -7,11 +7,9 @@ import pytest
 
 from loraserve.errors import BadInputError, UnavailableError
 from loraserve.transport import registry
-from loraserve.transport.address import Address
 from loraserve.transport.base import Transport
 from loraserve.transport.listener import Listener
 from loraserve.transport.registry import OpenTransports, check_schemes, open_transports
-from loraserve.transport.tcp import TcpTransport
 from tests.support.adapter_maker import one_line
 from tests.support.transport_kit import ROOT, Fetched, fetch, memory_region, nothing_leaks
 
@@ -81,16 +79,6 @@ def test_without_any_scheme_nothing_listens() -> None:
 def test_a_defect_of_one_scheme_leaves_nothing_of_the_others() -> None:
     with nothing_leaks(), pytest.raises(ZeroDivisionError):
         opened(ZeroDivisionError(), "tcp", "ucx")
-
-
-def test_peers_are_told_the_advertised_host() -> None:
-    with nothing_leaks():
-        found = open_transports(["tcp"], host="127.0.0.1", advertised_host="10.1.2.3")
-        (transport,) = found.transports
-        assert isinstance(transport, TcpTransport)
-        address = Address.decode(transport.address)
-        assert (address.host, address.port) == ("10.1.2.3", transport.listener.port)
-        found.close()
 
 
 def test_ucx_is_imported_only_when_it_is_asked_for() -> None:
