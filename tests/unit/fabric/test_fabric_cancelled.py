@@ -75,6 +75,8 @@ async def test_the_last_to_leave_ends_the_fetch_and_its_memory_is_free_when_it_h
     node.check(idle=True)
     assert node.counts.failures == {}, "nobody was at fault"
     assert node.counts.loads == {}
+    asked = [what for what, _ in node.transports[0].asked]
+    assert asked == (["head"] if "head" in where else ["head", "body"]), "it has ended as soon as it could"
     node.transports[0].hooks = Hooks()
     assert (await node.fabric.acquire(from_peers(wanted, holder))).source == "peer"
 
