@@ -1,7 +1,9 @@
 """What replicas are told, once an epoch, of the adapters that they cache and of those that they will want."""
 
+import logging
 from typing import TYPE_CHECKING
 
+from loraserve.errors import LoraServeError
 from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.wanted import Wanted
 from placement.cluster.records import ReplicaPhase
@@ -9,6 +11,8 @@ from placement.types import ReplicaId
 
 if TYPE_CHECKING:
     from loraserve.controller.controller import Controller
+
+logger = logging.getLogger(__name__)
 
 MAX_SOON = 32
 """More are not fetched ahead within an epoch: what a plan wants at once is loaded, not fetched ahead."""
@@ -28,7 +32,7 @@ def advice_for(controller: "Controller", replica: ReplicaId) -> CacheAdvice:
     known = [version for version in cached if version in state.adapters]
     return CacheAdvice(
         demand_tokens_per_s={version: controller.demand.forecast.get(version, 0.0) for version in known},
-        last=frozenset(version for version in known if sources.keepers(version) <= {replica}),
+        last=frozenset(version for version in known if sources.keeps_last(replica, version)),
         gone=tuple(version for version in cached if version not in state.adapters),
         soon=_soon(controller, replica),
     )
@@ -45,7 +49,12 @@ def _soon(controller: "Controller", replica: ReplicaId) -> tuple[Wanted, ...]:
         if adapter is None or version in copies or replica not in state.plan.replicas_of(version):
             continue
         if peers := keeper.sources.peers(replica, version, adapter.size_bytes):
-            files = keeper.files_of(adapter)
+            try:
+                files = keeper.files_of(adapter)
+            except LoraServeError as error:
+                # Its load says so too; the others' advice is not to wait for it.
+                logger.info("%s is not fetched ahead: %s", version, error)
+                continue
             soon.append(
                 Wanted(
                     version_id=version,

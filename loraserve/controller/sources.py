@@ -97,6 +97,12 @@ class AdapterSources:
         known = self._versions.get(version)
         return frozenset() if known is None else frozenset(known.holders)
 
+    def keeps_last(self, replica: ReplicaId, version: VersionId) -> bool:
+        """Whether the replica is to keep what it caches of the version: nobody else holds it, and of those
+        that cache it one is enough."""
+        keepers = self.keepers(version)
+        return self.holders(version) <= {replica} and min(keepers, default=replica) == replica
+
     def _measure(self, replica: ReplicaId, fetched: Fetched) -> None:
         """What a transfer has shown of the link that it came over."""
         pair = ReplicaId(fetched.peer), replica

@@ -1,6 +1,7 @@
 """What replicas are told of their caches once an epoch, and what becomes of it there."""
 
 import asyncio
+import shutil
 from collections.abc import Callable
 
 from loraserve.controller.advice import MAX_SOON, advice_for, advise_replicas
@@ -92,6 +93,26 @@ async def test_what_is_registered_no_more_leaves_the_caches_at_the_next_advice(
     assert 0 < fabrics(made)[ONE].counts().cached_bytes < before
     await until(lambda: not any(fabric.counts().leaving_bytes for fabric in fabrics(made).values()))
     assert set(fabrics(made)[ONE].published()) == set(versions[1:])
+
+
+async def test_an_adapter_whose_files_are_gone_costs_the_others_no_advice(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    made, versions = await started(
+        setup, samples, names=("rank-8", "rank-16"), copies=12, slots=24, replica={"check_interval_s": 60}
+    )
+    controller = made.controller
+    where: dict[VersionId, set[ReplicaId]] = {version: {ONE} for version in versions}
+    await move(controller, where)
+    await controller.refresh_reports()
+    gone = controller.state.adapters[versions[0]].sha256
+    shutil.rmtree(controller.library.directory_of(gone))
+    where = {version: {TWO} for version in versions}
+    controller.dispatch(messages.PlanGiven(plan_of(where), frozen=True))
+    coming = set(versions) - set(controller.state.replicas[TWO].copies)
+    good = {one for one in coming if controller.state.adapters[one].sha256 != gone}
+    assert set() < good < coming
+    assert {one.version_id for one in advice_for(controller, TWO).soon} == good
 
 
 async def test_what_waits_for_room_is_fetched_ahead_from_those_who_have_it(

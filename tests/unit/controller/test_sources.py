@@ -168,6 +168,18 @@ async def test_who_caches_a_version_gives_it_while_it_lives_and_keeps_it() -> No
     assert sources.keepers(V) == frozenset()
 
 
+async def test_of_those_who_only_cache_a_version_one_keeps_it() -> None:
+    sources = made("h", "h", "h")
+    for replica in (TWO, THREE):
+        sources.caches(replica, (V,))
+    assert [sources.keeps_last(one, V) for one in (ONE, TWO, THREE)] == [False, True, False]
+    sources.has(THREE, V)
+    assert not any(sources.keeps_last(one, V) for one in (ONE, TWO)), "a copy needs it elsewhere"
+    sources.has_not(THREE, V)
+    sources.lost(TWO)
+    assert sources.keeps_last(THREE, V)
+
+
 async def test_a_replica_without_a_fabric_waits_for_nobody_and_gives_nothing() -> None:
     sources = made("h", "h")
     sources.met(THREE, FabricPlace(), (V,))
