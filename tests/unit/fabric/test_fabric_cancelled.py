@@ -181,10 +181,14 @@ async def test_closing_does_not_wait_for_a_peer_that_says_nothing(town: Town, li
     wanted = library()
     holder, node = await town.holder("holder", wanted), town("node")
     asked = threading.Event()
+    heard: list[bool] = []
 
     def wait_for_the_head(key: str) -> None:
         asked.set()
-        eventually(lambda: node.memory().closed, "the transport's end")
+        try:
+            eventually(lambda: node.memory().closed, "the transport's end")
+        finally:
+            heard.append(node.memory().closed)
 
     node.hooks.before_head = wait_for_the_head
     task = start(node, from_peers(wanted, holder))
@@ -192,6 +196,7 @@ async def test_closing_does_not_wait_for_a_peer_that_says_nothing(town: Town, li
     await node.fabric.close()
     with pytest.raises(UnavailableError, match="the fabric is closed"):
         await task
+    assert heard == [True]
     node.check(idle=True)
 
 
