@@ -45,7 +45,7 @@ from placement.types import VersionId
 
 _FIRST_POLL_S = 0.001
 # A request may wait for what is polled for; an engine that is busy answers once per step anyway.
-_LAST_POLL_S = 0.004
+_LAST_POLL_S = 0.002
 
 
 class _Held:
@@ -242,9 +242,6 @@ class EnginePool:
             wrong = next(filter(None, answers), "") or await self._advance(number, activate=False)
             if wrong:
                 raise AdapterRejectedError(f"adapter {name}: the engine refuses it: {wrong}")
-            missing = [rank for rank, ids in enumerate(await self._pooled()) if number not in ids]
-            if missing:
-                raise WorkFailedError(f"adapter {name}: worker ranks {missing} do not report it")
         except EngineDeadError:
             raise
         except LoraServeError:
@@ -326,15 +323,14 @@ class EnginePool:
             wrong = str(error)
         if wrong:
             self._handle(ActivationFailed(version_id=version, reason=f"adapter {version}: {wrong}"))
-        else:
-            self._handle(Activated(version_id=version))
+            return
+        self._handle(Activated(version_id=version))
+        await self._look_at_memory()
 
     async def _write(self, lora_id: int) -> str:
         """Activate the adapter on every rank or on none; '' or what is wrong."""
         try:
             wrong = await self._advance(lora_id, activate=True)
-            if not wrong:
-                await self._reports()
         except WorkFailedError as error:
             wrong = str(error)
         if wrong:
@@ -346,10 +342,17 @@ class EnginePool:
         try:
             async with self._writing:
                 await self._calls.workers("loraserve_deactivate", held.lora_id)
-                await self._reports()
         except LoraServeError as error:
             self._note(error)
         self._handle(Deactivated(version_id=version))
+        await self._look_at_memory()
+
+    async def _look_at_memory(self) -> None:
+        """Have the workers tell what slots take, when no request waits for it."""
+        try:
+            await self._reports()
+        except LoraServeError as error:
+            self._note(error)
 
     async def _advance(self, lora_id: int, *, activate: bool) -> str:
         """Advance the adapter on every rank until it is checked, or active; '' or what is wrong with it."""

@@ -98,3 +98,67 @@ def test_every_row_gets_its_adapters_share_and_base_rows_keep_their_bits(
     torch.testing.assert_close(y.double(), expected, rtol=tolerance / 4, atol=tolerance)
     untouched = torch.tensor([adapter in (0, 7) for adapter in ids])
     assert torch.equal(y[untouched], before[untouched])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rank=st.sampled_from([1, 3, 8, 16, 17, 48]),
+    rows=st.sampled_from([1, 15, 16, 33, 64]),
+    given_as=st.sampled_from(["float32", "float16", "bfloat16"]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    scaling=st.floats(0.01, 8.0),
+    compiled=st.booleans(),
+)
+def test_b_is_scaled_in_float32_and_rounded_once_and_its_source_stays(
+    libraries: dict[bool, str],
+    rank: int,
+    rows: int,
+    given_as: str,
+    dtype: str,
+    scaling: float,
+    compiled: bool,
+) -> None:
+    """The source may lie in a sealed segment, where a write ends the process."""
+    import torch
+
+    from loraserve.engines.vllm_lora.cpu import prepare_layer
+    from loraserve.engines.vllm_lora.room import Room
+    from loraserve.engines.vllm_lora.transpose import load_transpose
+    from loraserve.engines.vllm_lora.weights import SliceSource
+
+    generator = torch.Generator().manual_seed(rank)
+    a, b = (
+        torch.randn(*shape, generator=generator).to(getattr(torch, given_as))
+        for shape in ((rank, WIDTH), (rows, rank))
+    )
+    before = b.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(few_rows.LIBRARY, libraries[compiled])
+        transpose = load_transpose()
+    prepared = prepare_layer(
+        (SliceSource(a=a, b=b, scaling=scaling),),
+        (rows,),
+        getattr(torch, dtype),
+        room=Room(0),
+        transpose=transpose,
+    )
+    assert torch.equal(prepared.slices[0].b, (before.float() * scaling).to(getattr(torch, dtype)).t())
+    assert torch.equal(b, before)
+
+
+def test_what_is_taken_from_one_room_is_apart_and_zero_and_outlives_it() -> None:
+    import torch
+
+    from loraserve.engines.vllm_lora.room import Room
+
+    room = Room(64 * 1024**2)
+    shapes = [(1, 1), (3, 5), (1000, 4001), (4096, 4096), (2, 2)]
+    taken = [room.take(*shape, dtype=torch.bfloat16) for shape in shapes]
+    del room
+    assert not any(one.any() for one in taken)
+    for number, one in enumerate(taken):
+        assert one.data_ptr() % 64 == 0
+        one.fill_(number + 1)
+    assert [(tuple(one.shape), one.unique().tolist()) for one in taken] == [
+        (shape, [number + 1.0]) for number, shape in enumerate(shapes)
+    ]

@@ -16,7 +16,7 @@ from loraserve.engines.vllm_pool import EnginePool
 from loraserve.errors import AdapterRejectedError, EngineDeadError, StaleError, WorkFailedError
 from placement.types import VersionId
 from tests.support.adapter_maker import AdapterMaker
-from tests.support.fake_workers import FakeRank, FakeWorkers
+from tests.support.fake_workers import FakeWorkers
 from tests.support.segments import own_segments
 
 PATIENCE_S = 10.0
@@ -96,12 +96,6 @@ FAULTS: dict[str, tuple[str, Callable[[int], Any], type[Exception], str]] = {
         lambda _: ("failed", "no layer for it"),
         AdapterRejectedError,
         "no layer for it",
-    ),
-    "does not list it": (
-        "loraserve_report",
-        lambda _: {**FakeRank(2).loraserve_report()},
-        WorkFailedError,
-        r"worker ranks \[1\] do not report it",
     ),
     "fails inside vLLM": ("loraserve_advance", fails, WorkFailedError, "something inside vLLM"),
 }

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from loraserve.engines.vllm_lora.few_rows import load
+from loraserve.engines.vllm_lora.room import Room
 from loraserve.engines.vllm_lora.rows import RowGroups, Span, group_rows
+from loraserve.engines.vllm_lora.transpose import Transpose, transpose_with_torch
 from loraserve.engines.vllm_lora.weights import LayerSource
 
 _A_ROWS = 16
@@ -60,27 +62,33 @@ class LayerWeights:
 
 
 def prepare_layer(
-    source: LayerSource, output_slices: Sequence[int], dtype: torch.dtype, padded_rank: int = 0
+    source: LayerSource,
+    output_slices: Sequence[int],
+    dtype: torch.dtype,
+    padded_rank: int = 0,
+    *,
+    room: Room | None = None,
+    transpose: Transpose = transpose_with_torch,
 ) -> LayerWeights:
     """Copy one layer's matrices into the layout that is multiplied fastest, scaling applied.
 
     The scaling is applied in float32 and rounded once. `padded_rank` pads every slice with zeros to that
-    rank: what an engine without true ranks computes.
+    rank: what an engine without true ranks computes. The copies lie in `room`.
     """
-    a = _room_for_a(source, padded_rank, dtype)
+    room = room or Room(0)
+    a = _room_for_a(source, padded_rank, dtype, room)
     slices: list[SliceWeights] = []
     begin = left = 0
     for part, width in zip(source, output_slices, strict=True):
         if part is not None:
             rank = padded_rank or part.rank
             a[begin : begin + part.rank] = part.a
-            b = (part.b.float() * part.scaling).to(dtype).t().contiguous()
-            if rank > part.rank:
-                b = torch.nn.functional.pad(b, (0, 0, 0, rank - part.rank))
+            b = room.take(rank, part.b.shape[0], dtype=dtype)
+            transpose(part.b, part.scaling, b[: part.rank])
             slices.append(SliceWeights(begin=begin, end=begin + rank, left=left, right=left + width, b=b))
             begin += rank
         left += width
-    joined = _join(slices, begin, left, dtype) if not padded_rank else None
+    joined = _join(slices, begin, left, room) if not padded_rank else None
     held = [a, *(part.b for part in slices), *([] if joined is None else [joined])]
     return LayerWeights(
         a=a,
@@ -92,17 +100,17 @@ def prepare_layer(
     )
 
 
-def _room_for_a(source: LayerSource, padded_rank: int, dtype: torch.dtype) -> torch.Tensor:
+def _room_for_a(source: LayerSource, padded_rank: int, dtype: torch.dtype, room: Room) -> torch.Tensor:
     """Zeros for the slices' A, one below the other."""
     ranks = [(padded_rank or part.rank, part.a.shape[1]) for part in source if part is not None]
     height = sum(rank for rank, _ in ranks)
-    return torch.zeros(-(-height // _A_ROWS) * _A_ROWS, ranks[0][1], dtype=dtype)
+    return room.take(-(-height // _A_ROWS) * _A_ROWS, ranks[0][1], dtype=dtype)
 
 
-def _join(slices: Sequence[SliceWeights], ranks: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+def _join(slices: Sequence[SliceWeights], ranks: int, width: int, room: Room) -> torch.Tensor | None:
     if len(slices) < 2 or ranks > _JOINED_RANKS:
         return None
-    joined = torch.zeros(ranks, width, dtype=dtype)
+    joined = room.take(ranks, width, dtype=slices[0].b.dtype)
     for part in slices:
         joined[part.begin : part.end, part.left : part.right] = part.b
     return joined

@@ -11,6 +11,8 @@ from loraserve.engines.vllm_lora.cpu import CpuStep, LayerExecution, LayerWeight
 from loraserve.engines.vllm_lora.install import EXECUTION
 from loraserve.engines.vllm_lora.manager import PooledAdapter, PooledModelManager
 from loraserve.engines.vllm_lora.pool import Prepared
+from loraserve.engines.vllm_lora.room import Room
+from loraserve.engines.vllm_lora.transpose import load_transpose
 from loraserve.engines.vllm_lora.weights import layer_sources
 
 
@@ -28,8 +30,11 @@ class CpuModelManager(PooledModelManager):
         """Matrices per layer at their true rank, or padded where that is asked for."""
         padded = self.lora_config.max_lora_rank if os.environ.get(EXECUTION) == "padded" else 0
         dtype = self.lora_config.lora_dtype
+        room, transpose = Room(segment.size_bytes), load_transpose()
         return {
-            name: prepare_layer(source, self.modules[name].output_slices, dtype, padded)
+            name: prepare_layer(
+                source, self.modules[name].output_slices, dtype, padded, room=room, transpose=transpose
+            )
             for name, source in layer_sources(segment, self).items()
         }
 

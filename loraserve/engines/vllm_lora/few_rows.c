@@ -47,6 +47,25 @@ static inline void set_bf16(bf16 *p, float v) {
 static inline float sum16(f32x16 v) {
     float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s;
 }
+#if defined(__clang__) || __GNUC__ >= 12
+#define INTERLEAVED(a, b, h) __builtin_shufflevector(a, b, h, h + 16, h + 1, h + 17, h + 2, h + 18, h + 3, h + 19, \
+                                                     h + 4, h + 20, h + 5, h + 21, h + 6, h + 22, h + 7, h + 23)
+#else
+#define INTERLEAVED(a, b, h) __builtin_shuffle(a, b, (u32x16){h, h + 16, h + 1, h + 17, h + 2, h + 18, h + 3, h + 19, \
+                                                              h + 4, h + 20, h + 5, h + 21, h + 6, h + 22, h + 7, h + 23})
+#endif
+/* Each pass turns the bits of a value's place, row before column, round by one: after four they have changed
+ * places. */
+static inline void transpose_tile(f32x16 *tile) {
+    for (int pass = 0; pass < 4; pass++) {
+        f32x16 next[LANES];
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = INTERLEAVED(tile[i], tile[i + LANES / 2], 0);
+            next[2 * i + 1] = INTERLEAVED(tile[i], tile[i + LANES / 2], 8);
+        }
+        memcpy(tile, next, sizeof next);
+    }
+}
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #define T float
@@ -57,3 +76,36 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 #define T bf16
 #define NAME(x) x##_bf16
 #include "few_rows_of_type.h"
+
+#define NAME transpose_float_float
+#define FROM float
+#define LOAD load_float
+#define ONE one_float
+#define TO float
+#define STORE store_float
+#define SET set_float
+#include "transpose_to_type.h"
+#define NAME transpose_float_bf16
+#define FROM float
+#define LOAD load_float
+#define ONE one_float
+#define TO bf16
+#define STORE store_bf16
+#define SET set_bf16
+#include "transpose_to_type.h"
+#define NAME transpose_bf16_float
+#define FROM bf16
+#define LOAD load_bf16
+#define ONE one_bf16
+#define TO float
+#define STORE store_float
+#define SET set_float
+#include "transpose_to_type.h"
+#define NAME transpose_bf16_bf16
+#define FROM bf16
+#define LOAD load_bf16
+#define ONE one_bf16
+#define TO bf16
+#define STORE store_bf16
+#define SET set_bf16
+#include "transpose_to_type.h"

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 LIBRARY = "LORASERVE_FEW_ROWS"
 """The variable that names the built library; absent: there is none."""
-_SOURCES = ("few_rows.c", "few_rows_of_type.h")
+_SOURCES = ("few_rows.c", "few_rows_of_type.h", "transpose_to_type.h")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _BUILD_TIMEOUT_S = 60.0
 _CPUINFO = Path("/proc/cpuinfo")
