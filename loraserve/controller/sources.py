@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from loraserve.engines.description import FabricPlace, Fetched
 from loraserve.fabric.wanted import PeerAddress
-from placement.fabric.topology import Place, Transfer, make_topology
+from placement.fabric.topology import Place, Topology, Transfer, make_topology
 from placement.types import NodeId, ReplicaId, VersionId
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class AdapterSources:
     def __init__(self, racks: Sequence[Sequence[str]]) -> None:
         self._racks = {host: f"rack-{number}" for number, hosts in enumerate(racks, 1) for host in hosts}
         self._places: dict[ReplicaId, FabricPlace] = {}
-        self._topology = make_topology({})
+        self._topology: Topology | None = None
         self._measured: dict[tuple[ReplicaId, ReplicaId], float] = {}
         self._versions: defaultdict[VersionId, _Version] = defaultdict(_Version)
         self._running: list[Transfer] = []
@@ -52,7 +52,7 @@ class AdapterSources:
     def met(self, replica: ReplicaId, place: FabricPlace, resident: Sequence[VersionId]) -> None:
         """A replica is ready: where its fabric is, what that caches, and what it holds."""
         self._places[replica] = place
-        self._rebuild()
+        self._topology = None
         self.caches(replica, place.cached)
         for version in resident:
             self.has(replica, version)
@@ -63,7 +63,7 @@ class AdapterSources:
         self._cached.pop(replica, None)
         for pair in [pair for pair in self._measured if replica in pair]:
             del self._measured[pair]
-        self._rebuild()
+        self._topology = None
         for version in list(self._versions):
             self.has_not(replica, version)
 
@@ -110,7 +110,7 @@ class AdapterSources:
             return
         seen = fetched.size_bytes / fetched.transfer_s
         self._measured[pair] = seen + (1 - NEW_WEIGHT) * (self._measured.get(pair, seen) - seen)
-        self._rebuild()
+        self._topology = None
 
     def with_origin(self, peers: tuple[PeerAddress, ...]) -> tuple[PeerAddress, ...]:
         """The peers, and last the controller itself, for a replica that does not see its store's folder."""
@@ -159,15 +159,18 @@ class AdapterSources:
     def peers(self, replica: ReplicaId, version: VersionId, size_bytes: int) -> tuple[PeerAddress, ...]:
         """Those that keep it and have an address, the best first."""
         holders = [one for one in self.keepers(version) if self._places[one].addresses]
-        ordered = self._topology.order(replica, holders, busy=self._running, size_bytes=size_bytes)
+        ordered = self._links().order(replica, holders, busy=self._running, size_bytes=size_bytes)
         return tuple(PeerAddress(replica_id=one, addresses=self._places[one].addresses) for one in ordered)
 
-    def _rebuild(self) -> None:
-        places = {
-            # Each replica is a process of its own.
-            replica: Place(
-                process=str(replica), host=NodeId(place.host), rack=self._racks.get(place.host, "")
-            )
-            for replica, place in self._places.items()
-        }
-        self._topology = make_topology(places, measured=self._measured)
+    def _links(self) -> Topology:
+        """Made anew when it is asked for, not whenever a replica comes: they come by the hundred."""
+        if self._topology is None:
+            places = {
+                # Each replica is a process of its own.
+                replica: Place(
+                    process=str(replica), host=NodeId(place.host), rack=self._racks.get(place.host, "")
+                )
+                for replica, place in self._places.items()
+            }
+            self._topology = make_topology(places, measured=self._measured)
+        return self._topology
