@@ -154,7 +154,7 @@ class SegmentCache:
     def evict(self, needed_bytes: int) -> bool:
         """Evict so that so many bytes come free, now or when their readers are done; False, and nothing is
         evicted, if that cannot be."""
-        chosen = choose_evicted(self._evictable(), needed_bytes=needed_bytes)
+        chosen = choose_evicted(self._here(), needed_bytes=needed_bytes)
         for version in chosen or ():
             entry = self._entries[version]
             logger.info("evicted %s (%d bytes)", version, entry.size_bytes)
@@ -169,7 +169,7 @@ class SegmentCache:
         while sum(not one.pins for one in self._entries.values()) > self._max_cached and self.evict(1):
             pass
 
-    def _evictable(self) -> list[CachedVersion]:
+    def _here(self) -> list[CachedVersion]:
         now_s, demand = self._clock.now_s(), self._demand_tokens_per_s
         return [
             CachedVersion(
@@ -179,10 +179,10 @@ class SegmentCache:
                 idle_s=max(0.0, now_s - one.let_go_at_s),
                 fetch_bytes_per_s=one.fetch_bytes_per_s,
                 demand_tokens_per_s=None if demand is None else demand.get(version, 0.0),
+                is_pinned=one.pins > 0,
                 is_last=version in self._last,
             )
             for version, one in self._entries.items()
-            if not one.pins
         ]
 
     # -- coming and going ------------------------------------------------------------------------
