@@ -1,19 +1,26 @@
-"""The hashes of a segment's body: sha256 of each chunk, and the root over them, which stands for the whole.
+"""The hashes of a segment's body: a fast one and the sha256 of each chunk, and the root over the latter, for
+the whole.
 
 Chunks are hashed for themselves, in any order and by several threads, while the bytes come: a body that came
 over a fast link is verified when its last chunk is, not a pass of one thread later.
 """
 
 import hashlib
+import os
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-HASH_BYTES = 32
+import xxhash
+
+FAST_BYTES = 8
+SHA256_BYTES = 32
+_MAX_HASHERS = 16
 _ROOT = b"LoRAServe: root of a segment's body\n"
 _SIZES = struct.Struct(">QQ")
 
@@ -22,40 +29,70 @@ class CorruptError(Exception):
     """Bytes are not what the trusted head says."""
 
 
-def chunk_hash(chunk: Any) -> bytes:
-    """A chunk's sha256. Large ones are hashed without the interpreter's lock."""
+def num_hashers() -> int:
+    """How many threads hash beside those that bring bytes: all cores that this process may use but one, up
+    to 16."""
+    return max(1, min(len(os.sched_getaffinity(0)) - 1, _MAX_HASHERS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BodyHashes:
+    """Of all chunks, one after the other, as a head holds them: xxh3_64 (8 bytes each, big endian) and sha256
+    (32 bytes each)."""
+
+    fast: bytes
+    sha256: bytes
+
+
+def fast_hash(chunk: Any) -> bytes:
+    """A chunk's xxh3_64."""
+    return xxhash.xxh3_64_digest(chunk)
+
+
+def sha256_of(chunk: Any) -> bytes:
+    """A chunk's sha256, worked out without the interpreter's lock."""
     return hashlib.sha256(chunk).digest()
 
 
-def hash_chunks(chunks: Iterable[Any]) -> bytes:
-    """The hashes of all chunks, one after the other, as a head holds them; each may be gone when the next
-    one comes."""
-    return b"".join(chunk_hash(chunk) for chunk in chunks)
+def hash_chunks(chunks: Iterable[Any]) -> BodyHashes:
+    """Both hashes of all chunks, each of which may be gone when the next one comes."""
+    fast, strong = bytearray(), bytearray()
+    for chunk in chunks:
+        fast += fast_hash(chunk)
+        strong += sha256_of(chunk)
+    return BodyHashes(fast=bytes(fast), sha256=bytes(strong))
 
 
-def root_of(hashes: bytes, *, body_bytes: int, chunk_bytes: int) -> str:
-    """The root over the hashes of all chunks of a body.
+def chunks_of(body: memoryview, chunk_bytes: int) -> Iterator[memoryview]:
+    """A body in memory, chunk by chunk."""
+    for begin in range(0, len(body), chunk_bytes):
+        with body[begin : begin + chunk_bytes] as chunk:
+            yield chunk
+
+
+def root_of(sha256s: bytes, *, body_bytes: int, chunk_bytes: int) -> str:
+    """The root over the sha256 of all chunks of a body.
 
     The tree is exactly two deep, and how the body is cut is hashed with it, so that no other body, and no
     other way to cut it, has the same root as long as sha256 holds.
     """
-    return hashlib.sha256(_ROOT + _SIZES.pack(body_bytes, chunk_bytes) + hashes).hexdigest()
+    return hashlib.sha256(_ROOT + _SIZES.pack(body_bytes, chunk_bytes) + sha256s).hexdigest()
 
 
 def root_of_body(body: memoryview, chunk_bytes: int) -> str:
     """The root of a body that is in memory."""
-    parts = (body[begin : begin + chunk_bytes] for begin in range(0, len(body), chunk_bytes))
-    return root_of(hash_chunks(parts), body_bytes=len(body), chunk_bytes=chunk_bytes)
+    found = hash_chunks(chunks_of(body, chunk_bytes)).sha256
+    return root_of(found, body_bytes=len(body), chunk_bytes=chunk_bytes)
 
 
 class ChunkHasher:
-    """Hashes the chunks of a body while its bytes come.
+    """Has the chunks of a body hashed while its bytes come.
 
     One thread brings the bytes: it calls `on_bytes`, and at last `finish` or `stop`. Chunks that are whole
     are hashed in the threads of `pool`, as far as it has some to spare; those that nobody has begun with are
-    left to `work` and `finish`, so that all ends well with a busy pool, a closed one, or none. `take_hash` is
-    called with a chunk's number and hash, in any order and by several threads, and says what is wrong with
-    it, '' if nothing is.
+    left to `work` and `finish`, so that all ends well with a busy pool, a closed one, or none. `take` is
+    called with a chunk's number and the chunk, in any order and by several threads; it hashes it, keeps no
+    view of it, and says what is wrong, '' if nothing is.
 
     Guarantees: once `finish` or `stop` has returned or raised, no thread reads the body. What went wrong in
     whatever thread is raised by `on_bytes` or `finish`.
@@ -65,13 +102,13 @@ class ChunkHasher:
         self,
         body: memoryview,
         chunk_bytes: int,
-        take_hash: Callable[[int, bytes], str],
+        take: Callable[[int, memoryview], str],
         pool: Executor | None = None,
     ) -> None:
         self._body = body
         self._body_bytes = len(body)
         self._chunk_bytes = chunk_bytes
-        self._take_hash = take_hash
+        self._take = take
         self._pool = pool
         num_chunks = -(-self._body_bytes // chunk_bytes)
         last_bytes = self._body_bytes - (num_chunks - 1) * chunk_bytes
@@ -124,8 +161,7 @@ class ChunkHasher:
         try:
             begin = index * self._chunk_bytes
             with self._body[begin : begin + self._chunk_bytes] as chunk:
-                found = chunk_hash(chunk)
-            problem = self._take_hash(index, found)
+                problem = self._take(index, chunk)
         except BaseException as caught:  # Raised where somebody waits for it, whatever it is.
             error = caught
         self._end(problem, error)
@@ -173,3 +209,23 @@ class ChunkHasher:
             self._is_over = True
             self._changed.wait_for(lambda: not self._num_begun)
         self._body = memoryview(b"")
+
+
+def hash_body(body: memoryview, chunk_bytes: int) -> BodyHashes:
+    """Both hashes of all chunks of a body that is in memory, from this thread and others beside."""
+    num_chunks = -(-len(body) // chunk_bytes)
+    fast, strong = bytearray(num_chunks * FAST_BYTES), bytearray(num_chunks * SHA256_BYTES)
+
+    def keep(index: int, chunk: memoryview) -> str:
+        fast[index * FAST_BYTES : (index + 1) * FAST_BYTES] = fast_hash(chunk)
+        strong[index * SHA256_BYTES : (index + 1) * SHA256_BYTES] = sha256_of(chunk)
+        return ""
+
+    with ThreadPoolExecutor(num_hashers(), "segment-hash") as pool:
+        hasher = ChunkHasher(body, chunk_bytes, keep, pool)
+        try:
+            hasher.on_bytes(0, len(body))
+            hasher.finish()
+        finally:
+            hasher.stop()
+    return BodyHashes(fast=bytes(fast), sha256=bytes(strong))

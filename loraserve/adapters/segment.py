@@ -16,14 +16,13 @@ import mmap
 import os
 import struct
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from loraserve.adapters.body_hashes import HASH_BYTES, ChunkHasher, root_of_body
+from loraserve.adapters.body_hashes import BodyHashes, chunks_of, fast_hash, hash_body, root_of_body
 from loraserve.adapters.manifest import content_digest
-from loraserve.adapters.segment_folder import OpenFolder, copy_body, open_folder
+from loraserve.adapters.segment_folder import copy_body, kept_head, open_folder
 from loraserve.adapters.segment_head import (
     CHUNK_BYTES,
     MAX_HEAD_BYTES,
@@ -227,35 +226,30 @@ def build_segment(directory: Path, *, name: str, digest: str | None, max_lora_ra
     with open_folder(directory, name=name, where=where, max_lora_rank=max_lora_rank) as folder:
         writer = SegmentWriter(folder.head)
         try:
-            weights_digest, chunk_hashes = _copied(folder, writer.body)
-            found = content_digest(folder.config, weights_digest)
+            found = content_digest(folder.config, copy_body(folder, writer.body))
             if digest not in (None, found):
                 raise AdapterRejectedError(
                     f"{where}: its files have sha256 {found[:16]}, not {digest[:16] if digest else ''}"
                 )
-            return writer.seal_as(hashed(folder.head, digest=found, chunk_hashes=chunk_hashes))
+            return writer.seal_as(_told(folder.head, found, writer.body, kept_head(directory, name=name)))
         except BaseException:
             writer.abandon()
             raise
 
 
-def _copied(folder: OpenFolder, body: memoryview) -> tuple[bytes, bytes]:
-    """Read the weights into the body: the file's sha256, which is worked out in this thread and in order, and
-    the hashes of the body's chunks, from a thread beside."""
-    hashes = bytearray(folder.head.num_chunks * HASH_BYTES)
+def _told(head: SegmentHead, digest: str, body: memoryview, kept: SegmentHead | None) -> SegmentHead:
+    """The head with its hashes.
 
-    def keep(index: int, found: bytes) -> str:
-        hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES] = found
-        return ""
-
-    with ThreadPoolExecutor(1, "segment-hash") as pool:
-        hasher = ChunkHasher(body, folder.head.chunk_bytes, keep, pool)
-        try:
-            weights_digest = copy_body(folder, body, hasher.on_bytes)
-            hasher.finish()
-        finally:
-            hasher.stop()
-    return weights_digest, bytes(hashes)
+    The content has its digest, so a kept head that agrees with all chunks' fast hashes is this body's, and
+    their sha256 need not be worked out again. Who writes another one there makes a head that no peer was told
+    of.
+    """
+    if kept is not None:
+        fast = b"".join(fast_hash(chunk) for chunk in chunks_of(body, head.chunk_bytes))
+        known = BodyHashes(fast=fast, sha256=kept.chunk_sha256s)
+        if hashed(head, digest=digest, hashes=known) == kept:
+            return kept
+    return hashed(head, digest=digest, hashes=hash_body(body, head.chunk_bytes))
 
 
 def map_segment(ref: SegmentRef) -> MappedSegment:

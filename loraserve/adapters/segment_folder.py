@@ -6,7 +6,7 @@ weights to know it.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,15 +75,8 @@ def open_folder(directory: Path, *, name: str, where: str, max_lora_rank: int) -
         yield OpenFolder(where=where, config=config_bytes, fd=file.fileno(), header=header, head=head)
 
 
-def copy_body(folder: OpenFolder, body: memoryview, on_bytes: Callable[[int, int], None]) -> bytes:
-    """Read the weights into the body's order, once, in the file's order; the file's sha256.
-
-    `body` holds zeros. `on_bytes` is told of each part of it, begin and end, that is as it shall be.
-    """
-    end = 0
-    for tensor in folder.head.tensors:
-        on_bytes(end, tensor.begin)
-        end = tensor.end
+def copy_body(folder: OpenFolder, body: memoryview) -> bytes:
+    """Read the weights into the body's order, once, in the file's order; the file's sha256."""
     digest = hashlib.sha256()
     prefix = bytearray(folder.header.data_start)
     _read(folder, memoryview(prefix), 0)
@@ -96,7 +89,6 @@ def copy_body(folder: OpenFolder, body: memoryview, on_bytes: Callable[[int, int
             with body[begin + shift : end + shift] as part:
                 _read(folder, part, folder.header.data_start + begin)
                 digest.update(part)
-            on_bytes(begin + shift, end + shift)
     return digest.digest()
 
 
@@ -106,7 +98,7 @@ def head_of_folder(directory: Path, *, digest: str, where: str, max_lora_rank: i
     Memory stays bounded whatever the weights' size. AdapterRejectedError as there.
     """
     with open_folder(directory, name=digest, where=where, max_lora_rank=max_lora_rank) as folder:
-        return hashed(folder.head, digest=digest, chunk_hashes=hash_chunks(_chunks(folder)))
+        return hashed(folder.head, digest=digest, hashes=hash_chunks(_chunks(folder)))
 
 
 def kept_form(head: SegmentHead) -> bytes:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from loraserve.adapters.body_hashes import HASH_BYTES, root_of
+from loraserve.adapters.body_hashes import FAST_BYTES, SHA256_BYTES, BodyHashes, root_of
 from loraserve.adapters.safetensors_file import ITEM_BYTES, TensorInfo, show
 
 CHUNK_BYTES = 1024**2
@@ -82,6 +82,7 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     body_sha256: _Sha256
     chunk_bytes: Annotated[int, Meta(ge=1, le=2**30)]
     chunk_hashes: bytes
+    chunk_sha256s: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +90,9 @@ class SegmentHead:
     """One adapter version: its content's digest, the body's modules in their order, and the body's hashes.
 
     `name` is the version's id; `digest` the sha256 of the adapter's content as the registry knows it; `rank`
-    the highest of the modules. `chunk_hashes` holds the sha256 of every `chunk_bytes` of the body, 32 bytes
-    each, and `body_sha256` is the root over them (`body_hashes.root_of`).
+    the highest of the modules. `chunk_hashes` holds xxh3_64 of every `chunk_bytes` of the body, 8 bytes each,
+    big endian, `chunk_sha256s` their sha256, 32 bytes each, and `body_sha256` is the root over the latter
+    (`body_hashes.root_of`).
     """
 
     name: str
@@ -100,6 +102,7 @@ class SegmentHead:
     body_sha256: str
     chunk_bytes: int
     chunk_hashes: bytes
+    chunk_sha256s: bytes
     modules: tuple[ModuleSegment, ...]
 
     @property
@@ -113,8 +116,12 @@ class SegmentHead:
         return -(-self.body_bytes // self.chunk_bytes)
 
     def chunk_hash(self, index: int) -> bytes:
+        """The xxh3_64 of a chunk."""
+        return self.chunk_hashes[index * FAST_BYTES : (index + 1) * FAST_BYTES]
+
+    def chunk_sha256(self, index: int) -> bytes:
         """The sha256 of a chunk."""
-        return self.chunk_hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]
+        return self.chunk_sha256s[index * SHA256_BYTES : (index + 1) * SHA256_BYTES]
 
     def encode(self) -> bytes:
         """The canonical bytes; SegmentError for names that are no text."""
@@ -125,6 +132,7 @@ class SegmentHead:
             body_sha256=self.body_sha256,
             chunk_bytes=self.chunk_bytes,
             chunk_hashes=self.chunk_hashes,
+            chunk_sha256s=self.chunk_sha256s,
         )
         try:
             return msgspec.json.encode(wire)
@@ -146,10 +154,9 @@ class SegmentHead:
         if names != sorted(names, key=_engine_order):
             raise SegmentError("its head has the modules in another order")
         head = _placed(wire)
-        if len(head.chunk_hashes) != head.num_chunks * HASH_BYTES:
-            raise SegmentError(
-                f"its head has {len(head.chunk_hashes)} bytes of hashes for {head.num_chunks} chunks"
-            )
+        for hashes, size in ((head.chunk_hashes, FAST_BYTES), (head.chunk_sha256s, SHA256_BYTES)):
+            if len(hashes) != head.num_chunks * size:
+                raise SegmentError(f"its head has {len(hashes)} bytes of hashes for {head.num_chunks} chunks")
         if head.body_sha256 != _root(head):
             raise SegmentError("its head has a root that is not that of its hashes")
         if msgspec.json.encode(wire) != raw:
@@ -161,6 +168,12 @@ class SegmentHead:
 
         Also for heads that were made by hand: the tensors must be where the body's order puts them.
         """
+        self.check_fits(name=name, digest=digest, max_lora_rank=max_lora_rank, max_bytes=max_bytes)
+        if SegmentHead.decode(self.encode()) != self:
+            raise SegmentError("its tensors are not where the order of a body puts them")
+
+    def check_fits(self, *, name: str, digest: str, max_lora_rank: int, max_bytes: int) -> None:
+        """As `check`, for what `decode` gave."""
         if self.name != name:
             raise SegmentError(f"it holds {show(self.name)}, expected {show(name)}")
         if self.digest != digest:
@@ -169,8 +182,6 @@ class SegmentHead:
             raise SegmentError(f"its rank {self.rank} is above {max_lora_rank}")
         if self.body_bytes > max_bytes:
             raise SegmentError(f"its body has {self.body_bytes} bytes; at most {max_bytes} are allowed")
-        if SegmentHead.decode(self.encode()) != self:
-            raise SegmentError("its tensors are not where the order of a body puts them")
 
 
 def plan_head(
@@ -203,21 +214,25 @@ def plan_head(
             body_sha256=_NO_SHA256,
             chunk_bytes=CHUNK_BYTES,
             chunk_hashes=b"",
+            chunk_sha256s=b"",
         )
     )
-    head = hashed(blank, digest=digest, chunk_hashes=bytes(blank.num_chunks * HASH_BYTES))
+    zeros = BodyHashes(
+        fast=bytes(blank.num_chunks * FAST_BYTES), sha256=bytes(blank.num_chunks * SHA256_BYTES)
+    )
+    head = hashed(blank, digest=digest, hashes=zeros)
     SegmentHead.decode(head.encode())
     return head
 
 
-def hashed(head: SegmentHead, *, digest: str, chunk_hashes: bytes) -> SegmentHead:
+def hashed(head: SegmentHead, *, digest: str, hashes: BodyHashes) -> SegmentHead:
     """The head with what only the bytes could tell; it is encoded in as many bytes as before."""
-    told = replace(head, digest=digest, chunk_hashes=chunk_hashes)
+    told = replace(head, digest=digest, chunk_hashes=hashes.fast, chunk_sha256s=hashes.sha256)
     return replace(told, body_sha256=_root(told))
 
 
 def _root(head: SegmentHead) -> str:
-    return root_of(head.chunk_hashes, body_bytes=head.body_bytes, chunk_bytes=head.chunk_bytes)
+    return root_of(head.chunk_sha256s, body_bytes=head.body_bytes, chunk_bytes=head.chunk_bytes)
 
 
 def _engine_order(module: str) -> tuple[int, int, str]:
@@ -254,6 +269,7 @@ def _placed(wire: _Wire) -> SegmentHead:
         body_sha256=wire.body_sha256,
         chunk_bytes=wire.chunk_bytes,
         chunk_hashes=wire.chunk_hashes,
+        chunk_sha256s=wire.chunk_sha256s,
         modules=tuple(modules),
     )
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 
+from loraserve.adapters.body_hashes import num_hashers
 from loraserve.clock import Clock, WallClock
 from loraserve.errors import (
     AdapterRejectedError,
@@ -24,7 +25,7 @@ from loraserve.fabric.counts import FabricCounts, Tally
 from loraserve.fabric.flight import Crash, Flight, Landing, OnProgress
 from loraserve.fabric.gate import Gate, Stop, StoppedError, Ticket
 from loraserve.fabric.sources import Sources, Threads
-from loraserve.fabric.threads import background_pool, num_hashers
+from loraserve.fabric.threads import background_pool
 from loraserve.fabric.wanted import Acquired, FabricOptions, FetchFailedError, Wanted
 from loraserve.transport.base import Transport
 from placement.types import VersionId

@@ -102,7 +102,7 @@ def fetch_body(source: PeerSource, wanted: Wanted, head: Head, fetching: Fetchin
     """Allocate, fetch and verify the body; a failure leaves nothing behind. OverloadedError if the system has
     no memory."""
     try:
-        writer = SegmentWriter(head.raw)
+        writer = SegmentWriter(head.decoded)
     except OSError as error:
         raise OverloadedError(
             f"{wanted.version_id}: no memory for {head.decoded.body_bytes} bytes: {error}"
@@ -126,7 +126,7 @@ def _checked_head(source: PeerSource, wanted: Wanted, idle_timeout_s: float) -> 
         raise CorruptError(f"its head hashes to {found[:16]}, expected {wanted.head_sha256[:16]}")
     try:
         head = SegmentHead.decode(raw)
-        head.check(
+        head.check_fits(
             name=wanted.version_id,
             digest=wanted.digest or head.digest,
             max_lora_rank=wanted.max_lora_rank,

@@ -8,10 +8,11 @@ from typing import Any
 
 import msgspec
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.adapters.body_hashes import hash_chunks, root_of, root_of_body
+from loraserve.adapters.body_hashes import chunks_of, hash_chunks, root_of, root_of_body
 from loraserve.adapters.safetensors_file import ITEM_BYTES, TensorInfo
 from loraserve.adapters.segment_head import (
     CHUNK_BYTES,
@@ -88,7 +89,8 @@ def check_places(head: SegmentHead) -> dict[str, tuple[int, ...]]:
         end = tensor.begin + ITEM_BYTES[tensor.dtype] * tensor.shape[0] * tensor.shape[1]
         assert tensor.end == end
     assert head.body_bytes == end
-    assert len(head.chunk_hashes) == 32 * head.num_chunks
+    assert len(head.chunk_hashes) == 8 * head.num_chunks
+    assert len(head.chunk_sha256s) == 32 * head.num_chunks
     assert (head.num_chunks - 1) * head.chunk_bytes < end <= head.num_chunks * head.chunk_bytes
     return {tensor.name: tensor.shape for tensor in head.tensors}
 
@@ -115,11 +117,13 @@ def test_hashes_take_their_place_without_a_byte_more() -> None:
     body = bytes(range(256)) * (CHUNK_BYTES // 256) + b"end"
     chunks = [body[:CHUNK_BYTES], body[CHUNK_BYTES:]]
     hashes = hash_chunks(iter(chunks))
-    assert hashes == b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
+    assert hashes.fast == b"".join(xxhash.xxh3_64(chunk).digest() for chunk in chunks)
+    assert hashes.sha256 == b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)
     head = head_of({"m": (1, CHUNK_BYTES // 2, 2)})
-    told = hashed(head, digest="e" * 64, chunk_hashes=hashes)
+    told = hashed(head, digest="e" * 64, hashes=hashes)
     assert len(told.encode()) == len(head.encode())
-    assert told.chunk_hash(0) + told.chunk_hash(1) == hashes
+    assert told.chunk_hash(0) + told.chunk_hash(1) == hashes.fast
+    assert told.chunk_sha256(0) + told.chunk_sha256(1) == hashes.sha256
     assert SegmentHead.decode(told.encode()) == told
 
 
@@ -127,7 +131,7 @@ def test_the_root_stands_for_the_bytes_and_for_how_they_are_cut() -> None:
     body = bytes(range(200))
     with memoryview(body) as view, memoryview(body[:-1] + b"x") as other:
         root = root_of_body(view, 64)
-        hashes = hash_chunks(view[begin : begin + 64] for begin in range(0, 200, 64))
+        hashes = hash_chunks(chunks_of(view, 64)).sha256
         roots = [root, root_of_body(view, 63), root_of_body(view, 200), root_of_body(other, 64)]
         roots += [root_of(hashes, body_bytes=199, chunk_bytes=64), hashlib.sha256(hashes).hexdigest()]
     assert root_of(hashes, body_bytes=200, chunk_bytes=64) == root
@@ -168,8 +172,11 @@ DEFECTS = {
     "another dtype": modules_with(5, "F64"),
     "no hashes": changed(chunk_hashes=""),
     "half a hash": changed(chunk_hashes=base64.b64encode(b"1234").decode()),
-    "one hash more": changed(chunk_hashes=base64.b64encode(bytes(64)).decode()),
-    "another hash": changed(chunk_hashes=base64.b64encode(b"\1" + bytes(31)).decode()),
+    "one hash more": changed(chunk_hashes=base64.b64encode(bytes(16)).decode()),
+    "no sha256": changed(chunk_sha256s=""),
+    "half a sha256": changed(chunk_sha256s=base64.b64encode(bytes(16)).decode()),
+    "one sha256 more": changed(chunk_sha256s=base64.b64encode(bytes(64)).decode()),
+    "another sha256": changed(chunk_sha256s=base64.b64encode(b"\1" + bytes(31)).decode()),
     "another root": changed(body_sha256="0" * 64),
     "no chunks": changed(chunk_bytes=0),
     "larger than any": b" " * (16 * 1024**2 + 1),
@@ -239,6 +246,9 @@ def moved(tensor: TensorInfo, by: int) -> TensorInfo:
         {"body_bytes": SMALL.body_bytes - 1},
         {"rank": 3},
         {"chunk_hashes": b""},
+        {"chunk_sha256s": b""},
+        {"chunk_sha256s": bytes(31) + b"x"},
+        {"body_sha256": "0" * 64},
         {"modules": (SMALL.modules[0], SMALL.modules[0])},
         {
             "modules": (
@@ -253,7 +263,17 @@ def moved(tensor: TensorInfo, by: int) -> TensorInfo:
             )
         },
     ],
-    ids=["short", "rank", "hashes", "twice", "overlap", "outside"],
+    ids=[
+        "short",
+        "rank",
+        "hashes",
+        "no sha256",
+        "another sha256",
+        "another root",
+        "twice",
+        "overlap",
+        "outside",
+    ],
 )
 def test_a_head_that_was_made_by_hand_is_checked_as_well(wrong: dict[str, Any]) -> None:
     with pytest.raises(SegmentError):

@@ -25,7 +25,7 @@ def tensor(side: str, shape: tuple[int, int]) -> TensorInfo:
 
 
 PLANNED = plan_head([tensor("A", (4, 16)), tensor("B", (8, 4))], {"m": 2.0}, name=NAME)
-HEAD = hashed(PLANNED, digest="d" * 64, chunk_hashes=hash_chunks([BODY]))
+HEAD = hashed(PLANNED, digest="d" * 64, hashes=hash_chunks([BODY]))
 
 
 @pytest.fixture(autouse=True)

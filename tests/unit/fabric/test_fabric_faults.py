@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from loraserve.adapters.body_hashes import root_of_body
+from loraserve.adapters.body_hashes import BodyHashes, root_of_body
 from loraserve.adapters.segment import SegmentHead
 from loraserve.adapters.segment_head import hashed
 from loraserve.clock import ManualClock
@@ -99,8 +99,8 @@ async def test_a_wrong_hash_table_is_refused_before_anything_is_allocated(
 
     def other_table(raw: bytes, body_bytes: int) -> tuple[bytes, int]:
         head = SegmentHead.decode(raw)
-        zeros = bytes(len(head.chunk_hashes))
-        return hashed(head, digest=head.digest, chunk_hashes=zeros).encode(), body_bytes
+        zeros = BodyHashes(fast=bytes(len(head.chunk_hashes)), sha256=bytes(len(head.chunk_sha256s)))
+        return hashed(head, digest=head.digest, hashes=zeros).encode(), body_bytes
 
     node.hooks.change_head = other_table
     assert "its head hashes to" in await refused(node, from_peers(wanted, holder))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.adapters.body_hashes import ChunkHasher, CorruptError, chunk_hash, hash_chunks
+from loraserve.adapters.body_hashes import BodyHashes, ChunkHasher, CorruptError, hash_body, hash_chunks
 from loraserve.adapters.safetensors_file import TensorInfo
 from loraserve.adapters.segment import SegmentHead
 from loraserve.adapters.segment_head import hashed, plan_head
@@ -44,7 +44,7 @@ def made(width: int, seed: int) -> tuple[SegmentHead, bytearray]:
     plan = plan_head(tensors, {PREFIX.removeprefix("base_model.model.") + ".q_proj": 1.0}, name="a@0")
     body = bytearray(Random(seed).randbytes(plan.body_bytes))
     chunks = [body[at : at + CHUNK_BYTES] for at in range(0, len(body), CHUNK_BYTES)]
-    head = hashed(replace(plan, chunk_bytes=CHUNK_BYTES), digest="0" * 64, chunk_hashes=hash_chunks(chunks))
+    head = hashed(replace(plan, chunk_bytes=CHUNK_BYTES), digest="0" * 64, hashes=hash_chunks(chunks))
     return SegmentHead.decode(head.encode()), body
 
 
@@ -172,7 +172,7 @@ class Standing:
         self.reached, self.released = threading.Event(), threading.Event()
         self._then = then
 
-    def take(self, index: int, found: bytes) -> str:
+    def take(self, index: int, chunk: memoryview) -> str:
         """As the hasher calls it."""
         self.reached.set()
         assert self.released.wait(WAIT_S)
@@ -216,7 +216,7 @@ def test_several_threads_hash_chunks_of_one_body_at_the_same_time() -> None:
     body = bytearray(3 * CHUNK_BYTES)
     meeting = threading.Barrier(3)
 
-    def meet(index: int, found: bytes) -> str:
+    def meet(index: int, chunk: memoryview) -> str:
         meeting.wait(WAIT_S)
         return ""
 
@@ -237,16 +237,33 @@ def test_many_bodies_at_once_share_two_threads() -> None:
         assert set(problems) == {""}
 
 
-def test_a_hash_is_taken_with_its_chunks_number() -> None:
+def test_a_chunk_is_taken_with_its_number() -> None:
     body = bytearray(Random(5).randbytes(5 * CHUNK_BYTES - 7))
     taken = {}
 
-    def take(index: int, found: bytes) -> str:
-        taken[index] = found
+    def take(index: int, chunk: memoryview) -> str:
+        taken[index] = bytes(chunk)
         return ""
 
     hasher = ChunkHasher(memoryview(body), CHUNK_BYTES, take)
     hasher.on_bytes(0, len(body))
     hasher.finish()
-    parts = [body[at : at + CHUNK_BYTES] for at in range(0, len(body), CHUNK_BYTES)]
-    assert taken == {index: chunk_hash(part) for index, part in enumerate(parts)}
+    parts = [bytes(body[at : at + CHUNK_BYTES]) for at in range(0, len(body), CHUNK_BYTES)]
+    assert taken == dict(enumerate(parts))
+
+
+@given(st.binary(min_size=1, max_size=500), st.integers(1, 200))
+def test_a_body_that_is_there_is_hashed_by_several_threads_as_by_one(body: bytes, chunk_bytes: int) -> None:
+    with memoryview(body) as view:
+        parts = [view[at : at + chunk_bytes] for at in range(0, len(body), chunk_bytes)]
+        assert hash_body(view, chunk_bytes) == hash_chunks(parts)
+
+
+@pytest.mark.parametrize("kind", ["fast", "sha256"])
+def test_a_chunk_must_have_both_of_its_hashes(kind: str) -> None:
+    head, body = made(60, seed=1)
+    hashes = {"fast": head.chunk_hashes, "sha256": head.chunk_sha256s}
+    hashes[kind] = hashes[kind][:-1] + bytes([hashes[kind][-1] ^ 1])
+    other = hashed(head, digest=head.digest, hashes=BodyHashes(**hashes))
+    problem = problem_of(other, body, [(0, len(body))], None)
+    assert problem == f"chunk {head.num_chunks - 1} of {head.num_chunks} is damaged"
