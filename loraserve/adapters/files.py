@@ -17,6 +17,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1024**2
 SLICE_BYTES = 8 * 1024**2
+_SCAN_BYTES = 256 * 1024
+"""What was read is hashed and looked through while it is still in the core's cache."""
 
 _PICKLED = ("adapter_model.bin", "adapter_model.pt")
 _EXPONENTS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
@@ -63,7 +65,7 @@ def scan_weights(file: BinaryIO, header: Header, where: str) -> bytes:
     for tensor in header.tensors:
         left = tensor.end - tensor.begin
         while left:
-            wanted = min(SLICE_BYTES, left)
+            wanted = min(_SCAN_BYTES, left)
             piece = file.read(wanted)
             if len(piece) < wanted:
                 raise AdapterRejectedError(f"{where}: {WEIGHTS_FILE}: truncated while it was read")

@@ -35,7 +35,8 @@ from loraserve.adapters.tensors import check_tensors
 from loraserve.errors import AdapterRejectedError
 
 SEGMENT_FILE = "segment.head"
-_SLICE_BYTES = 4 * 1024**2
+_SLICE_BYTES = 256 * 1024
+"""What was read is hashed while it is still in the core's cache: sha256 is slow to fetch memory."""
 _SHA256_BYTES = 32
 
 
