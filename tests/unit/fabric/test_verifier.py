@@ -17,8 +17,15 @@ from loraserve.adapters.body_hashes import BodyHashes, ChunkHasher, CorruptError
 from loraserve.adapters.safetensors_file import TensorInfo
 from loraserve.adapters.segment import SegmentHead
 from loraserve.adapters.segment_head import hashed, plan_head
+from loraserve.clock import ManualClock
+from loraserve.fabric.peer_fetch import Body, Fetching, Head, PeerSource, fetch_body
 from loraserve.fabric.verify import verifier
+from loraserve.fabric.wanted import Wanted
+from placement.fabric.attempts import Outcome
+from placement.types import VersionId
 from tests.support.adapter_maker import PREFIX
+from tests.support.fabric_kit import segments_mapped
+from tests.support.segments import own_segments
 
 CHUNK_BYTES = 64
 WAIT_S = 20.0
@@ -267,3 +274,45 @@ def test_a_chunk_must_have_both_of_its_hashes(kind: str) -> None:
     other = hashed(head, digest=head.digest, hashes=BodyHashes(**hashes))
     problem = problem_of(other, body, [(0, len(body))], None)
     assert problem == f"chunk {head.num_chunks - 1} of {head.num_chunks} is damaged"
+
+
+class Bringer:
+    """As much of a transport as brings a body at once."""
+
+    def __init__(self, body: bytearray, then: Callable[[], None]) -> None:
+        self._body = body
+        self._then = then
+
+    def fetch(self, address: bytes, key: str, into: memoryview, **told: Any) -> None:
+        """As a transport does."""
+        into[:] = self._body
+        told["on_bytes"](0, len(into))
+        self._then()
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_who_leaves_while_the_body_is_verified_ends_it_and_nothing_of_it_stays(leaves: bool) -> None:
+    head, body = made(100, seed=3)
+    left = threading.Event()
+    bringer: Any = Bringer(body, left.set if leaves else lambda: None)
+    before = own_segments(), segments_mapped()
+    found = fetch_body(
+        PeerSource(transport=bringer, address=b"", replica_id="peer"),
+        Wanted(version_id=VersionId(head.name), digest=head.digest, rank=1, size_bytes=len(body)),
+        Head(raw=head.encode(), decoded=head),
+        Fetching(
+            clock=ManualClock(),
+            verifiers=Never(),
+            idle_timeout_s=1.0,
+            is_stopped=left.is_set,
+            tell=lambda num_bytes: None,
+        ),
+    )
+    if isinstance(found, Body):
+        assert not leaves
+        assert found.segment.region().body == body
+        found.segment.close()
+    else:
+        assert found.outcome is Outcome.STOPPED
+        assert leaves
+    assert (own_segments(), segments_mapped()) == before
