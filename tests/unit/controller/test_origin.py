@@ -12,14 +12,16 @@ import pytest
 from loraserve.adapters.segment import build_segment
 from loraserve.controller import origin
 from loraserve.controller.keeper import ReplicaKeeper
-from loraserve.controller.origin import MAX_KEPT, Origin
+from loraserve.controller.origin import Origin
 from loraserve.engines.base import AdapterFiles
+from loraserve.errors import AdapterRejectedError, UnavailableError
 from loraserve.fabric.wanted import ORIGIN
 from loraserve.samples import SampleSet
-from loraserve.transport.base import NotPublishedError
+from loraserve.transport.base import NotPublishedError, Region
 from loraserve.transport.registry import open_transports
 from placement.types import AdapterVersion, VersionId
 from tests.support.controller_kit import TIMEOUT_S, Setup
+from tests.support.fabric_kit import until
 from tests.support.segments import own_segments
 
 
@@ -65,8 +67,9 @@ async def test_without_the_controller_s_address_the_refusal_says_what_was_tried(
 
 
 async def test_it_makes_segments_for_those_who_ask_and_keeps_only_a_few(
-    setup: Callable[..., Setup], samples: SampleSet
+    setup: Callable[..., Setup], samples: SampleSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(origin, "MAX_KEPT", 3)
     made = setup()
     controller = await made.start()
     versions = [
@@ -81,7 +84,7 @@ async def test_it_makes_segments_for_those_who_ask_and_keeps_only_a_few(
     (reader,) = opened.transports
     scheme, address = served.peer.addresses[0]
     assert scheme == "tcp"
-    assert len(versions) > MAX_KEPT
+    assert len(versions) > 3
     try:
         for version in versions:
             head, size_bytes = reader.read_head(address, version, idle_timeout_s=5.0)
@@ -92,7 +95,7 @@ async def test_it_makes_segments_for_those_who_ask_and_keeps_only_a_few(
             )
         gc.collect()
         # Each has a descriptor of its own and one of its mapping.
-        assert own_segments() == before + 2 * MAX_KEPT
+        assert own_segments() == before + 2 * 3
         with pytest.raises(NotPublishedError):
             reader.read_head(address, VersionId("nobody@0"), idle_timeout_s=5.0)
     finally:
@@ -100,6 +103,57 @@ async def test_it_makes_segments_for_those_who_ask_and_keeps_only_a_few(
         served.close()
     gc.collect()
     assert own_segments() == before
+
+
+async def test_what_is_made_for_others_takes_no_more_memory_than_it_may(
+    setup: Callable[..., Setup], samples: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = setup()
+    controller = await made.start()
+    names = ("rank-64", "rank-8")
+    large, small = [
+        await controller.register(name, str(samples.adapters[name]), replace=False) for name in names
+    ]
+    before = own_segments()
+    monkeypatch.setattr(origin, "ROOM_BYTES", 1)
+    monkeypatch.setattr(origin, "STAY_S", 0.0)
+    served = Origin(controller.library, lambda: controller.state.adapters)
+    read = served._make(large)
+    assert read is not None, "however large it is, it goes alone"
+    made_next: list[Region | None] = []
+    making = threading.Thread(target=lambda: made_next.append(served._make(small)))
+    making.start()
+    await until(lambda: large not in served._kept)
+    assert making.is_alive(), "somebody reads the other one still"
+    del read
+    await until(lambda: not making.is_alive())
+    assert [one is not None for one in made_next] == [True]
+    monkeypatch.setattr(origin, "STAY_S", 60.0)
+    monkeypatch.setattr(origin, "ROOM_WAIT_S", 0.0)
+    with pytest.raises(UnavailableError, match="no memory left"):
+        served._make(large)
+    assert list(served._kept) == [small], "who has read its head comes for its body"
+    served.close()
+    made_next.clear()
+    gc.collect()
+    assert own_segments() == before
+
+
+async def test_a_segment_that_cannot_be_made_takes_no_room(
+    setup: Callable[..., Setup], samples: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = setup()
+    controller = await made.start()
+    version = await controller.register("rank-8", str(samples.adapters["rank-8"]), replace=False)
+    monkeypatch.setattr(origin, "ROOM_BYTES", 1)
+    monkeypatch.setattr(origin, "ROOM_WAIT_S", 0.0)
+    served = Origin(controller.library, lambda: controller.state.adapters)
+    with monkeypatch.context() as patched:
+        patched.setattr(origin, "MAX_LORA_RANK", 1)
+        with pytest.raises(AdapterRejectedError):
+            served._make(version)
+    assert served._make(version) is not None
+    served.close()
 
 
 async def test_what_nobody_asks_for_again_goes_after_a_while(
