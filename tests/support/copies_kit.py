@@ -1,7 +1,7 @@
 """The copies of one replica, with an engine that a test can look into and a fabric that it can reach into."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from loraserve.config import Config, parse_config
@@ -19,23 +19,35 @@ RANK = 4
 
 
 class Engine(HeldEngine):
-    """Keeps what it was given, and refuses what the test says."""
+    """Keeps what it was given, refuses what the test says, and wants one change at a time."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.engine, config.emulated, config.model)
         self.given: dict[VersionId, AdapterFiles] = {}
         self.refused: set[VersionId] = set()
+        self._is_changing = False
 
     async def load_adapter(self, adapter: AdapterFiles) -> None:
         self.given[adapter.version_id] = adapter
         if adapter.version_id in self.refused:
             raise AdapterRejectedError(f"{adapter.version_id} is not to my taste")
-        await super().load_adapter(adapter)
+        with self._alone():
+            await super().load_adapter(adapter)
         self.check_segments()
 
     async def unload_adapter(self, version_id: VersionId) -> None:
         self.check_segments()
-        await super().unload_adapter(version_id)
+        with self._alone():
+            await super().unload_adapter(version_id)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        assert not self._is_changing, "it takes one change at a time"
+        self._is_changing = True
+        try:
+            yield
+        finally:
+            self._is_changing = False
 
     def check_segments(self) -> None:
         """AssertionError if memory was given back that the engine may still map."""

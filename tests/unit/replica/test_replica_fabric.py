@@ -115,6 +115,27 @@ async def test_a_load_that_is_cancelled_twice_is_still_taken_back(library: Libra
     assert await replica.engine.resident() == frozenset()
 
 
+async def test_a_load_that_is_cancelled_before_its_turn_is_taken_back_in_its_turn(
+    library: Library, replica: Replica
+) -> None:
+    first, second = library("first"), library("second")
+    await replica.engine.allow(loads=0)
+    loading = asyncio.ensure_future(replica.load(first))
+    await until(lambda: first.version_id in replica.engine.given)
+    waiting = asyncio.ensure_future(replica.load(second))
+    await until(lambda: second.version_id in replica.node.fabric.published())
+    waiting.cancel()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert replica.engine.unloads_begun == 0, "the engine takes one change at a time"
+    await replica.engine.allow()
+    assert await loading == "origin"
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert replica.pool.resident() == (first.version_id,)
+    assert await replica.engine.resident() == {first.version_id}
+
+
 async def test_the_controller_is_asked_only_by_who_does_not_see_its_folder(
     town: Town, library: Library, replica: Replica
 ) -> None:
