@@ -133,7 +133,8 @@ def test_the_root_stands_for_the_bytes_and_for_how_they_are_cut() -> None:
         root = root_of_body(view, 64)
         hashes = hash_chunks(chunks_of(view, 64)).sha256
         roots = [root, root_of_body(view, 63), root_of_body(view, 200), root_of_body(other, 64)]
-        roots += [root_of(hashes, body_bytes=199, chunk_bytes=64), hashlib.sha256(hashes).hexdigest()]
+        roots += [root_of(hashes, body_bytes=size, chunk_bytes=cut) for size, cut in ((199, 64), (200, 65))]
+        roots.append(hashlib.sha256(hashes).hexdigest())
     assert root_of(hashes, body_bytes=200, chunk_bytes=64) == root
     assert len(set(roots)) == len(roots)
 

@@ -3,8 +3,8 @@ what is wrong; and when it is over nobody reads the body any more."""
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import fields, replace
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -18,9 +18,10 @@ from loraserve.adapters.safetensors_file import TensorInfo
 from loraserve.adapters.segment import SegmentHead
 from loraserve.adapters.segment_head import hashed, plan_head
 from loraserve.clock import ManualClock
-from loraserve.fabric.peer_fetch import Body, Fetching, Head, PeerSource, fetch_body
+from loraserve.fabric.peer_fetch import Body, Failure, Fetching, Head, PeerSource, fetch_body
 from loraserve.fabric.verify import verifier
 from loraserve.fabric.wanted import Wanted
+from loraserve.transport.base import PeerGoneError
 from placement.fabric.attempts import Outcome
 from placement.types import VersionId
 from tests.support.adapter_maker import PREFIX
@@ -29,6 +30,8 @@ from tests.support.segments import own_segments
 
 CHUNK_BYTES = 64
 WAIT_S = 20.0
+SHORT_S = 0.05
+"""So long a defect would have to end too early."""
 
 
 class Never(Executor):
@@ -55,12 +58,17 @@ def made(width: int, seed: int) -> tuple[SegmentHead, bytearray]:
     return SegmentHead.decode(head.encode()), body
 
 
+def checking(head: SegmentHead, body: memoryview, pool: Executor | None) -> ChunkHasher:
+    """What checks this body."""
+    return verifier(head, body, pool)
+
+
 def problem_of(
     head: SegmentHead, body: bytearray, pieces: list[tuple[int, int]], pool: Executor | None
 ) -> str:
     """What is found wrong when the bytes come in these pieces; nobody looks at the body afterwards."""
     view = memoryview(body)
-    hasher = verifier(head, view, pool)
+    hasher = checking(head, view, pool)
     problem = ""
     try:
         for piece in pieces:
@@ -162,13 +170,22 @@ def test_damage_ends_it_before_the_rest_has_come() -> None:
     head, body = made(100, seed=1)
     body[0] ^= 1
     never = Never()
-    hasher = verifier(head, memoryview(body), never)
+    hasher = checking(head, memoryview(body), never)
     hasher.on_bytes(0, CHUNK_BYTES)
     assert not hasher.has_failed
     never.asked[0]()
     assert hasher.has_failed
     with pytest.raises(CorruptError, match="chunk 0 of"):
         hasher.on_bytes(CHUNK_BYTES, 2 * CHUNK_BYTES)
+    hasher.stop()
+
+
+def test_what_waits_behind_damage_is_not_hashed() -> None:
+    head, body = made(100, seed=1)
+    body[0] ^= 1
+    hasher = checking(head, memoryview(body), None)
+    hasher.on_bytes(0, len(body))
+    assert [hasher.work() for _ in range(2)] == [True, False]
     hasher.stop()
 
 
@@ -197,7 +214,7 @@ def test_who_has_begun_is_waited_for_and_who_is_late_finds_nothing(way: str) -> 
         threads.submit(never.asked[0])
         assert standing.reached.wait(WAIT_S)
         ended = threads.submit(getattr(hasher, way))
-        assert not ended.done()
+        assert not wait([ended], timeout=SHORT_S).done
         standing.released.set()
         ended.result(WAIT_S)
     assert [late() for late in never.asked[1:]] == [False] * 3
@@ -290,24 +307,31 @@ class Bringer:
         self._then()
 
 
+def fetched(
+    head: SegmentHead, bringer: Any, pool: Executor, is_stopped: Callable[[], bool] = lambda: False
+) -> Body | Failure:
+    """What comes of one attempt with this transport."""
+    fetching = Fetching(
+        clock=ManualClock(),
+        verifiers=pool,
+        idle_timeout_s=1.0,
+        is_stopped=is_stopped,
+        tell=lambda num_bytes: None,
+    )
+    return fetch_body(
+        PeerSource(transport=bringer, address=b"", replica_id="peer"),
+        Wanted(version_id=VersionId(head.name), digest=head.digest, rank=1, size_bytes=head.body_bytes),
+        Head(raw=head.encode(), decoded=head),
+        fetching,
+    )
+
+
 @pytest.mark.parametrize("leaves", [True, False])
 def test_who_leaves_while_the_body_is_verified_ends_it_and_nothing_of_it_stays(leaves: bool) -> None:
     head, body = made(100, seed=3)
     left = threading.Event()
-    bringer: Any = Bringer(body, left.set if leaves else lambda: None)
     before = own_segments(), segments_mapped()
-    found = fetch_body(
-        PeerSource(transport=bringer, address=b"", replica_id="peer"),
-        Wanted(version_id=VersionId(head.name), digest=head.digest, rank=1, size_bytes=len(body)),
-        Head(raw=head.encode(), decoded=head),
-        Fetching(
-            clock=ManualClock(),
-            verifiers=Never(),
-            idle_timeout_s=1.0,
-            is_stopped=left.is_set,
-            tell=lambda num_bytes: None,
-        ),
-    )
+    found = fetched(head, Bringer(body, left.set if leaves else lambda: None), Never(), left.is_set)
     if isinstance(found, Body):
         assert not leaves
         assert found.segment.region().body == body
@@ -315,4 +339,36 @@ def test_who_leaves_while_the_body_is_verified_ends_it_and_nothing_of_it_stays(l
     else:
         assert found.outcome is Outcome.STOPPED
         assert leaves
+    assert (own_segments(), segments_mapped()) == before
+
+
+class StandingHead(SegmentHead):
+    """Its hashes are not told before the test says so."""
+
+    __slots__ = ("standing",)
+    standing: Standing
+
+    def chunk_hash(self, index: int) -> bytes:
+        self.standing.take(index, memoryview(b""))
+        return SegmentHead.chunk_hash(self, index)
+
+
+def test_a_peer_that_dies_is_left_only_when_nobody_hashes_what_it_sent() -> None:
+    plain, body = made(100, seed=3)
+    head = StandingHead(**{one.name: getattr(plain, one.name) for one in fields(plain)})
+    object.__setattr__(head, "standing", standing := Standing())
+
+    def die() -> None:
+        assert standing.reached.wait(WAIT_S)
+        raise PeerGoneError("it died")
+
+    before = own_segments(), segments_mapped()
+    with ThreadPoolExecutor(2) as threads:
+        running = threads.submit(fetched, head, Bringer(body, die), threads)
+        assert standing.reached.wait(WAIT_S)
+        assert not wait([running], timeout=SHORT_S).done
+        standing.released.set()
+        found = running.result(WAIT_S)
+    assert isinstance(found, Failure)
+    assert (found.outcome, found.text) == (Outcome.GONE, "it died")
     assert (own_segments(), segments_mapped()) == before
