@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from loraserve.controller.sources import AdapterSources
 from loraserve.engines.description import FabricPlace, Fetched
 from placement.types import ReplicaId, VersionId
+from tests.support.controller_kit import TIMEOUT_S
 
 V = VersionId("a@0")
 ONE, TWO, THREE = (ReplicaId(f"replica-{number}") for number in range(3))
@@ -29,7 +30,7 @@ def made(*hosts: str, racks: tuple[tuple[str, ...], ...] = ()) -> AdapterSources
 
 
 async def peers_of(sources: AdapterSources, replica: ReplicaId) -> list[str]:
-    async with sources.turn(replica, V, 10 * MIB) as peers:
+    async with asyncio.timeout(TIMEOUT_S), sources.turn(replica, V, 10 * MIB) as peers:
         return [peer.replica_id for peer in peers]
 
 
@@ -89,7 +90,7 @@ async def test_a_first_load_that_hangs_does_not_keep_the_others_waiting(
 ) -> None:
     monkeypatch.setattr("loraserve.controller.sources.FIRST_WAIT_S", 0.001)
     sources = made("h", "h", "h")
-    async with sources.turn(ONE, V, MIB):
+    async with asyncio.timeout(TIMEOUT_S), sources.turn(ONE, V, MIB):
         async with sources.turn(TWO, V, MIB) as peers:
             assert peers == ()
             sources.has(TWO, V)

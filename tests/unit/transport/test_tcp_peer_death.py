@@ -127,6 +127,7 @@ def answering(words: bytes) -> Iterator[bytes]:
         def answer() -> None:
             sock, _ = listening.accept()
             with sock:
+                sock.settimeout(PATIENT_S)  # a client that keeps the link is to fail, not to hang
                 sock.recv(HELLO_BYTES, socket.MSG_WAITALL)
                 sock.sendall(WELCOME)
                 sock.recv(1)
