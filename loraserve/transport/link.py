@@ -134,14 +134,22 @@ class Link:
         header = decode_header(self.receive_exactly(HEADER_BYTES, patience), max_payload_bytes)
         return header.frame(self.receive_exactly(header.rest_bytes, patience))
 
-    def ask(self, request: Frame, patience: Patience, max_payload_bytes: int) -> Frame:
-        """Send a request and return the first frame that answers it.
+    def ask(
+        self,
+        request: Frame,
+        patience: Patience,
+        max_payload_bytes: int,
+        meanwhile: Callable[["Link"], None] | None = None,
+    ) -> Frame:
+        """Send a request, do something `meanwhile`, and return the first frame that answers it.
 
         An ERROR frame is raised as what it stands for, and leaves the link settled. After any other answer
         the caller sets `settled` once it has read all that belongs to it.
         """
         self.settled = False
         self.say(request.encode(), patience)
+        if meanwhile is not None:
+            meanwhile(self)
         give_up_at = time.monotonic() + MAX_WAIT_S
         while True:
             answer = self.receive(patience, max_payload_bytes)

@@ -80,12 +80,19 @@ class PeerPool:
 
     @contextmanager
     def exchange(
-        self, address: bytes, request: Frame, patience: Patience, *, is_body: bool
+        self,
+        address: bytes,
+        request: Frame,
+        patience: Patience,
+        *,
+        is_body: bool,
+        meanwhile: Callable[[Link], None] | None = None,
     ) -> Iterator[tuple[Link, Frame]]:
         """Ask a peer, and have the link and the first frame of its answer for the length of a `with`.
 
         The request gets a number. Whoever has read all of the answer sets `link.settled`, else the link is
-        not used again. What takes long is a body, and has connections apart. TransportError.
+        not used again. What takes long is a body, and has connections apart. `meanwhile` is called once the
+        request is on its way, a second time if it has to be sent again. TransportError.
         """
         stop = patience.stop
         patience = Patience(
@@ -99,14 +106,14 @@ class PeerPool:
             try:
                 link = self._take_idle(lane) or self._connect(lane, patience)
                 try:
-                    answer = link.ask(request, patience, MAX_ANSWER_PAYLOAD_BYTES)
+                    answer = link.ask(request, patience, MAX_ANSWER_PAYLOAD_BYTES, meanwhile)
                 except PeerGoneError:
                     # A connection that was idle may have been closed by the peer just now.
                     if link.is_new or link.received_bytes:
                         raise
                     self._put_back(lane, link)
                     link = self._connect(lane, patience)
-                    answer = link.ask(request, patience, MAX_ANSWER_PAYLOAD_BYTES)
+                    answer = link.ask(request, patience, MAX_ANSWER_PAYLOAD_BYTES, meanwhile)
                 yield link, answer
             except PeerGoneError:
                 if self._closed:

@@ -16,8 +16,8 @@ import struct
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from loraserve.transport.base import (
     BadPeerError,
@@ -136,10 +136,16 @@ class UcxTransport:
                 host=self._host,
                 worker_address=lane.address,
             )
-            lane.receive_into(cut(body, ask.chunk_bytes), ask.first_tag, address)
+
+            def get_ready(_: Link) -> None:
+                lane.receive_into(cut(body, ask.chunk_bytes), ask.first_tag, address)
+
             request = Frame(op=UCX_BODY, key=key, payload=ask.encode())
             try:
-                with self._pool.exchange(address, request, patience, is_body=True) as (link, answer):
+                with self._pool.exchange(address, request, patience, is_body=True, meanwhile=get_ready) as (
+                    link,
+                    answer,
+                ):
                     if answer.op != UCX_GO:
                         raise BadPeerError(f"{link.peer} answers something else than the body of {key}")
                     lane.is_shared = bool(answer.begin)
@@ -191,8 +197,7 @@ class UcxTransport:
                 raise PeerGoneError(f"the body of {request.key} could not be sent: {error}") from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ask:
+class _Ask(NamedTuple):
     """What the receiver of a body tells its sender; `host` is empty if it takes no shared memory."""
 
     size_bytes: int

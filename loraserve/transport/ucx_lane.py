@@ -76,7 +76,8 @@ class Lane:
         # Over shared memory UCX is busy for ever with what a peer that stands still does not take; elsewhere
         # whatever it does is a sign of life, and a chunk may take long.
         self.is_shared = True
-        self._poll = select.poll()
+        self._watched = -1
+        self._poll: select.poll | None = None
 
     @property
     def clean(self) -> bool:
@@ -94,7 +95,7 @@ class Lane:
         return self._serial << 32
 
     def receive_into(self, into: Sequence[Buffer], first_tag: int, peer: bytes) -> None:
-        """Say where the chunks are to lie, before their sender is asked for them."""
+        """Say where the chunks are to lie; again, if their sender has to be asked again."""
         self._peers.add(peer)
         self._into = list(into)
         self._first_tag = first_tag
@@ -137,9 +138,8 @@ class Lane:
 
     def watch(self, watched: int) -> None:
         """Have waits end too when this descriptor becomes readable."""
-        self._poll = select.poll()
-        self._poll.register(self._worker.epoll_file_descriptor, select.POLLIN)
-        self._poll.register(watched, select.POLLIN)
+        self._watched = watched
+        self._poll = None
 
     def step(self) -> bool:
         """Do what UCX has to do; or wait a moment for it, or for the watched descriptor. Whether it had."""
@@ -148,7 +148,7 @@ class Lane:
         if self._worker.progress_once():
             return True
         if self._worker.arm():
-            self._poll.poll(WAIT_MS)
+            self._rest()
         return False
 
     def wind_up(self, num_sent: int, watch: Watch) -> None:
@@ -190,6 +190,14 @@ class Lane:
     # A request, an endpoint or a bound method of one in a local variable would live on in the traceback of
     # an error, and keep the worker from going: they are named by their index.
 
+    def _rest(self) -> None:
+        """Until UCX has something to do or the watched descriptor is readable, for a moment at most."""
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self._worker.epoll_file_descriptor, select.POLLIN)
+            self._poll.register(self._watched, select.POLLIN)
+        self._poll.poll(WAIT_MS)
+
     def _post(self, end: int) -> None:
         tag = self._library.core.UCXXTag
         for index in range(len(self._open), min(end, len(self._into))):
@@ -216,7 +224,9 @@ class Lane:
                 look_at_s = now_s + LOOK_S
 
     def _close(self) -> None:
-        self._open.clear()  # cancels them
+        # Cancels them, before anything else: UCX 1.21 crashes over a receive that meets a message of a peer
+        # which it knows to be gone.
+        self._open.clear()
         self._into.clear()
         give_up_at = time.monotonic() + DRAIN_S
         while self._worker.progress_once():
@@ -224,10 +234,8 @@ class Lane:
                 self._keep("it cannot tell a peer that is gone")
                 return
         core = self._library.core
-        if self._worker.tag_probe(core.UCXXTag(0), core.UCXXTagMask(0), remove=False).matched:
-            # UCX's destructor would wait for the rest of it, which a dead sender never sends.
-            self._keep("a message of a peer that is gone waits in it")
-            return
+        while self._worker.tag_probe(core.UCXXTag(0), core.UCXXTagMask(0), remove=True).matched:
+            pass  # ucxx's destructor would wait for the rest of it, which a dead sender never sends
         self._close_endpoints()
         descriptor = self._worker.epoll_file_descriptor
         identity = _identity(descriptor)

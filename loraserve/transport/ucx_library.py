@@ -91,6 +91,9 @@ def _load() -> tuple[ModuleType, Any]:
         with _own_environment():
             import ucxx._lib.libucxx as core
             from ucxx._lib.arr import Array
+
+            # ucxx reads its log level when a context is made, and keeps it.
+            core.UCXContext({"TLS": "self"}, (core.Feature.TAG,))
     except (ImportError, OSError) as error:
         raise UnavailableError(f"ucxx cannot be imported ({error}); {INSTALL_HINT}") from error
     return core, Array

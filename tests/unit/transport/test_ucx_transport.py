@@ -215,6 +215,35 @@ def test_an_address_of_a_format_that_ucx_does_not_know_ends_no_process() -> None
 
 
 @needs_ucx
+def test_a_lane_that_messages_came_to_which_nobody_receives_is_given_back() -> None:
+    code = (
+        "import os\n"
+        "from loraserve.transport.base import PeerGoneError\n"
+        "from loraserve.transport.ucx_library import UcxLibrary\n"
+        "from loraserve.transport.ucx_lane import Lane\n"
+        "class GivesUp:\n"
+        "    def fileno(self):\n"
+        "        return 0\n"
+        "    def look(self, quiet_s):\n"
+        "        for _ in range(9):\n"
+        "            here._worker.progress_once()\n"
+        "        if quiet_s > 0.05:\n"
+        "            raise PeerGoneError('nobody answers')\n"
+        "library = UcxLibrary()\n"
+        "here, there = Lane(library), Lane(UcxLibrary())\n"
+        "there.connect(here.address, error_handling=False)\n"
+        "try:\n"
+        "    there.send([bytes(100_000)] * 3, 1 << 32, GivesUp(), lambda: True)\n"
+        "except PeerGoneError:\n"
+        "    here.discard()\n"
+        "    print(library.num_kept, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "0\n", done.stderr
+
+
+@needs_ucx
 def test_nothing_of_ucx_stays_in_the_environment_or_in_shared_memory() -> None:
     before = set(os.listdir("/dev/shm"))
     code = (
