@@ -154,6 +154,26 @@ async def test_one_transfer_does_not_tell_all_of_a_link() -> None:
     assert await peers_of(sources, ONE) == [THREE, TWO], "it was fast once, and slow before"
 
 
+async def test_what_was_seen_of_a_replica_goes_with_it() -> None:
+    sources = made("a", "b", "c")
+    slow = Fetched(source="tcp", peer=TWO, size_bytes=10 * MIB, transfer_s=10.0)
+    sources.has(ONE, VersionId("b@0"), slow)
+    sources.lost(TWO)
+    sources.met(TWO, place("b", "another process"), (V,))
+    sources.has(THREE, V)
+    assert await peers_of(sources, ONE) == [TWO, THREE], "its machine may be another one now"
+
+
+async def test_nothing_is_remembered_of_versions_that_nobody_has() -> None:
+    sources = made("h", "h")
+    assert await peers_of(sources, ONE) == []
+    assert not sources._versions, "its load has failed"
+    sources.has(ONE, V)
+    sources.has_not(ONE, V)
+    sources.has_not(TWO, V)
+    assert not sources._versions
+
+
 async def test_who_caches_a_version_gives_it_while_it_lives_and_keeps_it() -> None:
     sources = made("h", "h")
     sources.caches(TWO, (V,))
