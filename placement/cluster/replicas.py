@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from placement.cluster import drain as cluster_drain
 from placement.cluster.messages import (
     Command,
+    DeleteAdapter,
     LoadAdapter,
     ReplicaReady,
     StartReplica,
@@ -80,6 +81,19 @@ def unloaded(record: ReplicaRecord, version: VersionId, adapters: _Adapters) -> 
         if other not in adapters and stray.size_bytes == 0:
             stray.size_bytes = copy.size_bytes
             return
+
+
+def not_loaded(record: ReplicaRecord, version: VersionId, reason: str, adapters: _Adapters) -> None:
+    """A replica has refused a load; that is kept as long as somebody wants the version there."""
+    if record.move(version, CopyPhase.LOADING, None) and version in adapters:
+        record.refused[version] = reason
+
+
+def forgotten(records: Iterable[ReplicaRecord], version: VersionId) -> list[Command]:
+    """Nobody wants the version any more; if it is registered again it is tried again."""
+    for record in records:
+        record.refused.pop(version, None)
+    return [DeleteAdapter(version)]
 
 
 def epoch_elapsed(records: Iterable[ReplicaRecord]) -> list[Command]:

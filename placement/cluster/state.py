@@ -18,7 +18,7 @@ from placement.cluster import drain as cluster_drain
 from placement.cluster import messages
 from placement.cluster import replicas as cluster_replicas
 from placement.cluster import settle as cluster_settle
-from placement.cluster.messages import Command, DeleteAdapter, Event, PublishTable, SaveAdapter
+from placement.cluster.messages import Command, Event, PublishTable, SaveAdapter
 from placement.cluster.records import CopyPhase, DrainOrder, Holdings, ReplicaPhase, ReplicaRecord
 from placement.cluster.resize import Resizer
 from placement.cluster.tables import TableMaker
@@ -151,8 +151,7 @@ class ClusterState:
             case messages.AdapterLoaded(replica_id=replica_id, version_id=version):
                 self.replicas[replica_id].move(version, CopyPhase.LOADING, CopyPhase.HELD)
             case messages.AdapterLoadFailed(replica_id=replica_id, version_id=version, reason=reason):
-                if self.replicas[replica_id].move(version, CopyPhase.LOADING, None):
-                    self.replicas[replica_id].refused[version] = reason
+                cluster_replicas.not_loaded(self.replicas[replica_id], version, reason, self.adapters)
             case messages.AdapterUnloaded(replica_id=replica_id, version_id=version):
                 cluster_replicas.unloaded(self.replicas[replica_id], version, self.adapters)
             case messages.EpochElapsed(demand_tokens_per_s=demand):
@@ -321,7 +320,7 @@ class ClusterState:
         commands: list[Command] = []
         for version in versions:
             del self.adapters[version]
-            commands.append(DeleteAdapter(version))
+            commands += cluster_replicas.forgotten(self.replicas.values(), version)
         return commands
 
     # -- decisions -----------------------------------------------------------------------------

@@ -6,8 +6,10 @@ from collections.abc import Callable
 import pytest
 
 from loraserve.cluster.local_fleet import LocalLink
+from loraserve.controller import keeper
 from loraserve.engines.base import AdapterFiles
 from loraserve.engines.description import Fetched
+from loraserve.errors import LoraServeError
 from loraserve.fabric.wanted import PeerAddress
 from loraserve.samples import SampleSet
 from placement.cluster.records import ReplicaPhase
@@ -50,3 +52,27 @@ async def test_a_load_that_a_replaced_process_acknowledges_makes_no_holder(
     await controller.wait_until(lambda: controller.state.holders(version) == (R0,), TIMEOUT_S)
     assert holders == [frozenset(), frozenset()], "the new process has nothing before it says so"
     assert sources.holders(version) == {R0}
+
+
+async def test_a_load_whose_answer_never_comes_is_a_refusal_and_leaves_no_copy(
+    setup: Callable[..., Setup], samples: SampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = setup(cluster={"replicas": 1})
+    controller = await made.start()
+    load_adapter = LocalLink.load_adapter
+
+    async def load(self: LocalLink, files: AdapterFiles, peers: tuple[PeerAddress, ...] = ()) -> None:
+        await load_adapter(self, files, peers)
+        await asyncio.Event().wait()
+
+    source = str(samples.adapters["rank-8"])
+    with monkeypatch.context() as patched:
+        patched.setattr(keeper, "LOAD_TIMEOUT_S", 0.05)
+        patched.setattr(LocalLink, "load_adapter", load)
+        with pytest.raises(LoraServeError, match="not loaded within"):
+            async with asyncio.timeout(TIMEOUT_S):
+                await controller.register("a", source, replace=False)
+    pool = made.fleet.links[R0].server.pool
+    assert pool.used_bytes == 0
+    version = await controller.register("a", source, replace=False)
+    assert pool.resident() == (version,)

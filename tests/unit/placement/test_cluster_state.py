@@ -98,6 +98,19 @@ def test_a_refused_version_is_withdrawn_and_the_one_before_serves_on() -> None:
     assert bad.version_id not in state.adapters
 
 
+def test_a_refused_version_that_comes_again_is_tried_again() -> None:
+    """What was in its way may be gone."""
+    state, version = cluster(), adapter("a")
+    for _ in range(2):
+        commands = state.handle(messages.AdapterRegistered(version))
+        loading = [one.replica_id for one in commands if isinstance(one, messages.LoadAdapter)]
+        assert loading == [R0, R1]
+        state.handle(messages.AdapterLoadFailed(R0, version.version_id, "the disk hung"))
+        state.handle(messages.AdapterWithdrawn(version.version_id))
+        state.handle(messages.AdapterLoadFailed(R1, version.version_id, "the disk hung"))
+        assert not any(record.refused for record in state.replicas.values())
+
+
 def test_an_adapter_that_fits_nowhere_is_refused_at_once() -> None:
     state = cluster(slots=1)
     acknowledge(state, state.handle(messages.AdapterRegistered(adapter("a"))))
