@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loraserve.adapters.files import WEIGHTS_FILE
 from loraserve.adapters.segment import build_segment
 from loraserve.controller import origin
 from loraserve.controller.keeper import ReplicaKeeper
@@ -153,6 +154,25 @@ async def test_a_segment_that_cannot_be_made_takes_no_room(
         with pytest.raises(AdapterRejectedError):
             served._make(version)
     assert served._make(version) is not None
+    served.close()
+
+
+async def test_files_that_were_changed_in_the_store_are_given_to_nobody(
+    setup: Callable[..., Setup], samples: SampleSet
+) -> None:
+    made = setup()
+    controller = await made.start()
+    version = await controller.register("rank-8", str(samples.adapters["rank-8"]), replace=False)
+    weights = controller.library.directory_of(controller.state.adapters[version].sha256) / WEIGHTS_FILE
+    weights.chmod(0o600)
+    with weights.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    served = Origin(controller.library, lambda: controller.state.adapters)
+    with pytest.raises(AdapterRejectedError, match="its files have sha256"):
+        served._make(version)
     served.close()
 
 
