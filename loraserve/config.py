@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from loraserve.errors import ConfigError
+from loraserve.pace import DEFAULT_SHARE
 from loraserve.sections import Section, checked, read_toml, shown
 from placement.engine_sizes import MAX_POOL_ADAPTERS
 from placement.routing.pairing import routing_for
@@ -204,12 +205,14 @@ class FabricSection(Section, frozen=True):
     """How adapters get from replica to replica: the transports in the order in which they are tried, none for
     the controller's store alone. At most `max_fetches` come to a replica at a time, with `inflight_bytes` in
     all, and one whose peer sends nothing for `idle_timeout_s` goes on elsewhere. `racks` lists the host names
-    of each rack, whose machines are near each other."""
+    of each rack, whose machines are near each other. While requests run, fetches take `busy_share` of one
+    processor, where the engine computes on the same ones; 1: all they can."""
 
     transports: list[Literal["ucx", "tcp"]] = msgspec.field(default_factory=lambda: ["ucx", "tcp"])
     max_fetches: Annotated[int, Meta(ge=1, le=64)] = 4
     inflight_bytes: Positive = 256 * 1024**2
     idle_timeout_s: Seconds = 5.0
+    busy_share: Annotated[float, Meta(gt=0.0, le=1.0)] = DEFAULT_SHARE
     racks: list[list[str]] = msgspec.field(default_factory=list)
 
     def __post_init__(self) -> None:

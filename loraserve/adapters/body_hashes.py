@@ -18,6 +18,8 @@ from typing import Any
 
 import xxhash
 
+from loraserve.pace import no_rest
+
 FAST_BYTES = 8
 SHA256_BYTES = 32
 _MAX_HASHERS = 16
@@ -92,7 +94,7 @@ class ChunkHasher:
     are hashed in the threads of `pool`, as far as it has some to spare; those that nobody has begun with are
     left to `work` and `finish`, so that all ends well with a busy pool, a closed one, or none. `take` is
     called with a chunk's number and the chunk, in any order and by several threads; it hashes it, keeps no
-    view of it, and says what is wrong, '' if nothing is.
+    view of it, and says what is wrong, '' if nothing is. The pool's threads call `rest` after each.
 
     Guarantees: once `finish` or `stop` has returned or raised, no thread reads the body. What went wrong in
     whatever thread is raised by `on_bytes` or `finish`.
@@ -104,12 +106,14 @@ class ChunkHasher:
         chunk_bytes: int,
         take: Callable[[int, memoryview], str],
         pool: Executor | None = None,
+        rest: Callable[[], None] = no_rest,
     ) -> None:
         self._body = body
         self._body_bytes = len(body)
         self._chunk_bytes = chunk_bytes
         self._take = take
         self._pool = pool
+        self._rest = rest
         num_chunks = -(-self._body_bytes // chunk_bytes)
         last_bytes = self._body_bytes - (num_chunks - 1) * chunk_bytes
         self._missing_bytes = [chunk_bytes] * (num_chunks - 1) + [last_bytes]
@@ -190,7 +194,12 @@ class ChunkHasher:
         if self._pool is not None:
             # Closed, or the system has no thread left: `finish` does it.
             with suppress(RuntimeError):
-                self._pool.submit(self.work)
+                self._pool.submit(self._help)
+
+    def _help(self) -> None:
+        """In a thread of the pool. It rests when the chunk is done with: nobody waits for that."""
+        if self.work():
+            self._rest()
 
     def _end(self, problem: str, error: BaseException | None) -> None:
         with self._changed:

@@ -37,6 +37,7 @@ class EngineInfo:
     """What a started engine says of itself; `pids` are the processes it runs beside its caller.
 
     It holds up to `pool_adapters` adapters, and one batch up to `adapter_slots` different ones.
+    `shares_processors`: it computes on the processors that its caller runs on.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class EngineInfo:
     max_model_len_tokens: int
     vocab_size: int
     pids: tuple[int, ...] = ()
+    shares_processors: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

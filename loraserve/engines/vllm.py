@@ -241,6 +241,8 @@ class VllmEngine:
                 raise WorkFailedError(f"vLLM did not start: {_reason(error)}") from error
 
     async def _attach(self, client: Any) -> _Started:
+        from vllm.platforms import current_platform
+
         processes = EngineProcesses(with_descendants(sorted(engine_children() - self._children_before)))
         model_config = client.model_config
         held = self._engine.held_with(self._execution)
@@ -253,6 +255,7 @@ class VllmEngine:
             max_model_len_tokens=model_config.max_model_len,
             vocab_size=model_config.get_vocab_size(),
             pids=processes.pids,
+            shares_processors=current_platform.is_cpu(),
         )
         # From here on vLLM's reader runs on this loop; it also asks once what `generate` needs to know.
         await client.get_supported_tasks()

@@ -43,9 +43,10 @@ from placement.slots.messages import (
 )
 from placement.types import VersionId
 
+# A request may wait for what is polled for, and each poll is work between two steps.
 _FIRST_POLL_S = 0.001
-# A request may wait for what is polled for; an engine that is busy answers once per step anyway.
-_LAST_POLL_S = 0.002
+_LAST_POLL_S = 0.02
+_POLLS_PER_WAIT = 4
 
 
 class _Held:
@@ -236,11 +237,10 @@ class EnginePool:
         # vLLM wants a path; ours names no file.
         lora = LoRARequest(lora_name=str(name), lora_int_id=number, lora_path=f"memory:{name}")
         try:
-            answers = await self._calls.workers(
+            await self._calls.workers(
                 "loraserve_open", number, ref.pid, ref.fd, ref.size_bytes, ref.head_sha256
             )
-            wrong = next(filter(None, answers), "") or await self._advance(number, activate=False)
-            if wrong:
+            if wrong := await self._advance(number, activate=False):
                 raise AdapterRejectedError(f"adapter {name}: the engine refuses it: {wrong}")
         except EngineDeadError:
             raise
@@ -357,9 +357,9 @@ class EnginePool:
     async def _advance(self, lora_id: int, *, activate: bool) -> str:
         """Advance the adapter on every rank until it is checked, or active; '' or what is wrong with it."""
         wanted = ACTIVE if activate else READY
-        loop, pause_s = asyncio.get_running_loop(), _FIRST_POLL_S
-        deadline_s = loop.time() + CALL_TIMEOUT_S
-        while loop.time() < deadline_s:
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        while (waited_s := loop.time() - began_s) < CALL_TIMEOUT_S:
             answers = await self._calls.workers("loraserve_advance", lora_id, activate)
             for state, reason in answers:
                 if state == FAILED:
@@ -367,8 +367,7 @@ class EnginePool:
             if all(state == wanted for state, _ in answers):
                 return ""
             if any(state == PREPARING for state, _ in answers):
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LAST_POLL_S)
+                await asyncio.sleep(min(max(waited_s / _POLLS_PER_WAIT, _FIRST_POLL_S), _LAST_POLL_S))
         return f"it was not ready within {CALL_TIMEOUT_S:.0f} s"
 
     def _note(self, error: LoraServeError) -> None:

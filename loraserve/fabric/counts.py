@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from loraserve.errors import AdapterRejectedError, LoraServeError, OverloadedError, UnavailableError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FabricCounts:
@@ -54,3 +56,16 @@ class Tally:
         self.loads[where] += 1
         self.bytes[where] += size_bytes
         self.seconds[where] = self.seconds.get(where, 0.0) + seconds
+
+
+def kind_of(error: LoraServeError) -> str:
+    """What an error of a whole fetch is counted under."""
+    match error:
+        case OverloadedError():
+            return "overloaded"
+        case AdapterRejectedError():
+            return "rejected"
+        case UnavailableError():
+            return "closed"
+        case _:
+            return "no source"

@@ -1,18 +1,18 @@
 """The fabric of one replica: adapters come from where they are, are checked, kept, and given to others.
 
-On one loop. Transports and the origin are called in a few threads of low priority. A version is fetched once
-however many wait for it; the fetch ends when the last of them has gone, and its memory is free only when the
-transport has returned, which may write until then.
+On one loop. Transports and the origin are called in a few threads, which keep a pace while requests run.
+A version is fetched once however many wait for it; the fetch ends when the last of them has gone, and its
+memory is free only when the transport has returned, which may write until then.
 """
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from loraserve.adapters.body_hashes import num_hashers
 from loraserve.clock import Clock, WallClock
 from loraserve.errors import (
-    AdapterRejectedError,
     AlreadyExistsError,
     DeadlineError,
     LoraServeError,
@@ -21,12 +21,12 @@ from loraserve.errors import (
 )
 from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.cache import Entry, SegmentCache
-from loraserve.fabric.counts import FabricCounts, Tally
+from loraserve.fabric.counts import FabricCounts, Tally, kind_of
 from loraserve.fabric.flight import Crash, Flight, Landing, OnProgress
 from loraserve.fabric.gate import Gate, Stop, StoppedError, Ticket
 from loraserve.fabric.sources import Sources, Threads
-from loraserve.fabric.threads import background_pool
 from loraserve.fabric.wanted import Acquired, FabricOptions, FetchFailedError, Wanted
+from loraserve.pace import Pace
 from loraserve.transport.base import Transport
 from placement.types import VersionId
 
@@ -55,7 +55,7 @@ class Fabric:
         self._transports = tuple(transports)
         self._loop = asyncio.get_running_loop()
         self._tally = Tally()
-        self._closers = background_pool(1, "fabric-close")
+        self._closers = ThreadPoolExecutor(1, "fabric-close")
         self._cache = SegmentCache(
             self._transports,
             capacity_bytes=capacity_bytes,
@@ -71,8 +71,9 @@ class Fabric:
         )
         self._cache.on_room = self._gate.pump
         self._threads = Threads(
-            fetchers=background_pool(self._options.max_fetches, "fabric-fetch"),
-            verifiers=background_pool(num_hashers(), "fabric-verify"),
+            fetchers=ThreadPoolExecutor(self._options.max_fetches, "fabric-fetch"),
+            verifiers=ThreadPoolExecutor(num_hashers(), "fabric-verify"),
+            pace=Pace(self._options.busy_share),
             clock=self._clock,
         )
         self._sources = Sources(
@@ -101,6 +102,10 @@ class Fabric:
     def is_idle(self) -> bool:
         """Whether no fetch runs, waits, or is still ending."""
         return not self._tasks
+
+    def give_way_while(self, is_busy: Callable[[], bool]) -> None:
+        """While this says so, asked in any thread, fetches take `busy_share` of one processor."""
+        self._threads.pace.is_busy = is_busy
 
     # -- what a replica asks for -----------------------------------------------------------------
 
@@ -313,7 +318,7 @@ class Fabric:
         except LoraServeError as error:
             landed = Crash(type(error), str(error))
             if flight.num_waiting:
-                self._tally.failures[_kind(error)] += 1
+                self._tally.failures[kind_of(error)] += 1
                 is_expected = flight.ticket.is_prefetch or self._is_closed
                 logger.log(logging.INFO if is_expected else logging.WARNING, "%s", error)
         except BaseException as error:
@@ -384,16 +389,3 @@ class Fabric:
         if idle:
             assert not self._tasks, f"{len(self._tasks)} fetches are left"
             assert not self._cache.reserved_bytes, f"{self._cache.reserved_bytes} bytes are kept for nobody"
-
-
-def _kind(error: LoraServeError) -> str:
-    """What an error of a whole fetch is counted under."""
-    match error:
-        case OverloadedError():
-            return "overloaded"
-        case AdapterRejectedError():
-            return "rejected"
-        case UnavailableError():
-            return "closed"
-        case _:
-            return "no source"

@@ -15,6 +15,7 @@ from loraserve.clock import Clock
 from loraserve.errors import OverloadedError
 from loraserve.fabric.verify import verifier
 from loraserve.fabric.wanted import Wanted
+from loraserve.pace import no_rest
 from loraserve.transport.base import (
     BadPeerError,
     FetchStoppedError,
@@ -81,13 +82,15 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetching:
-    """What the steps of an attempt need to know; `tell` hears how many bytes are in place."""
+    """What the steps of an attempt need to know; `tell` hears how many bytes are in place, and `rest` is
+    called after each piece of work."""
 
     clock: Clock
     verifiers: Executor
     idle_timeout_s: float
     is_stopped: Callable[[], bool]
     tell: Callable[[int], None]
+    rest: Callable[[], None] = no_rest
 
 
 def fetch_head(source: PeerSource, wanted: Wanted, idle_timeout_s: float) -> Head | Failure:
@@ -156,6 +159,7 @@ class _Watch:
         self._num_bytes += end - begin
         self._moved_at_s = self._fetching.clock.now_s()
         self._fetching.tell(self._num_bytes)
+        self._fetching.rest()
 
     def stop(self) -> bool:
         """Whether the transport is to end the fetch."""
@@ -172,7 +176,7 @@ class _Watch:
 def _fill(
     writer: SegmentWriter, source: PeerSource, wanted: Wanted, head: SegmentHead, fetching: Fetching
 ) -> tuple[float, float]:
-    hasher = verifier(head, writer.body, fetching.verifiers)
+    hasher = verifier(head, writer.body, fetching.verifiers, fetching.rest)
     watch = _Watch(hasher, fetching)
     began_s = fetching.clock.now_s()
     try:
@@ -186,6 +190,7 @@ def _fill(
         )
         fetched_s = fetching.clock.now_s()
         while hasher.work():
+            fetching.rest()
             if fetching.is_stopped():
                 raise FetchStoppedError("nobody wants it any more")
         hasher.finish()

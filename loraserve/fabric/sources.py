@@ -21,6 +21,7 @@ from loraserve.fabric.flight import Flight, Landing
 from loraserve.fabric.gate import Gate, StoppedError, Ticket
 from loraserve.fabric.peer_fetch import Body, Failure, Fetching, Head, PeerSource, fetch_body, fetch_head
 from loraserve.fabric.wanted import FabricOptions, FetchFailedError, Seconds, Wanted
+from loraserve.pace import Pace
 from loraserve.transport.base import Transport
 from placement.fabric.attempts import (
     Attempts,
@@ -49,10 +50,11 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threads:
-    """Where transports and the origin are called, where bodies are verified, and the time there."""
+    """Where transports and the origin are called, where bodies are verified, how fast, and the time there."""
 
     fetchers: ThreadPoolExecutor
     verifiers: Executor
+    pace: Pace
     clock: Clock
 
 
@@ -162,6 +164,7 @@ class Sources:
             idle_timeout_s=self._options.idle_timeout_s,
             is_stopped=flight.ticket.is_stopped,
             tell=lambda done_bytes: flight.tell(self._loop, done_bytes, body_bytes),
+            rest=self._threads.pace.rest,
         )
         body = await self._in_thread(lambda: fetch_body(source, wanted, head, fetching))
         if not isinstance(body, Body):

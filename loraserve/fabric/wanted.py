@@ -7,6 +7,7 @@ from typing import Literal
 from loraserve.adapters.manifest import DEFAULT_MAX_BYTES
 from loraserve.adapters.segment import AdapterSegment
 from loraserve.errors import WorkFailedError
+from loraserve.pace import DEFAULT_SHARE
 from placement.fabric.attempts import DEFAULT_MAX_ATTEMPTS
 from placement.fabric.breaker import BreakerRules
 from placement.types import VersionId
@@ -82,7 +83,8 @@ class Acquired:
 class FabricOptions:
     """`max_fetches` run at a time, with `inflight_bytes` in all; a larger one goes alone. A peer may send
     nothing for `idle_timeout_s`. A prefetch that had to give way `max_giving_way` times is given up. Segments
-    that nobody uses are at most `max_cached`, each with two descriptors."""
+    that nobody uses are at most `max_cached`, each with two descriptors. `busy_share` of one processor is
+    what fetches take while the replica has better to do (see `Fabric.give_way_while`)."""
 
     max_fetches: int = 4
     inflight_bytes: int = 256 * 1024**2
@@ -90,4 +92,5 @@ class FabricOptions:
     max_attempts: int = DEFAULT_MAX_ATTEMPTS
     max_giving_way: int = 3
     max_cached: int = 4096
+    busy_share: float = DEFAULT_SHARE
     breaker: BreakerRules = field(default_factory=BreakerRules)

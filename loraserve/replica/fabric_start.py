@@ -37,6 +37,7 @@ def open_fabric(config: Config, host: str) -> Fabric | None:
             inflight_bytes=section.inflight_bytes,
             idle_timeout_s=section.idle_timeout_s,
             max_cached=_max_cached(),
+            busy_share=section.busy_share,
         ),
     )
 

@@ -113,6 +113,8 @@ class ReplicaServer:
         from loraserve.replica.service import add_replica_service
 
         self._info = await self.engine.start()
+        if self.fabric is not None and self._info.shares_processors:
+            self.fabric.give_way_while(lambda: bool(self._in_flight))
         max_bytes = self.config.router.max_message_bytes + SPARE_FRAME_BYTES
         server = rpc_server.make_server(max_message_bytes=max_bytes)
         health = add_replica_service(self, server)

@@ -19,6 +19,7 @@ class FakeRank:
 
     def __init__(self, num_slots: int) -> None:
         self.pool: dict[int, MappedSegment] = {}
+        self._opened: dict[int, SegmentRef] = {}
         self.active: set[int] = set()
         self._num_slots = num_slots
         self.faults: dict[str, Fault] = {}
@@ -29,18 +30,15 @@ class FakeRank:
             return self.faults[method](args[0] if args else 0)
         return getattr(self, method)(*args)
 
-    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, head_sha256: str) -> str:
-        """Map the segment; '' or what is wrong with it."""
-        try:
-            ref = SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, head_sha256=head_sha256)
-            self.pool[lora_id] = map_segment(ref)
-        except SegmentError as error:
-            return str(error)
-        return ""
+    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, head_sha256: str) -> None:
+        """Take note of the segment."""
+        self._opened[lora_id] = SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, head_sha256=head_sha256)
 
     def loraserve_advance(self, lora_id: int, activate: bool) -> tuple[str, str]:
-        """Check the adapter, then put it into a slot."""
+        """Map the adapter and check it, then put it into a slot."""
         try:
+            if lora_id not in self.pool:
+                self.pool[lora_id] = map_segment(self._opened[lora_id])
             self.pool[lora_id].verify()
         except (SegmentError, KeyError) as error:
             return "failed", str(error)
@@ -58,6 +56,7 @@ class FakeRank:
     def loraserve_close(self, lora_id: int) -> None:
         """Free the slot and the mapping."""
         self.active.discard(lora_id)
+        self._opened.pop(lora_id, None)
         self.pool.pop(lora_id, None)
 
     def loraserve_report(self) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def fails(_: int) -> Any:
 
 
 FAULTS: dict[str, tuple[str, Callable[[int], Any], type[Exception], str]] = {
-    "cannot open it": ("loraserve_open", lambda _: "it is gone", AdapterRejectedError, "it is gone"),
+    "cannot open it": ("loraserve_open", fails, WorkFailedError, "something inside vLLM"),
     "finds it damaged": (
         "loraserve_advance",
         lambda _: ("failed", "no layer for it"),

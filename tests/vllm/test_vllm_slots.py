@@ -8,6 +8,7 @@ import pytest_asyncio
 
 from loraserve.errors import NotFoundError, StaleError
 from loraserve.request import FinishReason, GenerationRequest, GenerationStep
+from tests.support.replica_bench import eventually
 from tests.support.vllm_bench import PROMPTS, Answer, Bench
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -146,10 +147,11 @@ async def test_a_slot_costs_what_its_rank_costs(bench: Bench) -> None:
         await bench.engine.unload_adapter(bench.versions[name])
     try:
         assert (await bench.ask(adapter="rank-16", max_tokens=1)).token_ids
+        # No request waits until the workers have told what the slots take.
+        await eventually(lambda: bench.engine.slot_memory().active == 1)
         memory = bench.engine.slot_memory()
     finally:
         for name in others:
             await bench.engine.load_adapter(bench.files(name))
-    assert memory.active == 1
     # Three slots at rank 128 against one adapter of rank 16, in the model's data type.
     assert memory.used_bytes == memory.allocated_bytes == memory.padded_bytes // 3 // 8

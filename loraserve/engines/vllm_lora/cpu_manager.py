@@ -1,7 +1,7 @@
 """Slots on the CPU: references to matrices of exactly the adapter's rank. Engine processes only."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -26,17 +26,17 @@ class CpuModelManager(PooledModelManager):
         """None while layers are made: vLLM then allocates no memory for padded slots, only their shapes."""
         return 0 if self._creating else int(self.lora_config.max_loras)
 
-    def prepare(self, segment: MappedSegment) -> Prepared:
+    def prepare(self, segment: MappedSegment, rest: Callable[[], None]) -> Prepared:
         """Matrices per layer at their true rank, or padded where that is asked for."""
         padded = self.lora_config.max_lora_rank if os.environ.get(EXECUTION) == "padded" else 0
         dtype = self.lora_config.lora_dtype
         room, transpose = Room(segment.size_bytes), load_transpose()
-        return {
-            name: prepare_layer(
-                source, self.modules[name].output_slices, dtype, padded, room=room, transpose=transpose
-            )
-            for name, source in layer_sources(segment, self).items()
-        }
+        prepared = {}
+        for name, source in layer_sources(segment, self).items():
+            slices = self.modules[name].output_slices
+            prepared[name] = prepare_layer(source, slices, dtype, padded, room=room, transpose=transpose)
+            rest()
+        return prepared
 
     def fill_piece(self, adapter: PooledAdapter, index: int) -> bool:
         """References are set at once."""

@@ -3,7 +3,7 @@
 Engine processes on CUDA only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -29,7 +29,7 @@ class CudaModelManager(PooledModelManager):
         for wrapper in self._wrappers():
             wrapper.warm_up(layer for layer in self.modules.values() if layer.punica_wrapper is wrapper)
 
-    def prepare(self, segment: MappedSegment) -> Prepared:
+    def prepare(self, segment: MappedSegment, rest: Callable[[], None]) -> Prepared:
         """The matrices as they lie in the segment: scaling and dtype change on the way into the slot."""
         return layer_sources(segment, self)
 

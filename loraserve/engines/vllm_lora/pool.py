@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from loraserve.adapters.segment import MappedSegment, SegmentError, SegmentRef, map_segment
+from loraserve.pace import Pace, never
 
 _NICENESS = 10
 
@@ -19,45 +20,55 @@ Prepared = Mapping[str, Any]
 """An adapter in the form that fills a slot, by layer."""
 
 
+Prepare = Callable[[MappedSegment, Callable[[], None]], Prepared]
+"""Makes the prepared form, and calls what it is given after each piece of that work."""
+
+
 class _Entry:
     """One adapter: its mapping and, while it is being filled into a slot or is in one, its prepared form."""
 
-    def __init__(self, segment: MappedSegment, work: "Future[Prepared]") -> None:
-        self.segment = segment
-        self.work: Future[Prepared] | None = work
+    def __init__(self, ref: SegmentRef) -> None:
+        self.ref = ref
+        self.segment: MappedSegment | None = None
+        self.work: Future[Prepared] | None = None
 
 
 class WorkerPool:
-    """Adapters by vLLM's integer id. Methods are called on the worker's loop; work is done beside it."""
+    """Adapters by vLLM's integer id. Methods are called on the worker's loop; work is done beside it, in
+    small pieces while `is_busy` says that requests run."""
 
-    def __init__(self, prepare: Callable[[MappedSegment], Prepared]) -> None:
+    def __init__(self, prepare: Prepare) -> None:
         self._prepare = prepare
+        self.is_busy: Callable[[], bool] = never
+        self._num_awaited = 0
+        self._pace = Pace(is_busy=lambda: not self._num_awaited and self.is_busy())
         self._entries: dict[int, _Entry] = {}
-        self._executor = ThreadPoolExecutor(1, "loraserve-prepare", initializer=_yield_to_the_loop)
+        self._executor = ThreadPoolExecutor(1, "loraserve-prepare", initializer=_take_one_thread)
 
     def open(self, lora_id: int, ref: SegmentRef) -> None:
-        """Map a segment and begin to prepare it; SegmentError if there is none, or another one.
+        """Begin to map a segment and to prepare it; what is wrong with it is for `begin` to tell.
 
         Its bytes are not hashed here: `loraserve.adapters.segment` says why they need not be.
         """
-        segment = map_segment(ref)
-        self._entries[lora_id] = _Entry(segment, self._executor.submit(self._prepare, segment))
+        entry = self._entries[lora_id] = _Entry(ref)
+        self._work(entry)
 
     def rank(self, lora_id: int) -> int:
-        """The adapter's highest rank."""
-        return self._entries[lora_id].segment.rank
+        """The highest rank of an adapter that has been prepared."""
+        segment = self._entries[lora_id].segment
+        if segment is None:
+            raise SegmentError(f"adapter number {lora_id} has not been mapped")
+        return segment.rank
 
     def begin(self, lora_id: int) -> bool:
         """Whether the adapter is prepared; if it is not, it is being prepared from now on.
 
         What was wrong with it is raised.
         """
-        entry = self._entries[lora_id]
-        if entry.work is None:
-            entry.work = self._executor.submit(self._prepare, entry.segment)
-        if not entry.work.done():
+        work = self._work(self._entries[lora_id])
+        if not work.done():
             return False
-        entry.work.result()
+        work.result()
         return True
 
     def prepared(self, lora_id: int) -> Prepared:
@@ -65,9 +76,11 @@ class WorkerPool:
         entry = self._entries.get(lora_id)
         if entry is None:
             raise SegmentError(f"adapter number {lora_id} is not in the pool")
-        if entry.work is None:
-            entry.work = self._executor.submit(self._prepare, entry.segment)
-        return entry.work.result()
+        self._num_awaited += 1
+        try:
+            return self._work(entry).result()
+        finally:
+            self._num_awaited -= 1
 
     def forget_prepared(self, lora_id: int) -> None:
         """Free the prepared form of an adapter that has left its slot; unfinished work goes on."""
@@ -81,7 +94,18 @@ class WorkerPool:
 
     def sizes_bytes(self) -> Mapping[int, int]:
         """The mapped bytes of every adapter."""
-        return {lora_id: entry.segment.size_bytes for lora_id, entry in self._entries.items()}
+        return {lora_id: entry.ref.size_bytes for lora_id, entry in self._entries.items()}
+
+    def _work(self, entry: _Entry) -> "Future[Prepared]":
+        """The work on an adapter, which is begun if it has not been."""
+        if entry.work is None:
+            entry.work = self._executor.submit(self._prepared, entry)
+        return entry.work
+
+    def _prepared(self, entry: _Entry) -> Prepared:
+        if entry.segment is None:
+            entry.segment = map_segment(entry.ref)
+        return self._prepare(entry.segment, self._pace.rest)
 
 
 def go_last() -> None:
@@ -89,15 +113,14 @@ def go_last() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
-def _yield_to_the_loop() -> None:
-    """The thread that computes tokens goes before the one that prepares.
+def _take_one_thread() -> None:
+    """The thread that prepares gets no OpenMP threads of its own.
 
-    This one gets no OpenMP threads of its own: with more threads than processors, OpenMP's threads sleep at
-    every barrier instead of spinning, and each decode step takes half as long again, for ever.
+    With more threads than processors, OpenMP's threads sleep at every barrier instead of spinning, and each
+    decode step takes half as long again, for ever.
     """
     import torch
 
-    go_last()
     # Torch sets a thread's number at its first use there: this is it, or it would undo the next line.
     torch.get_num_threads()
     with contextlib.suppress(OSError, AttributeError):

@@ -27,14 +27,15 @@ class WorkerExtension:
             )
         return manager
 
-    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, head_sha256: str) -> str:
-        """Map an adapter's segment and begin to prepare it; '' or what is wrong."""
-        ref = SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, head_sha256=head_sha256)
-        try:
-            self.loraserve_manager.pool.open(lora_id, ref)
-        except SegmentError as error:
-            return str(error)
-        return ""
+    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, head_sha256: str) -> None:
+        """Begin to map an adapter's segment and to prepare it; `loraserve_advance` tells how that went."""
+        pool = self.loraserve_manager.pool
+        pool.is_busy = self._loraserve_is_busy
+        pool.open(lora_id, SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, head_sha256=head_sha256))
+
+    def _loraserve_is_busy(self) -> bool:
+        """Whether requests run on the processors where adapters are prepared."""
+        return bool(self.model_runner.requests)
 
     def loraserve_advance(self, lora_id: int, activate: bool) -> tuple[str, str]:
         """Bring an adapter one piece further: checked and prepared, then, if `activate`, into a slot.

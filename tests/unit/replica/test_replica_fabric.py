@@ -2,20 +2,25 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 
 from loraserve.config import parse_config
+from loraserve.engines.base import EngineInfo
 from loraserve.errors import AdapterRejectedError, DeadlineError, OverloadedError
 from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.wanted import ORIGIN, PeerAddress
 from loraserve.replica.loading import Copies
 from loraserve.replica.pool import AdapterPool, Residency
+from loraserve.replica.server import ReplicaServer
 from placement.types import ReplicaId, VersionId
 from tests.support.copies_kit import RANK, Engine, MakeReplica, Replica, files_of, one_replica
 from tests.support.fabric_kit import PLENTY, Library, Town, a_town, from_peers, until
+from tests.support.link_calls import linked
+from tests.support.replica_bench import HeldEngine, ReplicaBench
 
 
 @pytest.fixture(scope="session")
@@ -342,3 +347,30 @@ async def test_without_a_fabric_there_is_nothing_to_advise(library: Library) -> 
     assert engine.given[library().version_id].segment is None
     await copies.stop()
     await engine.close()
+
+
+@pytest.mark.parametrize("shares_processors", [True, False])
+async def test_fetches_give_way_to_requests_where_the_engine_computes_on_the_same_processors(
+    town: Town, monkeypatch: pytest.MonkeyPatch, shares_processors: bool
+) -> None:
+    config = parse_config({"engine": {"kind": "emulated"}})
+    engine = HeldEngine(config.engine, config.emulated, config.model)
+    info, fabric = await engine.start(), town("replica").fabric
+
+    async def start() -> EngineInfo:
+        return replace(info, shares_processors=shares_processors)
+
+    asked: list[Callable[[], bool]] = []
+    monkeypatch.setattr(engine, "start", start)
+    monkeypatch.setattr(fabric, "give_way_while", asked.append)
+    server = ReplicaServer(ReplicaId("r0"), config, engine, fabric=fabric)
+    description = await server.start()
+    async with linked(description.address) as router:
+        bench = ReplicaBench(server=server, engine=engine, router=router)
+        before = [is_busy() for is_busy in asked]
+        call = await bench.running(version="")
+        assert [before, [is_busy() for is_busy in asked]] == (
+            [[False], [True]] if shares_processors else [[], []]
+        )
+        call.cancel()
+    await server.stop(0.0)
