@@ -196,10 +196,12 @@ class ChunkHasher:
             with suppress(RuntimeError):
                 self._pool.submit(self._help)
 
-    def _help(self) -> None:
-        """In a thread of the pool. It rests when the chunk is done with: nobody waits for that."""
-        if self.work():
+    def _help(self) -> bool:
+        """As `work`, in a thread of the pool. It rests when the chunk is done with: nobody waits for that."""
+        has_worked = self.work()
+        if has_worked:
             self._rest()
+        return has_worked
 
     def _end(self, problem: str, error: BaseException | None) -> None:
         with self._changed:

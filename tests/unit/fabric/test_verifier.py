@@ -221,6 +221,23 @@ def test_who_has_begun_is_waited_for_and_who_is_late_finds_nothing(way: str) -> 
     body.append(0)
 
 
+def test_nobody_waits_for_a_thread_of_the_pool_that_rests() -> None:
+    body, resting, rested = bytearray(2 * CHUNK_BYTES), threading.Event(), threading.Event()
+
+    def rest() -> None:
+        resting.set()
+        rested.wait(WAIT_S)
+
+    with ThreadPoolExecutor(1) as threads:
+        hasher = ChunkHasher(memoryview(body), CHUNK_BYTES, lambda index, chunk: "", threads, rest)
+        hasher.on_bytes(0, CHUNK_BYTES)
+        assert resting.wait(WAIT_S)
+        hasher.on_bytes(CHUNK_BYTES, len(body))
+        hasher.finish()
+        body.append(0)
+        rested.set()
+
+
 @pytest.mark.parametrize("error", [MemoryError("no room"), SystemExit(1)])
 def test_what_fails_in_a_thread_of_the_pool_is_not_lost(error: BaseException) -> None:
     body, standing = bytearray(4 * CHUNK_BYTES), Standing(error)
