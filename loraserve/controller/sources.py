@@ -47,6 +47,7 @@ class AdapterSources:
         self._versions: defaultdict[VersionId, _Version] = defaultdict(_Version)
         self._running: list[Transfer] = []
         self._cached: dict[ReplicaId, frozenset[VersionId]] = {}
+        self._cached_at: defaultdict[VersionId, set[ReplicaId]] = defaultdict(set)
         self.origin: Callable[[], PeerAddress | None] = lambda: None
 
     def met(self, replica: ReplicaId, place: FabricPlace, resident: Sequence[VersionId]) -> None:
@@ -59,8 +60,9 @@ class AdapterSources:
 
     def lost(self, replica: ReplicaId) -> None:
         """It is gone, and its copies with it."""
-        self._places.pop(replica, None)
+        self.caches(replica, ())
         self._cached.pop(replica, None)
+        self._places.pop(replica, None)
         for pair in [pair for pair in self._measured if replica in pair]:
             del self._measured[pair]
         self._topology = None
@@ -84,13 +86,20 @@ class AdapterSources:
 
     def caches(self, replica: ReplicaId, versions: Sequence[VersionId]) -> None:
         """It keeps these, though no copy of it needs them: it can give them as long as it does."""
-        if replica in self._places:
-            self._cached[replica] = frozenset(versions)
+        if replica not in self._places:
+            return
+        before, now = self._cached.get(replica, frozenset()), frozenset(versions)
+        self._cached[replica] = now
+        for version in now - before:
+            self._cached_at[version].add(replica)
+        for version in before - now:
+            self._cached_at[version].discard(replica)
+            if not self._cached_at[version]:
+                del self._cached_at[version]
 
     def keepers(self, version: VersionId) -> frozenset[ReplicaId]:
         """Who has it or caches it."""
-        cached = (replica for replica, versions in self._cached.items() if version in versions)
-        return self.holders(version).union(cached)
+        return self.holders(version).union(self._cached_at.get(version, ()))
 
     def holders(self, version: VersionId) -> frozenset[ReplicaId]:
         """Who has it."""

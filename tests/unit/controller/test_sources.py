@@ -172,6 +172,13 @@ async def test_nothing_is_remembered_of_versions_that_nobody_has() -> None:
     sources.has_not(ONE, V)
     sources.has_not(TWO, V)
     assert not sources._versions
+    sources.caches(ONE, (V, VersionId("b@0")))
+    sources.caches(ONE, (V,))
+    sources.caches(TWO, (V,))
+    assert sources._cached_at == {V: {ONE, TWO}}
+    sources.lost(ONE)
+    sources.caches(TWO, ())
+    assert not sources._cached_at
 
 
 async def test_who_caches_a_version_gives_it_while_it_lives_and_keeps_it() -> None:
