@@ -2,8 +2,8 @@
 
 What is wanted, and whether the peer lives, goes over the listener's connections (`wire.py`, ops from 16):
 
-    UCX_BODY  payload: `_ASK`, then the UCX address of the lane that receives
-    UCX_GO    the peer has the region and a lane; from now on it sends. begin: over shared memory?
+    UCX_BODY  payload: `Ask`, with the UCX address of the lane that receives
+    UCX_GO    the peer has the region and a lane, and sends. begin: over shared memory?
     UCX_STOP  from the receiver: send no more
     UCX_STOPPED  begin: so many chunks were sent
 
@@ -12,12 +12,9 @@ error handling rules out shared memory, so it is off where both ends may share m
 """
 
 import os
-import struct
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from loraserve.transport.base import (
     BadPeerError,
@@ -40,26 +37,15 @@ from loraserve.transport.ucx_buffers import as_bytes, cut
 from loraserve.transport.ucx_lane import CHUNK_BYTES, Lane
 from loraserve.transport.ucx_library import UcxLibrary, may_share_memory
 from loraserve.transport.ucx_pool import LanePool
-from loraserve.transport.wire import FIRST_SCHEME_OP, Frame, Op
+from loraserve.transport.ucx_watch import WIND_UP_S, ReaderWatch, SenderWatch, Waiting, WindUpWatch
+from loraserve.transport.ucx_wire import MIN_CHUNK_BYTES, UCX_BODY, UCX_GO, UCX_STOP, UCX_STOPPED, Ask
+from loraserve.transport.wire import Frame
 
 SCHEME = "ucx"
 
-UCX_BODY = FIRST_SCHEME_OP
-UCX_GO = FIRST_SCHEME_OP + 1
-UCX_STOP = FIRST_SCHEME_OP + 2
-UCX_STOPPED = FIRST_SCHEME_OP + 3
-
 LOOPBACK_DEVICE = "lo"
 
-MIN_CHUNK_BYTES = 64 * 1024
-MAX_WORKER_ADDRESS_BYTES = 16 * 1024
 CLOSE_S = 5.0
-
-WIND_UP_S = 1.0
-"""How long a fetch that is stopped may take to come to an end with its sender."""
-
-WAIT_S = 1.0
-"""How often who asks is told that its turn has not come."""
 
 
 class UcxTransport:
@@ -129,7 +115,7 @@ class UcxTransport:
             self._receiving.lane(check_stop) as lane,
         ):
             check_stop()
-            ask = _Ask(
+            ask = Ask(
                 size_bytes=body.nbytes,
                 first_tag=lane.next_tags(),
                 chunk_bytes=self._chunk_bytes,
@@ -137,8 +123,11 @@ class UcxTransport:
                 worker_address=lane.address,
             )
 
-            def get_ready(_: Link) -> None:
+            def get_ready(link: Link) -> None:
+                if not lane.clean:  # what was sent for the first request came here too
+                    raise PeerGoneError(f"{link.peer} closed the connection")
                 lane.receive_into(cut(body, ask.chunk_bytes), ask.first_tag, address)
+                lane.spin(link.is_quiet)
 
             request = Frame(op=UCX_BODY, key=key, payload=ask.encode())
             try:
@@ -170,22 +159,23 @@ class UcxTransport:
         self._sending.close(CLOSE_S)
 
     def _answer_body(self, connection: Connection, request: Frame) -> None:
-        ask = _Ask.decode(request.payload)
+        ask = Ask.decode(request.payload)
         region = connection.find(SCHEME, request)
         if ask.size_bytes != region.size_bytes:
             raise BadPeerError(
                 f"the body of {request.key} has {region.size_bytes} bytes, not {ask.size_bytes}"
             )
-        waiting = _Waiting(connection, request, lambda: self._closed)
+        waiting = Waiting(connection, request, lambda: self._closed)
         with self._in_use.holding(region.size_bytes), self._sending.lane(waiting.check) as lane:
             shared = ask.host != b"" and ask.host == self._host
             lane.connect(ask.worker_address, error_handling=not shared)
-            connection.send(Frame(op=UCX_GO, request_id=request.request_id, begin=shared))
             try:
-                watch = _ReaderWatch(connection, lambda: self._closed)
                 with as_bytes(region.body, to_write=False) as body:
                     chunks = cut(body, ask.chunk_bytes)
-                    sent = lane.send(chunks, ask.first_tag, watch, lambda: not watch.stopped)
+                    lane.send_from(chunks, ask.first_tag)
+                    connection.send(Frame(op=UCX_GO, request_id=request.request_id, begin=shared))
+                    watch = ReaderWatch(connection, lambda: self._closed)
+                    sent = lane.send(watch, lambda: not watch.stopped)
                 if watch.told:
                     connection.send(Frame(op=UCX_STOPPED, request_id=request.request_id, begin=sent))
                 elif sent < len(chunks):
@@ -197,135 +187,10 @@ class UcxTransport:
                 raise PeerGoneError(f"the body of {request.key} could not be sent: {error}") from error
 
 
-class _Ask(NamedTuple):
-    """What the receiver of a body tells its sender; `host` is empty if it takes no shared memory."""
-
-    size_bytes: int
-    first_tag: int
-    chunk_bytes: int
-    host: bytes
-    worker_address: bytes
-
-    def encode(self) -> bytes:
-        return (
-            _ASK.pack(self.size_bytes, self.first_tag, self.chunk_bytes, len(self.host))
-            + self.host
-            + self.worker_address
-        )
-
-    @staticmethod
-    def decode(raw: bytes) -> "_Ask":
-        """What `encode` wrote; BadPeerError for what cannot be."""
-        if len(raw) < _ASK.size:
-            raise BadPeerError("a request for a body does not say enough")
-        size_bytes, first_tag, chunk_bytes, host_bytes = _ASK.unpack_from(raw)
-        rest = raw[_ASK.size :]
-        if chunk_bytes < MIN_CHUNK_BYTES or not 0 < len(rest) - host_bytes <= MAX_WORKER_ADDRESS_BYTES:
-            raise BadPeerError("a request for a body names no UCX worker, or too small a chunk")
-        return _Ask(
-            size_bytes=size_bytes,
-            first_tag=first_tag,
-            chunk_bytes=chunk_bytes,
-            host=rest[:host_bytes],
-            worker_address=rest[host_bytes:],
-        )
-
-
-_ASK = struct.Struct(">QQIB")
-
-
-class _SenderWatch:
-    """The receiver's eye on the peer that sends."""
-
-    def __init__(self, link: Link, patience: Patience) -> None:
-        self._link = link
-        self._patience = patience
-
-    def fileno(self) -> int:
-        return self._link.sock.fileno()
-
-    def look(self, quiet_s: float) -> None:
-        if self._patience.stop():
-            raise FetchStoppedError(f"stopped fetching from {self._link.peer}")
-        if self._link.is_broken():
-            raise PeerGoneError(f"{self._link.peer} closed the connection in the middle of a body")
-        if self._link.has_unread():
-            raise BadPeerError(f"{self._link.peer} says something in the middle of a body")
-        if quiet_s >= self._patience.idle_s:
-            raise PeerSlowError(f"{self._link.peer} sent nothing for {self._patience.idle_s:g} s")
-
-
-class _ReaderWatch:
-    """The sender's eye on the peer that receives."""
-
-    def __init__(self, connection: Connection, is_closed: Callable[[], bool]) -> None:
-        self._link = connection.link
-        self._stall_s = connection.patience.idle_s
-        self._is_closed = is_closed
-        self._connection = connection
-        self._closed_at_s: float | None = None
-        self.told = False
-
-    @property
-    def stopped(self) -> bool:
-        """Whether no more is to be sent: the receiver has said so, or this process closes."""
-        return self.told or self._is_closed()
-
-    def fileno(self) -> int:
-        return self._link.sock.fileno()
-
-    def look(self, quiet_s: float) -> None:
-        if self._link.is_broken():
-            raise PeerGoneError(f"{self._link.peer} takes no more")
-        if self._link.has_unread():
-            if self._connection.receive().op != UCX_STOP:
-                raise BadPeerError(f"{self._link.peer} asks again in the middle of a body")
-            self.told = True
-        if self._is_closed():
-            self._closed_at_s = self._closed_at_s or time.monotonic()
-            if time.monotonic() > self._closed_at_s + WIND_UP_S:
-                raise PeerGoneError(f"{self._link.peer} takes no more, and this transport is closed")
-        if quiet_s >= self._stall_s:
-            raise PeerSlowError(f"{self._link.peer} took nothing for {self._stall_s:g} s")
-
-
-class _Waiting:
-    """Tells who asks that its turn comes."""
-
-    def __init__(self, connection: Connection, request: Frame, is_closed: Callable[[], bool]) -> None:
-        self._connection = connection
-        self._request = request
-        self._is_closed = is_closed
-        self._said_s = time.monotonic()
-
-    def check(self) -> None:
-        if self._is_closed() or self._connection.link.is_broken():
-            raise PeerGoneError(f"{self._connection.link.peer} waits no more")
-        if time.monotonic() - self._said_s >= WAIT_S:
-            self._said_s = time.monotonic()
-            self._connection.send(Frame(op=Op.WAIT, request_id=self._request.request_id))
-
-
-class _WindUpWatch:
-    """The receiver's eye on a peer that is to stop."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._give_up_at = time.monotonic() + WIND_UP_S
-        self.patience = Patience(idle_s=WIND_UP_S, finish_s=WIND_UP_S)
-
-    def fileno(self) -> int:
-        return self._link.sock.fileno()
-
-    def look(self, quiet_s: float) -> None:
-        if time.monotonic() >= self._give_up_at or self._link.is_broken():
-            raise PeerSlowError(f"{self._link.peer} does not stop")
-
-
 class _Receiving:
     """One body on its way to its destination."""
 
-    def __init__(self, lane: Lane, link: Link, ask: _Ask, patience: Patience) -> None:
+    def __init__(self, lane: Lane, link: Link, ask: Ask, patience: Patience) -> None:
         self._lane = lane
         self._link = link
         self._size_bytes, self._chunk_bytes = ask.size_bytes, ask.chunk_bytes
@@ -343,7 +208,7 @@ class _Receiving:
                 raise FetchStoppedError(f"stopped fetching from {self._link.peer}")
 
         try:
-            self._lane.receive(on_chunk, _SenderWatch(self._link, self._patience))
+            self._lane.receive(on_chunk, SenderWatch(self._link, self._patience))
         except (PeerGoneError, PeerSlowError, BadPeerError):
             raise
         except Exception:
@@ -352,7 +217,7 @@ class _Receiving:
         self._link.settled = True
 
     def _wind_up(self) -> None:
-        watch = _WindUpWatch(self._link)
+        watch = WindUpWatch(self._link)
         try:
             self._link.send(Frame(op=UCX_STOP), watch.patience)
             while not self._link.has_unread():

@@ -31,6 +31,9 @@ besides its copy, as both ends have to be woken."""
 POSTED_CHUNKS = 8
 """So many are ready to be received: no more than that is copied before `stop` is asked again."""
 
+SPIN_S = 0.0003
+"""So long a receiver looks for its first bytes without resting: to be woken takes as long as a MiB takes."""
+
 WAIT_MS = 10
 LOOK_S = 0.01
 """How long UCX may have the thread before its other duties come round."""
@@ -70,6 +73,7 @@ class Lane:
         self._open: list[Any] = []
         self._buffers: list[Any] = []
         self._into: list[Buffer] = []
+        self._from: list[Buffer] = []
         self._first_tag = 0
         self._to = (b"", False)
         self._sends = False
@@ -95,11 +99,18 @@ class Lane:
         return self._serial << 32
 
     def receive_into(self, into: Sequence[Buffer], first_tag: int, peer: bytes) -> None:
-        """Say where the chunks are to lie; again, if their sender has to be asked again."""
+        """Say where the chunks are to lie."""
         self._peers.add(peer)
         self._into = list(into)
         self._first_tag = first_tag
         self._post(POSTED_CHUNKS)
+
+    def spin(self, may_go_on: Callable[[], bool]) -> None:
+        """Look for the first chunk without resting, for a moment at most."""
+        give_up_at = time.monotonic() + SPIN_S
+        # One that has failed is seen at once: UCX is not to be driven on then (see `_close`).
+        while self._open and not self._open[0].completed and may_go_on() and time.monotonic() < give_up_at:
+            self._worker.progress_once()
 
     def take_back(self) -> None:
         """Forget receives that no sender was told of, so that the lane is clean again."""
@@ -107,6 +118,7 @@ class Lane:
         self._open.clear()
         self._buffers.clear()
         self._into.clear()
+        self._from.clear()
 
     def receive(self, on_chunk: Callable[[int], None], watch: Watch) -> None:
         """Wait for all chunks; `on_chunk` is told of each by its number."""
@@ -159,21 +171,18 @@ class Lane:
         self._worker.progress_once()
         self.take_back()
 
-    def send(
-        self, chunks: Sequence[Buffer], first_tag: int, watch: Watch, may_go_on: Callable[[], bool]
-    ) -> int:
-        """Send chunks to the lane that is connected, a window of them at a time, as long as `may_go_on`;
-        how many were sent."""
+    def send_from(self, chunks: Sequence[Buffer], first_tag: int) -> None:
+        """Begin to send chunks to the lane that is connected, a window of them at a time."""
+        self._from = list(chunks)
+        self._first_tag = first_tag
+        self._announce(WINDOW_CHUNKS)
+
+    def send(self, watch: Watch, may_go_on: Callable[[], bool]) -> int:
+        """Send them all, as long as `may_go_on`; how many were sent."""
         self.watch(watch.fileno())
-        tag = self._library.core.UCXXTag
-        while len(self._open) < len(chunks) and may_go_on():
-            index = len(self._open)
-            self._buffers.append(self._library.array(chunks[index]))
-            send = self._endpoints[self._to].tag_send
-            self._open.append(send(self._buffers[-1], tag(first_tag + index)))
-            del send
-            if index >= WINDOW_CHUNKS:
-                self._finish(index - WINDOW_CHUNKS, watch)
+        while len(self._open) < len(self._from) and may_go_on():
+            self._finish(len(self._open) - WINDOW_CHUNKS, watch)
+            self._announce(len(self._open) + 1)
         num_sent = len(self._open)
         for index in range(max(0, num_sent - WINDOW_CHUNKS), num_sent):
             self._finish(index, watch)
@@ -204,6 +213,14 @@ class Lane:
             self._buffers.append(self._library.array(self._into[index]))
             self._open.append(self._worker.tag_recv(self._buffers[-1], tag(self._first_tag + index)))
 
+    def _announce(self, end: int) -> None:
+        tag = self._library.core.UCXXTag
+        for index in range(len(self._open), min(end, len(self._from))):
+            self._buffers.append(self._library.array(self._from[index]))
+            send = self._endpoints[self._to].tag_send
+            self._open.append(send(self._buffers[-1], tag(self._first_tag + index)))
+            del send
+
     def _finish(self, index: int, watch: Watch) -> None:
         if not self._open[index].completed:
             self._await(index, watch)
@@ -228,6 +245,7 @@ class Lane:
         # which it knows to be gone.
         self._open.clear()
         self._into.clear()
+        self._from.clear()
         give_up_at = time.monotonic() + DRAIN_S
         while self._worker.progress_once():
             if time.monotonic() > give_up_at:

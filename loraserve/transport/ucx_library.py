@@ -30,6 +30,13 @@ _QUIET = {
     "UCX_MEMTYPE_CACHE": "n",
 }
 
+_OWN = {
+    "RNDV_THRESH": "8192",
+    "MAX_RNDV_RAILS": "1",
+    # So many pieces of half a MiB are copied before the thread looks at anything else.
+    "CMA_TX_QUOTA": "8",
+}
+
 _ENVIRONMENT = threading.Lock()
 
 SHARED_MEMORY = frozenset({"all", "sm", "shm", "mm", "posix", "sysv", "cma", "xpmem", "knem"})
@@ -44,7 +51,7 @@ class UcxLibrary:
     def __init__(self, tls: str | None = None, options: Mapping[str, str] | None = None) -> None:
         self.core, self._array = _load()
         self.tls = tls
-        self._options = {"RNDV_THRESH": "8192", "MAX_RNDV_RAILS": "1", **(options or {})}
+        self._options = {**_OWN, **(options or {})}
         if tls is not None:
             self._options["TLS"] = tls
 

@@ -17,6 +17,7 @@ from loraserve.errors import BadInputError, UnavailableError
 from loraserve.transport import ucx_library
 from loraserve.transport.base import BadPeerError, FetchStoppedError, NotPublishedError, Region
 from loraserve.transport.listener import Listener
+from loraserve.transport.peers import MAX_BODIES, PeerPool
 from loraserve.transport.ucx import UcxTransport, open_ucx
 from loraserve.transport.ucx_buffers import as_bytes, cut
 from loraserve.transport.ucx_library import UcxLibrary
@@ -84,6 +85,16 @@ def test_many_at_once_do_not_mix_and_leave_both_ends_at_rest(here: UcxTransport,
     state = there.ask("state")
     assert state["active_bytes"] == 0
     assert state["used_s"] < 0.05  # of 0.2 s; a thread that spins uses all of them
+
+
+@needs_ucx
+def test_who_asks_again_before_the_sender_knows_that_all_has_come_is_answered(there: UcxPeer) -> None:
+    peers = PeerPool()
+    here = UcxTransport(Listener("127.0.0.1"), UcxLibrary(), peers)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: fetch(here, there.address, f"k{i}", Fetched(SIZES[i])), [1, 2, 3] * 30))
+    assert peers.num_opened <= MAX_BODIES
+    here.close()
 
 
 @needs_ucx
@@ -233,7 +244,8 @@ def test_a_lane_that_messages_came_to_which_nobody_receives_is_given_back() -> N
         "here, there = Lane(library), Lane(UcxLibrary())\n"
         "there.connect(here.address, error_handling=False)\n"
         "try:\n"
-        "    there.send([bytes(100_000)] * 3, 1 << 32, GivesUp(), lambda: True)\n"
+        "    there.send_from([bytes(100_000)] * 3, 1 << 32)\n"
+        "    there.send(GivesUp(), lambda: True)\n"
         "except PeerGoneError:\n"
         "    here.discard()\n"
         "    print(library.num_kept, flush=True)\n"
