@@ -276,7 +276,13 @@ class VllmEngine:
         held, rank = self._engine.held_with(self._execution), self._engine.max_lora_rank
         if self._execution in ("stock", "off"):
             return AdapterSlots(client, num_slots=held, max_lora_rank=rank)
-        return EnginePool(client, num_slots=self._engine.adapter_slots, num_adapters=held, max_lora_rank=rank)
+        return EnginePool(
+            client,
+            num_slots=self._engine.adapter_slots,
+            num_adapters=held,
+            max_lora_rank=rank,
+            num_requests=lambda: len(self._in_flight),
+        )
 
     def _running(self) -> _Started:
         if self._started is None or self._closing is not None:

@@ -8,6 +8,7 @@ while its version is active.
 import asyncio
 import contextlib
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -74,8 +75,17 @@ class EnginePool:
     tells adapters apart by the one in some places and by the other elsewhere (its prefix cache).
     """
 
-    def __init__(self, client: Any, *, num_slots: int, num_adapters: int, max_lora_rank: int) -> None:
+    def __init__(
+        self,
+        client: Any,
+        *,
+        num_slots: int,
+        num_adapters: int,
+        max_lora_rank: int,
+        num_requests: Callable[[], int],
+    ) -> None:
         self._calls = EngineCalls(client)
+        self._num_requests = num_requests
         self._num_adapters = num_adapters
         self._max_lora_rank = max_lora_rank
         self._table = SlotTable(num_slots=num_slots)
@@ -238,7 +248,7 @@ class EnginePool:
         lora = LoRARequest(lora_name=str(name), lora_int_id=number, lora_path=f"memory:{name}")
         try:
             await self._calls.workers(
-                "loraserve_open", number, ref.pid, ref.fd, ref.size_bytes, ref.head_sha256
+                "loraserve_open", number, ref.pid, ref.fd, ref.size_bytes, ref.head_sha256, self._is_busy
             )
             if wrong := await self._advance(number, activate=False):
                 raise AdapterRejectedError(f"adapter {name}: the engine refuses it: {wrong}")
@@ -360,7 +370,7 @@ class EnginePool:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         while (waited_s := loop.time() - began_s) < CALL_TIMEOUT_S:
-            answers = await self._calls.workers("loraserve_advance", lora_id, activate)
+            answers = await self._calls.workers("loraserve_advance", lora_id, activate, self._is_busy)
             for state, reason in answers:
                 if state == FAILED:
                     return str(reason)
@@ -369,6 +379,11 @@ class EnginePool:
             if any(state == PREPARING for state, _ in answers):
                 await asyncio.sleep(min(max(waited_s / _POLLS_PER_WAIT, _FIRST_POLL_S), _LAST_POLL_S))
         return f"it was not ready within {CALL_TIMEOUT_S:.0f} s"
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether a request runs, rather than waits for a version to be active."""
+        return self._num_requests() > len(self._waiting)
 
     def _note(self, error: LoraServeError) -> None:
         if isinstance(error, EngineDeadError):

@@ -19,6 +19,7 @@ class FakeRank:
 
     def __init__(self, num_slots: int) -> None:
         self.pool: dict[int, MappedSegment] = {}
+        self.is_busy: bool | None = None
         self._opened: dict[int, SegmentRef] = {}
         self.active: set[int] = set()
         self._num_slots = num_slots
@@ -30,12 +31,16 @@ class FakeRank:
             return self.faults[method](args[0] if args else 0)
         return getattr(self, method)(*args)
 
-    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, head_sha256: str) -> None:
+    def loraserve_open(
+        self, lora_id: int, pid: int, fd: int, size_bytes: int, head_sha256: str, is_busy: bool
+    ) -> None:
         """Take note of the segment."""
+        self.is_busy = is_busy
         self._opened[lora_id] = SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, head_sha256=head_sha256)
 
-    def loraserve_advance(self, lora_id: int, activate: bool) -> tuple[str, str]:
+    def loraserve_advance(self, lora_id: int, activate: bool, is_busy: bool) -> tuple[str, str]:
         """Map the adapter and check it, then put it into a slot."""
+        self.is_busy = is_busy
         try:
             if lora_id not in self.pool:
                 self.pool[lora_id] = map_segment(self._opened[lora_id])

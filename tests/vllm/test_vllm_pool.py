@@ -27,7 +27,14 @@ class PoolBench:
 
     def __init__(self, folder: Path) -> None:
         self.workers = FakeWorkers(num_ranks=2, num_slots=2)
-        self.pool = EnginePool(self.workers, num_slots=2, num_adapters=10, max_lora_rank=8)
+        self.num_requests = 0
+        self.pool = EnginePool(
+            self.workers,
+            num_slots=2,
+            num_adapters=10,
+            max_lora_rank=8,
+            num_requests=lambda: self.num_requests,
+        )
         self._folder = folder
         self._requests = 0
 
@@ -305,7 +312,7 @@ async def test_a_segment_of_another_version_or_rank_is_refused(
         await bench.pool.load(with_segment(given, "two"))
     with pytest.raises(AdapterRejectedError, match=r"rank 9 is above engine\.max_lora_rank 8"):
         await bench.pool.load(with_segment(given, rank=9))
-    low = EnginePool(bench.workers, num_slots=2, num_adapters=10, max_lora_rank=2)
+    low = EnginePool(bench.workers, num_slots=2, num_adapters=10, max_lora_rank=2, num_requests=lambda: 0)
     # What its head says counts, also for a caller that believes otherwise.
     with pytest.raises(AdapterRejectedError, match=r"its rank 4 is above engine\.max_lora_rank 2"):
         await low.load(with_segment(given, rank=1))
@@ -373,3 +380,24 @@ async def test_in_any_turmoil_a_request_runs_only_while_its_version_is_in_a_slot
     assert await bench.pool.resident() == {version(name) for name in names}
     bench.pool._table.check_invariants()
     assert not any(slot.num_admitted for slot in bench.pool._table.snapshot().slots)
+
+
+async def test_workers_hear_whether_requests_run(bench: PoolBench) -> None:
+    """One that waits for the very version that is being prepared does not run."""
+    heard: list[bool | None] = []
+
+    async def hear(name: str, num_requests: int) -> None:
+        bench.num_requests = num_requests
+        await bench.load(name)
+        heard.append(bench.workers.ranks[1].is_busy)
+
+    await hear("one", 0)
+    await hear("two", 1)
+    for name in ("one", "two"):
+        await bench.enter(name)
+    _, waiting = bench.waits("three")
+    await hear("three", 1)
+    await hear("four", 2)
+    assert heard == [False, True, False, True]
+    waiting.cancel()
+    await ends(waiting)

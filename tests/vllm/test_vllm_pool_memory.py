@@ -23,10 +23,10 @@ class PreparingRank(FakeRank):
         super().__init__(num_slots=1)
         self.prepared: set[int] = set()
 
-    def loraserve_advance(self, lora_id: int, activate: bool) -> tuple[str, str]:
+    def loraserve_advance(self, lora_id: int, activate: bool, is_busy: bool) -> tuple[str, str]:
         """Checking prepares."""
         self.prepared.add(lora_id)
-        return super().loraserve_advance(lora_id, activate)
+        return super().loraserve_advance(lora_id, activate, is_busy)
 
     def loraserve_deactivate(self, lora_id: int) -> None:
         """The prepared form goes with the slot."""
@@ -44,7 +44,7 @@ async def test_only_what_has_a_slot_stays_prepared(tmp_path: Path, fault: dict[s
     ranks = [PreparingRank(), PreparingRank()]
     workers = FakeWorkers(num_ranks=2, num_slots=1)
     workers.ranks[:] = ranks
-    pool = EnginePool(workers, num_slots=1, num_adapters=3, max_lora_rank=8)
+    pool = EnginePool(workers, num_slots=1, num_adapters=3, max_lora_rank=8, num_requests=lambda: 0)
     folder = AdapterMaker(tmp_path)()
     ranks[0].faults |= fault
     for name in NAMES:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from loraserve.adapters.segment import MappedSegment, SegmentError, SegmentRef, map_segment
-from loraserve.pace import Pace, never
+from loraserve.pace import Pace
 
 _NICENESS = 10
 
@@ -35,13 +35,13 @@ class _Entry:
 
 class WorkerPool:
     """Adapters by vLLM's integer id. Methods are called on the worker's loop; work is done beside it, in
-    small pieces while `is_busy` says that requests run."""
+    small pieces while requests run (`is_busy`)."""
 
     def __init__(self, prepare: Prepare) -> None:
         self._prepare = prepare
-        self.is_busy: Callable[[], bool] = never
+        self.is_busy = False
         self._num_awaited = 0
-        self._pace = Pace(is_busy=lambda: not self._num_awaited and self.is_busy())
+        self._pace = Pace(is_busy=lambda: self.is_busy and not self._num_awaited)
         self._entries: dict[int, _Entry] = {}
         self._executor = ThreadPoolExecutor(1, "loraserve-prepare", initializer=_take_one_thread)
 

@@ -27,22 +27,25 @@ class WorkerExtension:
             )
         return manager
 
-    def loraserve_open(self, lora_id: int, pid: int, fd: int, size_bytes: int, head_sha256: str) -> None:
-        """Begin to map an adapter's segment and to prepare it; `loraserve_advance` tells how that went."""
+    def loraserve_open(
+        self, lora_id: int, pid: int, fd: int, size_bytes: int, head_sha256: str, is_busy: bool
+    ) -> None:
+        """Begin to map an adapter's segment and to prepare it; `loraserve_advance` tells how that went.
+
+        `is_busy`: requests run, for which this makes room.
+        """
         pool = self.loraserve_manager.pool
-        pool.is_busy = self._loraserve_is_busy
+        pool.is_busy = is_busy
         pool.open(lora_id, SegmentRef(pid=pid, fd=fd, size_bytes=size_bytes, head_sha256=head_sha256))
 
-    def _loraserve_is_busy(self) -> bool:
-        """Whether requests run on the processors where adapters are prepared."""
-        return bool(self.model_runner.requests)
-
-    def loraserve_advance(self, lora_id: int, activate: bool) -> tuple[str, str]:
+    def loraserve_advance(self, lora_id: int, activate: bool, is_busy: bool) -> tuple[str, str]:
         """Bring an adapter one piece further: checked and prepared, then, if `activate`, into a slot.
 
-        The state it is in now, and the reason if that is FAILED.
+        `is_busy` as for `loraserve_open`, as it is now. The state the adapter is in now, and the reason if
+        that is FAILED.
         """
         manager = self.loraserve_manager
+        manager.pool.is_busy = is_busy
         try:
             if not manager.pool.begin(lora_id):
                 return PREPARING, ""

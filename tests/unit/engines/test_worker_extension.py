@@ -10,8 +10,8 @@ from loraserve.engines.vllm_lora.worker import WorkerExtension
 @pytest.mark.parametrize(
     ("method", "arguments"),
     [
-        ("loraserve_open", (1, 2, 3, 4, "00")),
-        ("loraserve_advance", (1, True)),
+        ("loraserve_open", (1, 2, 3, 4, "00", False)),
+        ("loraserve_advance", (1, True, False)),
         ("loraserve_deactivate", (1,)),
         ("loraserve_report", ()),
     ],
