@@ -120,7 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tls", default="posix,cma,self", help="UCX_TLS; '' leaves the choice to UCX")
     parser.add_argument("--way", choices=("event", "poll", "spin", "block"), default="event")
-    parser.add_argument("--chunk-mib", type=int, default=4, help="0: the whole body at once")
+    parser.add_argument("--chunk-mib", type=int, default=8, help="0: the whole body at once")
     parser.add_argument("--window", type=int, default=4)
     parser.add_argument("--sizes-mib", type=_sizes, default=[1, 16, 64, 256])
     parser.add_argument("--repeats", type=int, default=9)

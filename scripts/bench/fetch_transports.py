@@ -1,8 +1,9 @@
 """The transports between two processes beside the barest loops over the same library, and the whole fabric.
 
 Ours and the bare ones take turns, a few transfers each, so that what drifts drifts for both: a share is the
-median of the rounds' ratios. All receive into memory that is there already; the fabric makes its own,
-hashes every byte twice (xxh3 and sha256) and seals.
+median of the rounds' ratios. All take and receive into memory that is there already, other memory in every
+round, since some of it is slower; the fabric makes its own, hashes every byte twice (xxh3 and sha256) and
+seals.
 """
 
 import asyncio
@@ -100,8 +101,6 @@ class _Bench:
         if opened["left_out"]:
             self._left_out[kind] = opened["left_out"][scheme]
             return
-        for size_mib in self._options.sizes_mib:
-            await holder.ask("publish", key=f"{size_mib}", size_bytes=size_mib * MIB)
         self._pairs[kind] = _Pair(
             scheme=scheme, address=opened["addresses"][scheme], holder=holder, fetcher=fetcher
         )
@@ -163,6 +162,7 @@ class _Bench:
         pair = self._pairs[kind]
         rates = {}
         for size_mib in self._options.sizes_mib:
+            await pair.holder.ask("publish", key=f"{size_mib}", size_bytes=size_mib * MIB)
             answer = await pair.fetcher.ask(
                 "read",
                 scheme=pair.scheme,
@@ -171,6 +171,7 @@ class _Bench:
                 size_bytes=size_mib * MIB,
                 times=_WARM_UPS + self._options.transfers,
             )
+            await pair.holder.ask("withdraw", key=f"{size_mib}")
             seconds = answer["seconds"][_WARM_UPS:]
             rates[size_mib] = size_mib * MIB / median(seconds)
         return rates
