@@ -69,7 +69,7 @@ def test_preparing_takes_no_threads_whatever_torch_was_told_before(segment: Adap
 
     from loraserve.engines.vllm_lora.pool import WorkerPool
 
-    def prepare(_: Any, work: Any) -> dict[str, Any]:
+    def prepare(_: Any, rest: Any) -> dict[str, Any]:
         torch.zeros(2000, 2000).mul_(2).t().contiguous()
         return {"threads": torch.get_num_threads()}
 

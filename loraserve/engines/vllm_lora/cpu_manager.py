@@ -1,7 +1,7 @@
 """Slots on the CPU: references to matrices of exactly the adapter's rank. Engine processes only."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -13,8 +13,7 @@ from loraserve.engines.vllm_lora.manager import PooledAdapter, PooledModelManage
 from loraserve.engines.vllm_lora.pool import Prepared
 from loraserve.engines.vllm_lora.room import Room
 from loraserve.engines.vllm_lora.transpose import load_transpose
-from loraserve.engines.vllm_lora.weights import LayerSource, layer_sources
-from loraserve.engines.vllm_lora.workers import Workers
+from loraserve.engines.vllm_lora.weights import layer_sources
 
 
 class CpuModelManager(PooledModelManager):
@@ -27,18 +26,17 @@ class CpuModelManager(PooledModelManager):
         """None while layers are made: vLLM then allocates no memory for padded slots, only their shapes."""
         return 0 if self._creating else int(self.lora_config.max_loras)
 
-    def prepare(self, segment: MappedSegment, workers: Workers) -> Prepared:
+    def prepare(self, segment: MappedSegment, rest: Callable[[], None]) -> Prepared:
         """Matrices per layer at their true rank, or padded where that is asked for."""
         padded = self.lora_config.max_lora_rank if os.environ.get(EXECUTION) == "padded" else 0
         dtype = self.lora_config.lora_dtype
         room, transpose = Room(segment.size_bytes), load_transpose()
-
-        def layer(item: tuple[str, LayerSource]) -> tuple[str, LayerWeights]:
-            name, source = item
+        prepared = {}
+        for name, source in layer_sources(segment, self).items():
             slices = self.modules[name].output_slices
-            return name, prepare_layer(source, slices, dtype, padded, room=room, transpose=transpose)
-
-        return dict(workers.each(layer, layer_sources(segment, self).items()))
+            prepared[name] = prepare_layer(source, slices, dtype, padded, room=room, transpose=transpose)
+            rest()
+        return prepared
 
     def fill_piece(self, adapter: PooledAdapter, index: int) -> bool:
         """References are set at once."""

@@ -3,7 +3,7 @@
 Engine processes on CUDA only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -15,7 +15,6 @@ from loraserve.engines.vllm_lora.cuda_slots import slot_memory, slot_pieces
 from loraserve.engines.vllm_lora.manager import PooledAdapter, PooledModelManager
 from loraserve.engines.vllm_lora.pool import Prepared
 from loraserve.engines.vllm_lora.weights import layer_sources
-from loraserve.engines.vllm_lora.workers import Workers
 
 PIECE_BYTES = 8 * 1024**2
 """What is written between two steps: half a millisecond of PCIe."""
@@ -30,7 +29,7 @@ class CudaModelManager(PooledModelManager):
         for wrapper in self._wrappers():
             wrapper.warm_up(layer for layer in self.modules.values() if layer.punica_wrapper is wrapper)
 
-    def prepare(self, segment: MappedSegment, workers: Workers) -> Prepared:
+    def prepare(self, segment: MappedSegment, rest: Callable[[], None]) -> Prepared:
         """The matrices as they lie in the segment: scaling and dtype change on the way into the slot."""
         return layer_sources(segment, self)
 

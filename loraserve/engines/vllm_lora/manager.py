@@ -3,7 +3,7 @@
 Engine processes only. vLLM's own caches never evict here: the replica makes room before a request needs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -15,7 +15,6 @@ from vllm.platforms import current_platform
 
 from loraserve.adapters.segment import MappedSegment
 from loraserve.engines.vllm_lora.pool import Prepared, WorkerPool
-from loraserve.engines.vllm_lora.workers import Workers
 
 
 class PooledAdapter(LoRAModel):  # type: ignore[misc]
@@ -38,8 +37,9 @@ class PooledModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         self._filling: dict[int, int] = {}
         super().__init__(*args, **kwargs)
 
-    def prepare(self, segment: MappedSegment, workers: Workers) -> Prepared:
-        """The adapter in the form that fills a slot, by layer; runs beside the worker's loop."""
+    def prepare(self, segment: MappedSegment, rest: Callable[[], None]) -> Prepared:
+        """The adapter in the form that fills a slot, by layer; runs beside the worker's loop, and calls
+        `rest` after each piece of work."""
         raise NotImplementedError
 
     def fill_piece(self, adapter: PooledAdapter, index: int) -> bool:
@@ -126,7 +126,7 @@ class PooledWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._manager_cls = _model_manager_class()
-        self.pool = WorkerPool(lambda segment, workers: self._adapter_manager.prepare(segment, workers))
+        self.pool = WorkerPool(lambda segment, rest: self._adapter_manager.prepare(segment, rest))
 
     @property
     def model_manager(self) -> PooledModelManager:

@@ -3,6 +3,8 @@
 Engine processes only. The pool never lets go of an adapter by itself: the replica opens and closes.
 """
 
+import contextlib
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -10,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from loraserve.adapters.segment import MappedSegment, SegmentError, SegmentRef, map_segment
-from loraserve.engines.vllm_lora.workers import Workers, take_one_thread
 from loraserve.pace import Pace
 
 _NICENESS = 10
@@ -18,7 +19,9 @@ _NICENESS = 10
 Prepared = Mapping[str, Any]
 """An adapter in the form that fills a slot, by layer."""
 
-Prepare = Callable[[MappedSegment, Workers], Prepared]
+
+Prepare = Callable[[MappedSegment, Callable[[], None]], Prepared]
+"""Makes the prepared form, and calls what it is given after each piece of that work."""
 
 
 class _Entry:
@@ -38,9 +41,9 @@ class WorkerPool:
         self._prepare = prepare
         self.is_busy = False
         self._num_awaited = 0
-        self._workers = Workers(Pace(is_busy=lambda: self.is_busy and not self._num_awaited))
+        self._pace = Pace(is_busy=lambda: self.is_busy and not self._num_awaited)
         self._entries: dict[int, _Entry] = {}
-        self._executor = ThreadPoolExecutor(1, "loraserve-prepare", initializer=take_one_thread)
+        self._executor = ThreadPoolExecutor(1, "loraserve-prepare", initializer=_take_one_thread)
 
     def open(self, lora_id: int, ref: SegmentRef) -> None:
         """Begin to map a segment and to prepare it; what is wrong with it is for `begin` to tell.
@@ -102,9 +105,24 @@ class WorkerPool:
     def _prepared(self, entry: _Entry) -> Prepared:
         if entry.segment is None:
             entry.segment = map_segment(entry.ref)
-        return self._prepare(entry.segment, self._workers)
+        return self._prepare(entry.segment, self._pace.rest)
 
 
 def go_last() -> None:
     """Let this thread's work go after serving, which may share its processors."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+def _take_one_thread() -> None:
+    """The thread that prepares gets no OpenMP threads of its own.
+
+    With more threads than processors, OpenMP's threads sleep at every barrier instead of spinning, and each
+    decode step takes half as long again, for ever.
+    """
+    import torch
+
+    # Torch sets a thread's number at its first use there: this is it, or it would undo the next line.
+    torch.get_num_threads()
+    with contextlib.suppress(OSError, AttributeError):
+        # The one that torch has loaded: libraries are known by this name.
+        ctypes.CDLL("libgomp.so.1").omp_set_num_threads(1)

@@ -2,7 +2,6 @@
 
 import contextlib
 import mmap
-import threading
 from math import prod
 
 import torch
@@ -14,8 +13,7 @@ _ALIGN_BYTES = 64
 
 
 class Room:
-    """Fresh zeroed memory, given out matrix by matrix, to several threads; a block of it goes with the last
-    matrix in it.
+    """Fresh zeroed memory, given out matrix by matrix; a block of it goes with the last matrix in it.
 
     `about_bytes` is what will be needed, more or less. For much, large pages are asked for: with small ones
     the faults of touching it first take longer than copying the matrices. For little, they would waste more
@@ -26,19 +24,16 @@ class Room:
         self._is_large = about_bytes >= _LARGE_FROM_BYTES
         self._block: mmap.mmap | None = None
         self._taken_bytes = 0
-        self._lock = threading.Lock()
 
     def take(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros of this shape."""
         count = prod(shape)
         size_bytes = count * dtype.itemsize
-        with self._lock:
-            begin = -(-self._taken_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
-            if self._block is None or begin + size_bytes > len(self._block):
-                self._block, begin = self._new_block(size_bytes), 0
-            self._taken_bytes = begin + size_bytes
-            block = self._block
-        return torch.frombuffer(block, dtype=dtype, count=count, offset=begin).view(shape)
+        begin = -(-self._taken_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        if self._block is None or begin + size_bytes > len(self._block):
+            self._block, begin = self._new_block(size_bytes), 0
+        self._taken_bytes = begin + size_bytes
+        return torch.frombuffer(self._block, dtype=dtype, count=count, offset=begin).view(shape)
 
     def _new_block(self, least_bytes: int) -> mmap.mmap:
         block = mmap.mmap(-1, max(_BLOCK_BYTES, least_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
