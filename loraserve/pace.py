@@ -8,6 +8,9 @@ from dataclasses import dataclass
 DEFAULT_SHARE = 0.05
 PIECE_S = 0.001
 MAX_REST_S = 0.25
+MAX_HELD_UP_S = 10.0
+"""A work that takes longer than this is large, and somebody waits for it: it goes on without rests."""
+
 _LOOK_AGAIN_S = 0.02
 
 
@@ -53,6 +56,16 @@ class Pace:
         self._own = threading.local()
         self._lock = threading.Lock()
         self._free_at_s = 0.0
+
+    def for_one(self) -> Callable[[], None]:
+        """The `rest` of one work that begins now, which it holds up for about `MAX_HELD_UP_S` at most."""
+        until_s = self._times.now_s() + MAX_HELD_UP_S
+
+        def rest() -> None:
+            if self._times.now_s() < until_s:
+                self.rest()
+
+        return rest
 
     def rest(self) -> None:
         """Wait as long as what this thread has worked since it last did asks for, at most `MAX_REST_S`."""

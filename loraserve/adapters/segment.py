@@ -15,7 +15,7 @@ import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from loraserve.adapters.segment_head import (
     hashed,
 )
 from loraserve.errors import AdapterRejectedError
+from loraserve.pace import no_rest
 
 __all__ = [
     "CHUNK_BYTES",
@@ -215,10 +216,18 @@ class MappedSegment:
             raise SegmentError(f"its body hashes to {found[:16]}, expected {self._head.body_sha256[:16]}")
 
 
-def build_segment(directory: Path, *, name: str, digest: str | None, max_lora_rank: int) -> AdapterSegment:
+def build_segment(
+    directory: Path,
+    *,
+    name: str,
+    digest: str | None,
+    max_lora_rank: int,
+    rest: Callable[[], None] = no_rest,
+) -> AdapterSegment:
     """Lay out a PEFT folder's adapter as a new sealed segment.
 
-    `digest` is the sha256 of the content as the registry knows it, None where nobody does.
+    `digest` is the sha256 of the content as the registry knows it, None where nobody does. `rest` is called
+    after each piece of the reading.
     AdapterRejectedError, with nothing left behind, if the files are damaged, do not fit each other, exceed
     `max_lora_rank`, or are not that content. Reads the weights once.
     """
@@ -226,7 +235,7 @@ def build_segment(directory: Path, *, name: str, digest: str | None, max_lora_ra
     with open_folder(directory, name=name, where=where, max_lora_rank=max_lora_rank) as folder:
         writer = SegmentWriter(folder.head)
         try:
-            found = content_digest(folder.config, copy_body(folder, writer.body))
+            found = content_digest(folder.config, copy_body(folder, writer.body, rest))
             if digest not in (None, found):
                 raise AdapterRejectedError(
                     f"{where}: its files have sha256 {found[:16]}, not {digest[:16] if digest else ''}"

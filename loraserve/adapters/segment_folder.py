@@ -6,7 +6,7 @@ weights to know it.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from loraserve.adapters.segment_head import (
 )
 from loraserve.adapters.tensors import check_tensors
 from loraserve.errors import AdapterRejectedError
+from loraserve.pace import no_rest
 
 SEGMENT_FILE = "segment.head"
 _SLICE_BYTES = 256 * 1024
@@ -76,8 +77,11 @@ def open_folder(directory: Path, *, name: str, where: str, max_lora_rank: int) -
         yield OpenFolder(where=where, config=config_bytes, fd=file.fileno(), header=header, head=head)
 
 
-def copy_body(folder: OpenFolder, body: memoryview) -> bytes:
-    """Read the weights into the body's order, once, in the file's order; the file's sha256."""
+def copy_body(folder: OpenFolder, body: memoryview, rest: Callable[[], None] = no_rest) -> bytes:
+    """Read the weights into the body's order, once, in the file's order; the file's sha256.
+
+    `rest` is called after each piece.
+    """
     digest = hashlib.sha256()
     prefix = bytearray(folder.header.data_start)
     _read(folder, memoryview(prefix), 0)
@@ -90,6 +94,7 @@ def copy_body(folder: OpenFolder, body: memoryview) -> bytes:
             with body[begin + shift : end + shift] as part:
                 _read(folder, part, folder.header.data_start + begin)
                 digest.update(part)
+            rest()
     return digest.digest()
 
 

@@ -48,6 +48,8 @@ from placement.types import VersionId
 _FIRST_POLL_S = 0.001
 _LAST_POLL_S = 0.02
 _POLLS_PER_WAIT = 4
+_PREPARED_BYTES_PER_S = 2e9
+"""Nothing is prepared faster: to ask before would only take time from it."""
 
 
 class _Held:
@@ -250,6 +252,7 @@ class EnginePool:
             await self._calls.workers(
                 "loraserve_open", number, ref.pid, ref.fd, ref.size_bytes, ref.head_sha256, self._is_busy
             )
+            await asyncio.sleep(ref.size_bytes / _PREPARED_BYTES_PER_S)
             if wrong := await self._advance(number, activate=False):
                 raise AdapterRejectedError(f"adapter {name}: the engine refuses it: {wrong}")
         except EngineDeadError:

@@ -164,7 +164,7 @@ class Sources:
             idle_timeout_s=self._options.idle_timeout_s,
             is_stopped=flight.ticket.is_stopped,
             tell=lambda done_bytes: flight.tell(self._loop, done_bytes, body_bytes),
-            rest=self._threads.pace.rest,
+            rest=self._threads.pace.for_one(),
         )
         body = await self._in_thread(lambda: fetch_body(source, wanted, head, fetching))
         if not isinstance(body, Body):
@@ -182,7 +182,7 @@ class Sources:
 
     async def _try_origin(self, flight: Flight, queued_s: float) -> Found | Failure:
         began_s = self._threads.clock.now_s()
-        built = await self._in_thread(lambda: _build(flight.wanted))
+        built = await self._in_thread(lambda: _build(flight.wanted, self._threads.pace.for_one()))
         if not isinstance(built, AdapterSegment):
             return self._note(flight, "the origin", built)
         try:
@@ -210,7 +210,7 @@ class Sources:
         return failure
 
 
-def _build(wanted: Wanted) -> AdapterSegment | Failure:
+def _build(wanted: Wanted, rest: Callable[[], None]) -> AdapterSegment | Failure:
     """The origin's segment. AdapterRejectedError if its files cannot be served."""
     assert wanted.directory is not None, "asked for an origin that there is none of"
     try:
@@ -219,6 +219,7 @@ def _build(wanted: Wanted) -> AdapterSegment | Failure:
             name=wanted.version_id,
             digest=wanted.digest or None,
             max_lora_rank=wanted.max_lora_rank,
+            rest=rest,
         )
     except (OSError, ValueError) as error:
         return Failure(outcome=Outcome.FAILED, text=str(error).replace("\n", " "))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.pace import MAX_REST_S, PIECE_S, Pace, Times
+from loraserve.pace import MAX_HELD_UP_S, MAX_REST_S, PIECE_S, Pace, Times
 
 
 class Bench:
@@ -29,9 +29,13 @@ class Bench:
 
     def work(self, seconds: float) -> None:
         """A piece of work, and the rest after it."""
+        self.work_only(seconds)
+        self.pace.rest()
+
+    def work_only(self, seconds: float) -> None:
+        """A piece of work."""
         self._worked_s[threading.get_ident()] += seconds
         self.now_s += seconds
-        self.pace.rest()
 
     @property
     def rested_s(self) -> float:
@@ -84,6 +88,17 @@ def test_a_rest_is_bounded_and_ends_with_the_requests() -> None:
     bench.pace.is_busy = lambda: bench.now_s < ends_at_s
     bench.work(5 * PIECE_S)
     assert bench.now_s == pytest.approx(ends_at_s, abs=0.03)
+
+
+def test_one_work_is_held_up_for_a_bounded_time() -> None:
+    bench = Bench(0.05)
+    rest = bench.pace.for_one()
+    began_s = bench.now_s
+    for _ in range(100):
+        bench.work_only(20 * PIECE_S)
+        rest()
+    worked_s = 100 * 20 * PIECE_S
+    assert MAX_HELD_UP_S < bench.now_s - began_s < MAX_HELD_UP_S + worked_s + MAX_REST_S
 
 
 def test_threads_rest_one_after_the_other() -> None:
