@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 _LEAVING_TIMEOUT_S = 5.0
 
+_PACED_PIECE_BYTES = 1024**2
+"""What takes a processor for a millisecond, with the faults of memory that is new."""
+
 
 class Fabric:
     """Made on the loop that uses it; `transports` come in the order of preference and are closed with it.
@@ -104,8 +107,11 @@ class Fabric:
         return not self._tasks
 
     def give_way_while(self, is_busy: Callable[[], bool]) -> None:
-        """While this says so, asked in any thread, fetches take `busy_share` of one processor."""
+        """While this says so, asked in any thread, fetches take `busy_share` of one processor, in pieces that
+        are short."""
         self._threads.pace.is_busy = is_busy
+        for transport in self._transports:
+            transport.piece_bytes = min(transport.piece_bytes, _PACED_PIECE_BYTES)
 
     # -- what a replica asks for -----------------------------------------------------------------
 

@@ -78,11 +78,14 @@ class Transport(Protocol):
 
     Thread-safe. Methods block; `read_head` and `fetch` may run in several threads at once. A fetch that
     fails may have written to its destination, and writes nothing more once it has returned or raised.
-    Every wait is bounded: `idle_timeout_s` is how long a peer may send nothing.
+    Every wait is bounded: `idle_timeout_s` is how long a peer may send nothing. `piece_bytes` is about how
+    much of a body comes between two calls of `on_bytes`; set to less, for fetches from then on, less is done
+    at a time.
     """
 
     scheme: str
     takes_device_memory: bool
+    piece_bytes: int
 
     @property
     def address(self) -> bytes:

@@ -92,6 +92,7 @@ class MemoryTransport:
         self.heads_read: Counter[str] = Counter()
         self.bodies_read: Counter[str] = Counter()
         self.in_use = InUse()
+        self.piece_bytes = net.piece_bytes
         self._net = net
         self._lock = threading.Lock()
         self._regions: dict[str, Region] = {}
@@ -217,11 +218,11 @@ class _Transfer:
         self._stop = stop
 
     def run(self, region: Region, into: memoryview, net: MemoryNet, on_bytes: Progress) -> None:
-        size_bytes = len(into)
-        begins = list(range(0, size_bytes, net.piece_bytes))
+        size_bytes, piece_bytes = len(into), self._here.piece_bytes
+        begins = list(range(0, size_bytes, piece_bytes))
         with memoryview(region.body) as given, given.cast("B") as body:
             for begin in reversed(begins) if net.backwards else begins:
-                end = min(begin + net.piece_bytes, size_bytes)
+                end = min(begin + piece_bytes, size_bytes)
                 self._check()
                 self._piece(body, into, begin, end)
                 on_bytes(begin, end)

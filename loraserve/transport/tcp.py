@@ -36,6 +36,7 @@ class TcpTransport:
     def __init__(self, listener: Listener, pool: PeerPool | None = None) -> None:
         self.listener = listener
         self.pool = pool or PeerPool()
+        self.piece_bytes = PIECE_BYTES
         self._in_use = InUse()
         listener.join(SCHEME, {Op.BODY: self._answer_body})
 
@@ -78,7 +79,7 @@ class TcpTransport:
             with self.pool.exchange(address, request, patience, is_body=True) as (link, answer):
                 if answer.op != Op.DATA or range_of(answer) != (0, size_bytes, size_bytes):
                     raise BadPeerError(f"{link.peer} answers something else than the body of {key}")
-                _receive_body(link, body, on_bytes, patience)
+                _receive_body(link, body, self.piece_bytes, on_bytes, patience)
 
     def active_bytes(self) -> int:
         """Bytes of regions that are being read by or from this process now."""
@@ -127,10 +128,12 @@ def _send_body(connection: Connection, region: Region, begin: int, end: int) -> 
         connection.link.send_bytes(part, connection.patience)
 
 
-def _receive_body(link: Link, body: memoryview, on_bytes: Progress, patience: Patience) -> None:
+def _receive_body(
+    link: Link, body: memoryview, piece_bytes: int, on_bytes: Progress, patience: Patience
+) -> None:
     begin, end = 0, len(body)
     while begin < end:
-        piece_end = min(begin + PIECE_BYTES, end)
+        piece_end = min(begin + piece_bytes, end)
         done = begin
         while done < piece_end:
             with body[done:piece_end] as rest:

@@ -64,7 +64,7 @@ class UcxTransport:
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self._listener = listener
-        self._chunk_bytes = chunk_bytes
+        self.piece_bytes = chunk_bytes
         self._library = library
         self._pool = pool or PeerPool()
         # Two pools: a process whose lanes all wait for others' would serve none of them.
@@ -118,7 +118,7 @@ class UcxTransport:
             ask = Ask(
                 size_bytes=body.nbytes,
                 first_tag=lane.next_tags(),
-                chunk_bytes=self._chunk_bytes,
+                chunk_bytes=self.piece_bytes,
                 host=self._host,
                 worker_address=lane.address,
             )

@@ -78,9 +78,11 @@ class StagedTransport:
     asked: list[tuple[str, str]] = field(default_factory=list)
     scheme: str = field(init=False)
     takes_device_memory: bool = False
+    piece_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.scheme = self.inner.scheme
+        self.piece_bytes = self.inner.piece_bytes
 
     @property
     def address(self) -> bytes:

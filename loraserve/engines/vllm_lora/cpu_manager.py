@@ -31,11 +31,11 @@ class CpuModelManager(PooledModelManager):
         padded = self.lora_config.max_lora_rank if os.environ.get(EXECUTION) == "padded" else 0
         dtype = self.lora_config.lora_dtype
         room, transpose = Room(segment.size_bytes), load_transpose()
-        prepared = {}
-        for name, source in layer_sources(segment, self).items():
+        sources, prepared = layer_sources(segment, self), {}
+        for name, source in sources.items():
+            rest()
             slices = self.modules[name].output_slices
             prepared[name] = prepare_layer(source, slices, dtype, padded, room=room, transpose=transpose)
-            rest()
         return prepared
 
     def fill_piece(self, adapter: PooledAdapter, index: int) -> bool:

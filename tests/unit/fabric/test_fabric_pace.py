@@ -2,7 +2,11 @@
 
 import threading
 
+import pytest
+
 from tests.support.fabric_kit import Library, Town, from_peers
+
+MIB = 1024**2
 
 
 async def test_a_fetch_asks_in_its_own_threads_whether_requests_run(town: Town, library: Library) -> None:
@@ -38,3 +42,14 @@ async def test_so_does_one_that_reads_the_origin(town: Town, library: Library) -
     node.fabric.give_way_while(is_busy)
     assert (await node.fabric.acquire(library.large())).source == "origin"
     assert asked == {"fabric-fetch"}
+
+
+async def test_where_requests_may_run_bodies_come_in_short_pieces(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, other = town("node"), town("other")
+    monkeypatch.setattr(node.transports[0], "piece_bytes", 8 * MIB)
+    monkeypatch.setattr(other.transports[0], "piece_bytes", 4096)
+    for one in (node, other):
+        one.fabric.give_way_while(lambda: False)
+    assert [one.transports[0].piece_bytes for one in (node, other)] == [MIB, 4096]

@@ -57,6 +57,15 @@ def test_what_is_fetched_is_what_was_published(ends: Ends, region_of: Make, size
     assert got.covered()
 
 
+def test_bodies_come_in_as_short_pieces_as_is_asked_for(ends: Ends) -> None:
+    here, there = ends
+    there.publish("k", memory_region(pattern(10_000)))
+    here.piece_bytes = 3000
+    got = fetch(here, there.address, "k", Fetched(10_000))
+    assert got.body == pattern(10_000)
+    assert [end - begin for begin, end in got.ranges] == [3000, 3000, 3000, 1000]
+
+
 def test_heads_may_be_empty_or_as_large_as_they_may_be(ends: Ends) -> None:
     here, there = ends
     for key, head in (("none", b""), ("large", pattern(MAX_HEAD_BYTES))):
