@@ -64,6 +64,7 @@ def test_every_row_gets_its_adapters_share_and_base_rows_keep_their_bits(
     import torch
 
     from loraserve.engines.vllm_lora.cpu import CpuStep, LayerExecution, prepare_layer
+    from loraserve.engines.vllm_lora.room import Room, Spare
 
     number = getattr(torch, dtype)
     sources = {adapter: source_of(own, adapter) for adapter, own in zip((5, 6), ranks, strict=False)}
@@ -71,11 +72,16 @@ def test_every_row_gets_its_adapters_share_and_base_rows_keep_their_bits(
         patch.setenv(few_rows.LIBRARY, libraries[compiled])
         step = CpuStep(number)
     layer = LayerExecution(step, num_slots=3)
+    # What was in memory before is not to be seen.
+    spare = Spare()
+    room = Room(8 * 1024**2, spare)
+    room.take(4 * 1024**2, dtype=torch.bfloat16).fill_(torch.nan)
+    room = Room(8 * 1024**2, spare)
     # Adapter 7 leaves this layer alone, in the slot where another one was.
     layer.fill(1, prepare_layer(source_of(ranks[2], 7), OUTPUTS, number))
     layer.fill(1, None)
     for slot, adapter in ((0, 6), (2, 5)):
-        layer.fill(slot, prepare_layer(sources[adapter], OUTPUTS, number, 24 if padded else 0))
+        layer.fill(slot, prepare_layer(sources[adapter], OUTPUTS, number, 24 if padded else 0, room=room))
     ids = [adapter for adapter, length in runs for _ in range(length)]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(len(ids), WIDTH, generator=generator).to(number)
@@ -144,6 +150,39 @@ def test_b_is_scaled_in_float32_and_rounded_once_and_its_source_stays(
     )
     assert torch.equal(prepared.slices[0].b, (before.float() * scaling).to(getattr(torch, dtype)).t())
     assert torch.equal(b, before)
+
+
+def test_memory_is_used_again_when_all_matrices_in_it_are_gone_and_is_zero_again() -> None:
+    import torch
+
+    from loraserve.engines.vllm_lora.room import Room, Spare
+
+    spare, size_bytes = Spare(), 16 * 1024**2
+
+    def fill() -> list[Any]:
+        room = Room(size_bytes, spare)
+        taken = [room.take(1024, 1024, dtype=torch.bfloat16) for _ in range(8)]
+        assert not any(one.any() for one in taken)
+        for one in taken:
+            one.fill_(1)
+        return taken
+
+    first = fill()
+    where = first[0].data_ptr()
+    view = first[-1][3:5]
+    second = fill()
+    assert second[0].data_ptr() != where
+    del first
+    assert spare.size_bytes == 0, "a view is left"
+    del view
+    assert spare.size_bytes == size_bytes
+    assert fill()[0].data_ptr() == where
+    # Small ones take nothing of it, and what is kept is bounded.
+    Room(1000, spare).take(10, dtype=torch.bfloat16)
+    assert spare.size_bytes == size_bytes
+    many = [fill() for _ in range(10)]
+    del many, second
+    assert spare.size_bytes == 128 * 1024**2
 
 
 def test_what_is_taken_from_one_room_is_apart_and_zero_and_outlives_it() -> None:

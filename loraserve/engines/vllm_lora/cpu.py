@@ -83,7 +83,7 @@ def prepare_layer(
         if part is not None:
             rank = padded_rank or part.rank
             a[begin : begin + part.rank] = part.a
-            b = room.take(rank, part.b.shape[0], dtype=dtype)
+            b = room.take(rank, part.b.shape[0], dtype=dtype, zeroed=rank > part.rank)
             transpose(part.b, part.scaling, b[: part.rank])
             slices.append(SliceWeights(begin=begin, end=begin + rank, left=left, right=left + width, b=b))
             begin += rank
@@ -101,10 +101,12 @@ def prepare_layer(
 
 
 def _room_for_a(source: LayerSource, padded_rank: int, dtype: torch.dtype, room: Room) -> torch.Tensor:
-    """Zeros for the slices' A, one below the other."""
-    ranks = [(padded_rank or part.rank, part.a.shape[1]) for part in source if part is not None]
-    height = sum(rank for rank, _ in ranks)
-    return room.take(-(-height // _A_ROWS) * _A_ROWS, ranks[0][1], dtype=dtype)
+    """Room for the slices' A, one below the other, with zeros where none will be."""
+    held = [part for part in source if part is not None]
+    height = sum(padded_rank or part.rank for part in held)
+    rows = -(-height // _A_ROWS) * _A_ROWS
+    zeroed = rows > sum(part.rank for part in held)
+    return room.take(rows, held[0].a.shape[1], dtype=dtype, zeroed=zeroed)
 
 
 def _join(slices: Sequence[SliceWeights], ranks: int, width: int, room: Room) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ from loraserve.engines.vllm_lora.cpu import CpuStep, LayerExecution, LayerWeight
 from loraserve.engines.vllm_lora.install import EXECUTION
 from loraserve.engines.vllm_lora.manager import PooledAdapter, PooledModelManager
 from loraserve.engines.vllm_lora.pool import Prepared
-from loraserve.engines.vllm_lora.room import Room
+from loraserve.engines.vllm_lora.room import Room, Spare
 from loraserve.engines.vllm_lora.transpose import load_transpose
 from loraserve.engines.vllm_lora.weights import layer_sources
 
@@ -20,6 +20,10 @@ class CpuModelManager(PooledModelManager):
     """Filling a slot sets references: what they refer to was prepared beside the loop."""
 
     _creating = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._spare = Spare()
+        super().__init__(*args, **kwargs)
 
     @property
     def lora_slots(self) -> int:
@@ -30,7 +34,7 @@ class CpuModelManager(PooledModelManager):
         """Matrices per layer at their true rank, or padded where that is asked for."""
         padded = self.lora_config.max_lora_rank if os.environ.get(EXECUTION) == "padded" else 0
         dtype = self.lora_config.lora_dtype
-        room, transpose = Room(segment.size_bytes), load_transpose()
+        room, transpose = Room(segment.size_bytes, self._spare), load_transpose()
         sources, prepared = layer_sources(segment, self), {}
         for name, source in sources.items():
             rest()
