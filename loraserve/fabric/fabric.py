@@ -107,11 +107,12 @@ class Fabric:
         return not self._tasks
 
     def give_way_while(self, is_busy: Callable[[], bool]) -> None:
-        """While this says so, asked in any thread, fetches take `busy_share` of one processor, in pieces that
-        are short."""
+        """While this says so, asked in any thread, fetches, and peers that fetch from here, take `busy_share`
+        of one processor together, in pieces that are short."""
         self._threads.pace.is_busy = is_busy
         for transport in self._transports:
             transport.piece_bytes = min(transport.piece_bytes, _PACED_PIECE_BYTES)
+            transport.pace = self._threads.pace
 
     # -- what a replica asks for -----------------------------------------------------------------
 

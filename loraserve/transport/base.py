@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from loraserve.errors import StaleError, UnavailableError, WorkFailedError
+from loraserve.pace import Pace
 
 MAX_HEAD_BYTES = 16 * 1024**2
 MAX_KEY_BYTES = 1024
@@ -80,12 +81,13 @@ class Transport(Protocol):
     fails may have written to its destination, and writes nothing more once it has returned or raised.
     Every wait is bounded: `idle_timeout_s` is how long a peer may send nothing. `piece_bytes` is about how
     much of a body comes between two calls of `on_bytes`; set to less, for fetches from then on, less is done
-    at a time.
+    at a time. Threads that give bodies to peers keep the `pace`, where there is one.
     """
 
     scheme: str
     takes_device_memory: bool
     piece_bytes: int
+    pace: Pace | None
 
     @property
     def address(self) -> bytes:

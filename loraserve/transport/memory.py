@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from loraserve.errors import AlreadyExistsError, UnavailableError
+from loraserve.pace import Pace
 from loraserve.transport.base import (
     BadPeerError,
     Buffer,
@@ -93,6 +94,7 @@ class MemoryTransport:
         self.bodies_read: Counter[str] = Counter()
         self.in_use = InUse()
         self.piece_bytes = net.piece_bytes
+        self.pace: Pace | None = None
         self._net = net
         self._lock = threading.Lock()
         self._regions: dict[str, Region] = {}

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 
 from loraserve.errors import BadInputError
+from loraserve.pace import Pace
 from loraserve.transport.base import (
     BadPeerError,
     Buffer,
@@ -37,6 +38,7 @@ class TcpTransport:
         self.listener = listener
         self.pool = pool or PeerPool()
         self.piece_bytes = PIECE_BYTES
+        self.pace: Pace | None = None
         self._in_use = InUse()
         listener.join(SCHEME, {Op.BODY: self._answer_body})
 
@@ -99,13 +101,22 @@ class TcpTransport:
             data = range_frame(Op.DATA, request.request_id, begin, end, of_bytes=of_bytes)
             connection.send(data, bytes_follow=begin < end)
             try:
-                _send_body(connection, region, begin, end)
+                self._send(connection, region, begin, end)
             except (PeerGoneError, PeerSlowError):
                 raise
             except Exception as error:
                 # No ERROR frame may come among a body's bytes: the connection must end here.
                 logger.error("the body of %r could not be sent: %s", request.key, str(error))
                 raise PeerGoneError(f"the body of {request.key} could not be sent") from error
+
+    def _send(self, connection: Connection, region: Region, begin: int, end: int) -> None:
+        if self.pace is None:
+            _send_body(connection, region, begin, end)
+            return
+        rest = self.pace.for_one()
+        for piece in range(begin, end, self.piece_bytes):
+            _send_body(connection, region, piece, min(piece + self.piece_bytes, end))
+            rest()
 
 
 def read_head(

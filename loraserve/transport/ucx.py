@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from loraserve.pace import Pace, no_rest
 from loraserve.transport.base import (
     BadPeerError,
     Buffer,
@@ -65,6 +66,7 @@ class UcxTransport:
     ) -> None:
         self._listener = listener
         self.piece_bytes = chunk_bytes
+        self.pace: Pace | None = None
         self._library = library
         self._pool = pool or PeerPool()
         # Two pools: a process whose lanes all wait for others' would serve none of them.
@@ -175,7 +177,13 @@ class UcxTransport:
                     lane.send_from(chunks, ask.first_tag)
                     connection.send(Frame(op=UCX_GO, request_id=request.request_id, begin=shared))
                     watch = ReaderWatch(connection, lambda: self._closed)
-                    sent = lane.send(watch, lambda: not watch.stopped)
+                    rest = self.pace.for_one() if self.pace is not None else no_rest
+
+                    def may_go_on() -> bool:
+                        rest()
+                        return not watch.stopped
+
+                    sent = lane.send(watch, may_go_on)
                 if watch.told:
                     connection.send(Frame(op=UCX_STOPPED, request_id=request.request_id, begin=sent))
                 elif sent < len(chunks):

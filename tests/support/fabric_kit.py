@@ -16,6 +16,7 @@ from loraserve.clock import Clock
 from loraserve.fabric.counts import FabricCounts
 from loraserve.fabric.fabric import Fabric
 from loraserve.fabric.wanted import FabricOptions, PeerAddress, Wanted
+from loraserve.pace import Pace
 from loraserve.transport.base import Buffer, Progress, Region, Transport
 from loraserve.transport.memory import Fault, FaultKind, MemoryNet, MemoryTransport
 from placement.types import AdapterName, version_id
@@ -79,6 +80,7 @@ class StagedTransport:
     scheme: str = field(init=False)
     takes_device_memory: bool = False
     piece_bytes: int = field(init=False)
+    pace: Pace | None = None
 
     def __post_init__(self) -> None:
         self.scheme = self.inner.scheme

@@ -53,3 +53,4 @@ async def test_where_requests_may_run_bodies_come_in_short_pieces(
     for one in (node, other):
         one.fabric.give_way_while(lambda: False)
     assert [one.transports[0].piece_bytes for one in (node, other)] == [MIB, 4096]
+    assert node.transports[0].pace is not other.transports[0].pace is not None

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraserve.errors import AlreadyExistsError, BadInputError, UnavailableError
+from loraserve.pace import Pace
 from loraserve.transport.address import Address
 from loraserve.transport.base import (
     MAX_HEAD_BYTES,
@@ -64,6 +65,23 @@ def test_bodies_come_in_as_short_pieces_as_is_asked_for(ends: Ends) -> None:
     got = fetch(here, there.address, "k", Fetched(10_000))
     assert got.body == pattern(10_000)
     assert [end - begin for begin, end in got.ranges] == [3000, 3000, 3000, 1000]
+
+
+def test_who_sends_keeps_a_pace_piece_by_piece(ends: Ends) -> None:
+    """However long the pieces are that the other side wants."""
+    here, there = ends
+    asked: list[str] = []
+
+    def is_busy() -> bool:
+        asked.append(threading.current_thread().name)
+        return False
+
+    there.publish("k", memory_region(pattern(10_000)))
+    there.piece_bytes, there.pace = 3000, Pace(is_busy=is_busy)
+    assert fetch(here, there.address, "k", Fetched(10_000)).body == pattern(10_000)
+    # The first rest of a thread only begins to count, and the last may come after the fetch.
+    assert len(asked) >= 2
+    assert threading.current_thread().name not in asked
 
 
 def test_heads_may_be_empty_or_as_large_as_they_may_be(ends: Ends) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from loraserve.errors import BadInputError, UnavailableError
+from loraserve.pace import Pace
 from loraserve.transport import ucx_library
 from loraserve.transport.base import BadPeerError, FetchStoppedError, NotPublishedError, Region
 from loraserve.transport.listener import Listener
@@ -347,3 +348,23 @@ def test_a_region_that_is_no_memory_is_refused(here: UcxTransport) -> None:
     here.publish("k", memory_region(b"body"))
     with pytest.raises(BadInputError):
         here.publish("j", Region(head=b"", body=b"body", size_bytes=5))
+
+
+@needs_ucx
+def test_who_sends_keeps_a_pace_chunk_by_chunk() -> None:
+    asked: set[str] = set()
+
+    def is_busy() -> bool:
+        asked.add(threading.current_thread().name)
+        return False
+
+    with nothing_leaks():
+        here = open_ucx(Listener("127.0.0.1"), chunk_bytes=64 * 1024)
+        there = open_ucx(Listener("127.0.0.1"))
+        there.pace = Pace(is_busy=is_busy)
+        there.publish("k", memory_region(large_pattern(1024**2, 0)))
+        assert fetch(here, there.address, "k", Fetched(1024**2)).body == large_pattern(1024**2, 0)
+        here.close()
+        there.close()
+    assert asked
+    assert threading.current_thread().name not in asked
