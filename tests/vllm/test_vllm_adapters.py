@@ -89,12 +89,22 @@ async def test_memory_that_is_not_what_was_announced_never_reaches_a_slot(bench:
         (answer,) = await client.collective_rpc(f"loraserve_{method}", args=(number, *arguments))
         return answer
 
-    assert "it has" in await worker("open", ref.pid, ref.fd, ref.size_bytes + 1, ref.head_sha256)
-    assert "has no segment" in await worker("open", ref.pid, 99_999, ref.size_bytes, ref.head_sha256)
-    assert "its head hashes to" in await worker("open", ref.pid, ref.fd, ref.size_bytes, "0" * 64)
+    async def refusal(*announced: object) -> str:
+        await worker("open", *announced, False)
+        answer = ("preparing", "")
+        async with asyncio.timeout(10.0):
+            while answer[0] == "preparing":
+                answer = await worker("advance", True, False)
+        assert answer[0] == "failed"
+        return str(answer[1])
+
+    assert "it has" in await refusal(ref.pid, ref.fd, ref.size_bytes + 1, ref.head_sha256)
+    assert "has no segment" in await refusal(ref.pid, 99_999, ref.size_bytes, ref.head_sha256)
+    assert "its head hashes to" in await refusal(ref.pid, ref.fd, ref.size_bytes, "0" * 64)
     (report,) = await client.collective_rpc("loraserve_report")
     assert number not in report["pool"]
-    assert (await worker("advance", True))[0] == "failed"
+    await worker("close")
+    assert (await worker("advance", True, False))[0] == "failed"
     assert holders(name) == {os.getpid()}
     segment.close()
     assert not holders(name)

@@ -94,7 +94,11 @@ class WorkerPool:
 
     def sizes_bytes(self) -> Mapping[int, int]:
         """The mapped bytes of every adapter."""
-        return {lora_id: entry.ref.size_bytes for lora_id, entry in self._entries.items()}
+        return {
+            lora_id: entry.segment.size_bytes
+            for lora_id, entry in self._entries.items()
+            if entry.segment is not None
+        }
 
     def _work(self, entry: _Entry) -> "Future[Prepared]":
         """The work on an adapter, which is begun if it has not been."""
