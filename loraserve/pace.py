@@ -15,7 +15,7 @@ _LOOK_AGAIN_S = 0.02
 
 
 def never() -> bool:
-    """The `is_busy` of those that nobody waits for."""
+    """What to ask where the answer is no."""
     return False
 
 

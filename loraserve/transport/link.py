@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from loraserve.pace import never
 from loraserve.transport.base import (
     BadPeerError,
     FetchStoppedError,
@@ -33,11 +34,6 @@ USER_TIMEOUT_MS = 20_000
 
 MAX_WAIT_S = 60.0
 """How long a peer may say that the answer is being made; large adapters are read from cold disks."""
-
-
-def never() -> bool:
-    """The `stop` of whoever does not stop."""
-    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from loraserve.config import Config, parse_config
 from loraserve.engines.base import AdapterFiles
 from loraserve.errors import AdapterRejectedError
+from loraserve.fabric.fabric import Fabric
 from loraserve.fabric.wanted import Wanted
 from loraserve.replica.loading import Copies
 from loraserve.replica.pool import AdapterPool
@@ -94,13 +95,11 @@ def files_of(wanted: Wanted, peers: tuple[Node, ...] = ()) -> AdapterFiles:
 MakeReplica = Callable[..., Awaitable[Replica]]
 
 
-@asynccontextmanager
-async def one_replica(
-    town: Town, *, capacity_bytes: int = PLENTY, max_bytes: int = PLENTY, max_lora_rank: int = RANK
-) -> AsyncIterator[Replica]:
-    """Copies with an emulated engine and a fabric in the town; at the end they are dropped."""
+async def some_copies(
+    fabric: Fabric | None, *, max_bytes: int = PLENTY, max_lora_rank: int = RANK
+) -> tuple[Copies, AdapterPool, Engine]:
+    """Copies with a started engine, and their pool; no request runs."""
     engine = Engine(parse_config({"engine": {"kind": "emulated"}}))
-    node = town("replica", capacity_bytes=capacity_bytes)
     pool = AdapterPool(max_adapters=8, capacity_bytes=PLENTY)
     await engine.start()
 
@@ -111,12 +110,22 @@ async def one_replica(
         ReplicaId("replica"),
         pool=pool,
         engine=engine,
-        fabric=node.fabric,
+        fabric=fabric,
         max_lora_rank=max_lora_rank,
         max_bytes=max_bytes,
         drain_timeout_s=5.0,
         end_running=end_running,
     )
+    return copies, pool, engine
+
+
+@asynccontextmanager
+async def one_replica(
+    town: Town, *, capacity_bytes: int = PLENTY, max_bytes: int = PLENTY, max_lora_rank: int = RANK
+) -> AsyncIterator[Replica]:
+    """Copies with an emulated engine and a fabric in the town; at the end they are dropped."""
+    node = town("replica", capacity_bytes=capacity_bytes)
+    copies, pool, engine = await some_copies(node.fabric, max_bytes=max_bytes, max_lora_rank=max_lora_rank)
     made = Replica(copies, pool, engine, node)
     yield made
     for version in pool.resident():

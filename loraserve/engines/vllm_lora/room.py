@@ -26,22 +26,20 @@ class Spare:
 
     def __init__(self) -> None:
         self._blocks: deque[mmap.mmap] = deque()
-        self._size_bytes = 0
         # A block may come back in the middle of anything, when the garbage collector runs.
         self._lock = threading.RLock()
 
     @property
     def size_bytes(self) -> int:
         """What is kept."""
-        return self._size_bytes
+        return sum(map(len, tuple(self._blocks)))
 
     def take(self, size_bytes: int) -> mmap.mmap | None:
         """A block of exactly this size, with what its last user left in it."""
         with self._lock:
-            for block in reversed(self._blocks):
+            for block in reversed(tuple(self._blocks)):
                 if len(block) == size_bytes:
                     self._blocks.remove(block)
-                    self._size_bytes -= size_bytes
                     return block
         return None
 
@@ -49,9 +47,8 @@ class Spare:
         """Nobody uses it any more; the oldest go if that are too many."""
         with self._lock:
             self._blocks.append(block)
-            self._size_bytes += len(block)
-            while self._size_bytes > _MAX_SPARE_BYTES:
-                self._size_bytes -= len(self._blocks.popleft())
+            while self.size_bytes > _MAX_SPARE_BYTES:
+                self._blocks.popleft()
 
 
 class Room:

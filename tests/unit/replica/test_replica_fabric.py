@@ -13,12 +13,11 @@ from loraserve.engines.base import EngineInfo
 from loraserve.errors import AdapterRejectedError, DeadlineError, OverloadedError
 from loraserve.fabric.advice import CacheAdvice
 from loraserve.fabric.wanted import ORIGIN, PeerAddress
-from loraserve.replica.loading import Copies
-from loraserve.replica.pool import AdapterPool, Residency
+from loraserve.replica.pool import Residency
 from loraserve.replica.server import ReplicaServer
 from placement.types import ReplicaId, VersionId
-from tests.support.copies_kit import RANK, Engine, MakeReplica, Replica, files_of, one_replica
-from tests.support.fabric_kit import PLENTY, Library, Town, a_town, from_peers, until
+from tests.support.copies_kit import RANK, MakeReplica, Replica, files_of, one_replica, some_copies
+from tests.support.fabric_kit import Library, Town, a_town, from_peers, until
 from tests.support.link_calls import linked
 from tests.support.replica_bench import HeldEngine, ReplicaBench
 
@@ -325,23 +324,7 @@ async def test_what_is_registered_no_more_goes_unless_a_copy_needs_it(
 
 
 async def test_without_a_fabric_there_is_nothing_to_advise(library: Library) -> None:
-    engine = Engine(parse_config({"engine": {"kind": "emulated"}}))
-    pool = AdapterPool(max_adapters=1, capacity_bytes=PLENTY)
-    await engine.start()
-
-    async def end_running(requests: object) -> None:
-        raise AssertionError(f"no request runs here: {requests}")
-
-    copies = Copies(
-        ReplicaId("replica"),
-        pool=pool,
-        engine=engine,
-        fabric=None,
-        max_lora_rank=RANK,
-        max_bytes=PLENTY,
-        drain_timeout_s=5.0,
-        end_running=end_running,
-    )
+    copies, _, engine = await some_copies(None)
     copies.advise(CacheAdvice(soon=(library(),)))
     assert await copies.load(files_of(library())) is None
     assert engine.given[library().version_id].segment is None
